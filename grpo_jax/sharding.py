@@ -1,0 +1,116 @@
+"""A mesh, and the one table from logical axes (what a dimension is) to mesh axes (where it lies)."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+__all__ = ["BATCH_AXES", "RULES", "SAMPLER_RULES", "MeshConfig", "batch_sharding", "make_mesh", "replicated", "shardings"]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # prompts and completions are split over both
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# fsdp splits every matrix along the model width; tensor splits heads, hidden units and the vocabulary.
+RULES: Rules = {
+    "batch": BATCH_AXES,
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+# The sampler gathers over fsdp once a rollout, in `prepare`, and not once a token.
+SAMPLER_RULES: Rules = {**RULES, "embed": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh."""
+
+    data: int = 1  # copies of the parameters, each with its part of the batch
+    fsdp: int = 1  # parts of the parameters and optimizer state; splits the batch too
+    tensor: int = 1  # parts of every layer
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over the first devices there are.
+
+    Raises:
+      ValueError: an axis below 1, or more devices asked for than there are.
+    """
+    sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
+    devices = list(jax.devices() if devices is None else devices)
+    if min(sizes) < 1 or math.prod(sizes) > len(devices):
+        wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh {wanted} needs {math.prod(sizes)} devices with every axis at least 1; there are "
+            f"{len(devices)} {devices[0].platform} devices. (On a CPU, set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} before starting.)"
+        )
+    return Mesh(np.asarray(devices[: math.prod(sizes)]).reshape(sizes), MESH_AXES)
+
+
+def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules, name: str) -> PartitionSpec:
+    spec, used = [], set()
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in rules:
+            raise ValueError(f"{name}: unknown logical axis {axis!r}; the rules know {sorted(rules)}.")
+        target = rules[axis] if axis is not None else None
+        target = (target,) if isinstance(target, str) else tuple(target or ())
+        for mesh_axis in target:
+            if mesh_axis not in mesh.shape:
+                raise ValueError(f"logical axis {axis!r} maps to unknown mesh axis {mesh_axis!r}; has {mesh.axis_names}.")
+            if mesh_axis in used:
+                raise ValueError(f"{name}: mesh axis {mesh_axis!r} is used twice by logical axes {axes}.")
+        parts = math.prod(mesh.shape[a] for a in target)
+        if size % parts:
+            logging.getLogger(__name__).warning(
+                "%s: %s of size %d does not divide over %s (%d parts): replicated.", name, axis, size, target, parts
+            )
+            target = ()
+        used.update(target)
+        spec.append(target if len(target) > 1 else (target[0] if target else None))
+    return PartitionSpec(*spec)
+
+
+def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Where each leaf of a tree lies.
+
+    Args:
+      abstract: tree of arrays or ShapeDtypeStructs.
+      axes: the same tree, leaves are tuples of logical axis names (None = not split).
+      mesh: the mesh.
+      rules: logical axis -> mesh axis, axes, or None.
+
+    Returns:
+      The same tree of NamedShardings. A dimension that its mesh axes do not divide is replicated, with
+      a line in the log.
+
+    Raises:
+      ValueError: an unknown logical or mesh axis, or a mesh axis used twice in one leaf.
+    """
+
+    def one(path, leaf, leaf_axes):
+        name = jax.tree_util.keystr(path)
+        return NamedSharding(mesh, _spec(leaf_axes, leaf.shape, mesh, rules, name))
+
+    return jax.tree_util.tree_map_with_path(one, abstract, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

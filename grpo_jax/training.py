@@ -1,0 +1,243 @@
+"""The train step: minibatches and epochs over one rollout, microbatches inside, sharded over a mesh.
+
+Pure functions; `make_train_step` is the composition point where jit, donation and shardings stand.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import sharding
+from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.objectives import Objective
+from grpo_jax.types import Policy, TrainBatch, TrainState
+
+__all__ = ["OptimizerConfig", "UpdateConfig", "init_train_state", "make_optimizer", "make_train_step", "state_shardings"]
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, a schedule, and clipping by global norm."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10  # optimizer steps, linear from 0
+    decay: str = "constant"  # after the warm-up: constant, linear or cosine to 0 at the end
+    clip_norm: float = 1.0  # 0 = no clipping
+    b1: float = 0.9
+    b2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("constant", "linear", "cosine"):
+            raise ValueError(f"decay={self.decay!r} must be 'constant', 'linear' or 'cosine'.")
+        if self.learning_rate < 0 or self.clip_norm < 0 or self.warmup_steps < 0:
+            raise ValueError(f"{self}: learning_rate, clip_norm and warmup_steps must be 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """How one rollout becomes optimizer steps: epochs x minibatches of them."""
+
+    epochs: int = 1  # passes over the rollout (mu of the paper)
+    minibatches: int = 1  # optimizer steps a pass
+    microbatches: int = 1  # parts of a minibatch, one after the other; saves memory, changes nothing
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optax optimizer of a configuration, and its learning rate as a function of the optimizer step."""
+    peak, rest = config.learning_rate, max(total_steps - config.warmup_steps, 1)
+    tails = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    }
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps) if config.warmup_steps else tails[config.decay]()
+    schedule = optax.join_schedules([warmup, tails[config.decay]()], [config.warmup_steps])
+    adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, adamw), schedule
+
+
+def state_shardings(policy: Policy, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh) -> TrainState:
+    """Where each leaf of a TrainState lies: optimizer moments lie as their parameters do."""
+    params = sharding.shardings(abstract.params, policy.param_axes, mesh)
+    everywhere = sharding.replicated(mesh)
+    return TrainState(
+        params=params,
+        reference=None if abstract.reference is None else params,
+        opt_state=optax.tree_utils.tree_map_params(
+            optimizer, lambda _, s: s, abstract.opt_state, params, transform_non_params=lambda _: everywhere
+        ),
+        step=everywhere,
+        cursor=everywhere,
+    )
+
+
+def init_train_state(
+    policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh
+) -> TrainState:
+    """The state before step 0, sharded over the mesh; `params` are copied, and become the reference too."""
+
+    def init(params):
+        return TrainState(
+            params=params,
+            reference=params if objective.needs_reference else None,
+            opt_state=optimizer.init(params),
+            step=jnp.zeros((), jnp.int32),
+            cursor=jnp.zeros((), jnp.int32),
+        )
+
+    where = state_shardings(policy, optimizer, jax.eval_shape(init, params), mesh)
+    return jax.jit(init, out_shardings=where)(params)
+
+
+def _split(tree: PyTree, parts: int) -> PyTree:
+    """[b, ...] -> [parts, b / parts, ...], strided, so that rows stay on the device that holds them."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def make_train_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    update: UpdateConfig = UpdateConfig(),
+    *,
+    like: TrainState,
+    key: jax.Array,
+) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles the update of one rollout step.
+
+    Args:
+      policy: the model.
+      optimizer: an optax transformation.
+      objective: what is minimized.
+      update: epochs, minibatches and microbatches.
+      like: a state, or ShapeDtypeStructs with shardings; what the step returns lies on the mesh as it does.
+      key: typed key of the order of minibatches; not consumed, but folded with the step.
+
+    Returns:
+      `train_step(state, batch) -> (state, metrics)`, jitted; the state is donated. The step count goes up
+      by one; the cursor stays, since only the caller knows what the batch consumed. Metrics are
+      {name: [] float32}, means over all tokens of all optimizer steps.
+      It raises ValueError where B does not divide into minibatches x microbatches x data x fsdp.
+    """
+    where = jax.tree.map(lambda x: x.sharding, like)
+    mesh = where.step.mesh
+    optimizer_steps = update.epochs * update.minibatches
+    rows = PartitionSpec(sharding.BATCH_AXES)
+
+    def logprobs_of(params, b: TrainBatch):
+        return completion_logprobs(
+            policy, params, b.prompt_tokens, b.prompt_mask, b.completion_tokens, b.mask, b.temperature[:, None, None]
+        )
+
+    def frozen_logprobs(params, batch: TrainBatch):
+        """[B, T] under fixed parameters, a microbatch at a time."""
+        parts = _split(batch, update.minibatches * update.microbatches)
+        logprobs = jax.lax.map(lambda b: logprobs_of(params, b)[0], parts)
+        return jax.lax.stop_gradient(logprobs.swapaxes(0, 1).reshape(batch.mask.shape))
+
+    def loss_of(params, part):
+        b, old, ref, weights = part
+        logprobs, entropies, aux = logprobs_of(params, b)
+        loss, metrics = objective.loss(
+            logprobs, b.advantages, b.mask, old_logprobs=old, ref_logprobs=ref, weights=weights
+        )
+        extra = {"entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), b.mask)}
+        if optimizer_steps == 1:
+            extra |= _mismatch(logprobs, b)
+        extra |= {name: metrics_lib.Mean(total=total, count=count) for name, (total, count) in aux.items()}
+        return loss, {**metrics, **extra}
+
+    def gradients(params, minibatch):
+        """Loss, metrics and gradients of a minibatch, summed over its microbatches."""
+
+        def add(total, part):
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part)
+            return jax.tree.map(jnp.add, total, grads), (loss, metrics)
+
+        if update.microbatches == 1:
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, minibatch)
+            return loss, metrics, grads
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, (losses, metrics) = jax.lax.scan(add, zeros, _split(minibatch, update.microbatches))
+        return losses.sum(), metrics_lib.merge(metrics), grads
+
+    def gradients_over_data(params, minibatch):
+        """Each data shard sums over its own microbatches; then one reduction over data, not one a microbatch.
+
+        The shards are an axis of the arrays, [data, b / data, ...], so that the partial sums are too.
+        """
+        data = mesh.shape["data"]
+        parts = jax.tree.map(lambda x: x.reshape(data, x.shape[0] // data, *x.shape[1:]), minibatch)
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec("data", "fsdp")))
+        loss, metrics, grads = jax.vmap(gradients, (None, 0), spmd_axis_name="data")(params, parts)
+        return loss.sum(), metrics_lib.merge(metrics), jax.tree.map(lambda x: x.sum(0), grads)
+
+    def optimizer_step(params, opt_state, minibatch):
+        b, old, ref = minibatch
+        weights = objective.token_weights(b.mask)
+        loss, metrics, grads = gradients_over_data(params, (b, old, ref, weights))
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        once = lambda x: metrics_lib.Mean(total=x, count=jnp.ones(()))  # noqa: E731
+        metrics = {**metrics, "loss": once(loss), "grad_norm": once(optax.global_norm(grads))}
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    def train_step(state: TrainState, batch: TrainBatch):
+        _check_divides(batch.mask.shape[0], update, mesh)
+        batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
+        ref = frozen_logprobs(state.reference, batch) if objective.needs_reference else None
+        # With a single update the old policy is the one that is differentiated: no pass is spent on it.
+        old = frozen_logprobs(state.params, batch) if optimizer_steps > 1 else None
+
+        def one(carry, order):
+            params, opt_state = carry
+            minibatch = jax.tree.map(lambda x: x[order], (batch, old, ref)) if update.minibatches > 1 else (batch, old, ref)
+            params, opt_state, metrics = optimizer_step(params, opt_state, minibatch)
+            return (params, opt_state), metrics
+
+        orders = _orders(jax.random.fold_in(key, state.step), batch.mask.shape[0], update)
+        (params, opt_state), metrics = jax.lax.scan(one, (state.params, state.opt_state), orders)
+        metrics = metrics_lib.merge(metrics)
+        if old is not None:
+            metrics |= _mismatch(old, batch)
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        return state, metrics_lib.finalize(metrics)
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
+
+
+def _mismatch(logprobs: jax.Array, batch: TrainBatch) -> metrics_lib.Metrics:
+    """How far the sampler's log-probabilities are from the trainer's, which should be the same numbers."""
+    difference = jnp.abs(jax.lax.stop_gradient(logprobs) - batch.sampler_logprobs)
+    name = "sampling/sampling_logp_difference"
+    return {
+        f"{name}/mean": metrics_lib.masked_mean(difference, batch.mask),
+        f"{name}/max": metrics_lib.Max(top=jnp.where(batch.mask, difference, 0).max()),
+    }
+
+
+def _orders(key: jax.Array, completions: int, update: UpdateConfig) -> jax.Array:
+    """[epochs * minibatches, b]: which completions make each minibatch; a new permutation every epoch."""
+    permute = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), completions))
+    return permute(jnp.arange(update.epochs)).reshape(update.epochs * update.minibatches, -1)
+
+
+def _check_divides(completions: int, update: UpdateConfig, mesh: Mesh) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = update.minibatches * update.microbatches * shards
+    if completions % parts:
+        raise ValueError(
+            f"{completions} completions a step do not divide into minibatches={update.minibatches} x "
+            f"microbatches={update.microbatches} x {shards} devices (data x fsdp) = {parts} equal parts. "
+            "Change the prompts a step or the group size, or one of these."
+        )

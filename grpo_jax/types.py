@@ -1,0 +1,99 @@
+"""The records that flow through GRPO, and the dimension key that every docstring uses.
+
+    P prompts · G members of a group · B = P·G completions · L prompt tokens (padded)
+    T completion tokens (padded) · R rows of a packed batch · S columns of a row · W slots of a row
+    V vocabulary · D model width · N layers · H query heads · K key/value heads · C width of a head
+
+Completion b belongs to prompt b // G and is that prompt's member b % G.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+
+__all__ = ["Policy", "Rollout", "SamplingParams", "TrainBatch", "TrainState", "record"]
+
+PyTree = Any
+# Metrics travel as (sum, count) so that adding over microbatches and devices is exact; `mean` divides.
+SumCount = tuple[jax.Array, jax.Array]
+
+
+_C = TypeVar("_C")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def record(cls: type[_C]) -> type[_C]:
+    """A frozen, keyword-only dataclass that is a pytree of its fields."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Policy:
+    """A language model as a record of pure functions: all that the sampler and the trainer know of it.
+
+    Static under jit and hashed by identity: build it once. Any framework can make one.
+    """
+
+    # (params, tokens [R, S], positions [R, S], segments [R, S], 0 = padding)
+    #   -> (hidden [R, S, D], aux {name: (sum, count)}); causal within a segment
+    hidden: Callable[..., tuple[jax.Array, dict[str, SumCount]]]
+    # (params) -> (kernel [D, V], bias [V] or None, soft cap or None)
+    head: Callable[..., tuple[jax.Array, jax.Array | None, float | None]]
+    # (params) -> sampler parameters; runs once a rollout, inside jit
+    prepare: Callable[[PyTree], PyTree]
+    # (rows, width, columns) -> tree of leaves [R, W, columns, ...]
+    init_cache: Callable[[int, int, int], PyTree]
+    # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column, key_positions
+    #  [R, W, columns] (-1 = empty, the new columns included), prefix or None, prefix_positions [R, 1, L])
+    #   -> (hidden [R, W, J, D], cache)
+    extend: Callable[..., tuple[jax.Array, PyTree]]
+    param_axes: PyTree  # like params, leaves are tuples of logical axis names
+    cache_axes: PyTree  # like the cache, leaves are tuples of logical axis names
+
+
+@record
+class SamplingParams:
+    """How a token is chosen. Traced values: changing one does not recompile anything."""
+
+    temperature: jax.Array | float = 1.0  # 0 = greedy
+    top_k: jax.Array | int = 0  # 0 = off
+    top_p: jax.Array | float = 1.0  # 1 = off
+
+
+@record
+class Rollout:
+    """What the sampler returns: P prompts and G completions of each."""
+
+    prompt_tokens: jax.Array  # [P, L] int32
+    prompt_mask: jax.Array  # [P, L] bool, padding on either side
+    completion_tokens: jax.Array  # [B, T] int32, `pad_id` after the end
+    mask: jax.Array  # [B, T] bool, true through the first EOS inclusive
+    finished: jax.Array  # [B] bool, false where the completion was cut at T
+    logprobs: jax.Array  # [B, T] float32, untruncated, at the sampling temperature (greedy: at 1)
+    sampler_logprobs: jax.Array  # [B, T] float32, of the truncated distribution sampled from
+
+
+@record
+class TrainBatch:
+    """What an update sees: completions with their advantages. B need not be a multiple of G here."""
+
+    prompt_tokens: jax.Array  # [B, L] int32
+    prompt_mask: jax.Array  # [B, L] bool, padding on either side
+    completion_tokens: jax.Array  # [B, T] int32
+    mask: jax.Array  # [B, T] bool, the tokens that train
+    advantages: jax.Array  # [B] float32
+    sampler_logprobs: jax.Array  # [B, T] float32, untruncated, at the sampling temperature
+    temperature: jax.Array  # [B] float32, at which the trainer takes log-probabilities (0 stands for 1)
+
+
+@record
+class TrainState:
+    """Everything that is carried from one step to the next."""
+
+    params: PyTree  # trainable, float32
+    reference: PyTree  # frozen, as params; None where kl_coef is 0
+    opt_state: PyTree
+    step: jax.Array  # [] int32, rollout steps done
+    cursor: jax.Array  # [] int32, prompts consumed; prompts are a function of (seed, cursor)
