@@ -1,0 +1,1 @@
+"""Reinforcement learning experiments: thin modules with absl flags, run from a clone."""

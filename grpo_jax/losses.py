@@ -10,7 +10,16 @@ import jax.numpy as jnp
 
 from grpo_jax.metrics import Metrics, masked_mean
 
-__all__ = ["clipped_surrogate", "grpo_loss", "kl_k1", "kl_k2", "kl_k3", "sequence_mean", "supervised_loss", "token_mean"]
+__all__ = [
+    "clipped_surrogate",
+    "grpo_loss",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "sequence_mean",
+    "supervised_loss",
+    "token_mean",
+]
 
 
 # Token weights: mask [B, T] bool -> weights [B, T] float32 ----------------------------------------
@@ -60,12 +69,12 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 # Losses --------------------------------------------------------------------------------------------
 
 
-def clipped_surrogate(
-    log_ratio: jax.Array, advantages: jax.Array, *, clip_low: float, clip_high: float
-) -> jax.Array:
+def clipped_surrogate(log_ratio: jax.Array, advantages: jax.Array, *, clip_low: float, clip_high: float) -> jax.Array:
     r"""PPO's clipped objective, to be maximized (arXiv 1707.06347, eq. 7), term by term.
 
-    .. math:: \min\big(\rho A,\ \mathrm{clip}(\rho, 1-\epsilon_{low}, 1+\epsilon_{high})\,A\big),\quad \rho = e^{log\_ratio}
+    .. math:: \min\big(\rho A,\ \mathrm{clip}(\rho, 1-\epsilon_{low}, 1+\epsilon_{high})\,A\big)
+
+    with :math:`\rho = e^{log\_ratio}`.
 
     Args:
       log_ratio: [B, T] float32, log-probability now minus then; finite.
@@ -143,7 +152,7 @@ def grpo_loss(
         "clip_ratio/high_mean": masked_mean(high, mask),
         "clip_ratio/region_mean": masked_mean(low | high, mask),
     }
-    if kl_coef:
+    if kl_coef and ref_logprobs is not None:
         kl = kl_k3(logprobs, jnp.where(mask, ref_logprobs, 0))
         metrics["kl"] = masked_mean(kl, mask)
         terms -= kl_coef * kl

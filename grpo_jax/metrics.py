@@ -4,6 +4,7 @@ A mean carries its count, so that the mean over a batch does not depend on how t
 """
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ class Mean:
     count: jax.Array  # [] float32
 
     def merge(self) -> "Mean":
+        """Folds the leading axis."""
         return Mean(total=self.total.sum(0), count=self.count.sum(0))
 
     def value(self) -> jax.Array:
+        """The number to log, [] float32."""
         return self.total / jnp.maximum(self.count, 1e-30)
 
 
@@ -34,13 +37,15 @@ class Max:
     top: jax.Array  # [] float32
 
     def merge(self) -> "Max":
+        """Folds the leading axis."""
         return Max(top=self.top.max(0))
 
     def value(self) -> jax.Array:
+        """The number to log, [] float32."""
         return self.top
 
 
-Metrics = Mapping[str, Mean | Max]
+Metrics: TypeAlias = Mapping[str, Mean | Max]
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
@@ -48,8 +53,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
     return Mean(total=jnp.where(mask, values, 0).sum(), count=mask.sum().astype(jnp.float32))
 
 
-
-def merge(stacked: Metrics) -> Metrics:
+def merge(stacked: Metrics) -> dict[str, Mean | Max]:
     """Folds the leading axis (microbatches, or optimizer steps) of every metric."""
     return {name: metric.merge() for name, metric in stacked.items()}
 

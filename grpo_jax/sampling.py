@@ -100,12 +100,12 @@ def choose_tokens(
     greedy = jnp.asarray(sampling.temperature) <= 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
     kept = truncate(scaled, sampling.top_k, sampling.top_p)
-    draw = lambda key: jax.random.gumbel(key, logits.shape[-1:])  # noqa: E731
+    draw = lambda key: jax.random.gumbel(key, logits.shape[-1:])
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
     noise = draw(keys)
     tokens = jnp.argmax(kept + jnp.where(greedy, 0.0, noise), axis=-1).astype(jnp.int32)
-    at = lambda values: jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]  # noqa: E731
+    at = lambda values: jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
     logprobs = at(jax.nn.log_softmax(scaled, axis=-1))
     return tokens, logprobs, jnp.where(greedy, 0.0, at(jax.nn.log_softmax(kept, axis=-1)))
 
@@ -201,7 +201,7 @@ def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int) ->
 
 def collect(state: Decoding, prompt_tokens: jax.Array, prompt_mask: jax.Array) -> Rollout:
     """The completions so far, as a record in the order of the prompts."""
-    flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+    flat = lambda x: x.reshape(-1, x.shape[-1])
     return Rollout(
         prompt_tokens=prompt_tokens,
         prompt_mask=prompt_mask,

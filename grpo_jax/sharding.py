@@ -4,18 +4,27 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["BATCH_AXES", "RULES", "SAMPLER_RULES", "MeshConfig", "batch_sharding", "make_mesh", "replicated", "shardings"]
+__all__ = [
+    "BATCH_AXES",
+    "RULES",
+    "SAMPLER_RULES",
+    "MeshConfig",
+    "batch_sharding",
+    "make_mesh",
+    "replicated",
+    "shardings",
+]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # prompts and completions are split over both
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 
 # fsdp splits every matrix along the model width; tensor splits heads, hidden units and the vocabulary.
 RULES: Rules = {
@@ -41,7 +50,7 @@ class MeshConfig:
     tensor: int = 1  # parts of every layer
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes data, fsdp and tensor over the first devices there are.
 
     Raises:
@@ -68,7 +77,9 @@ def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rule
         target = (target,) if isinstance(target, str) else tuple(target or ())
         for mesh_axis in target:
             if mesh_axis not in mesh.shape:
-                raise ValueError(f"logical axis {axis!r} maps to unknown mesh axis {mesh_axis!r}; has {mesh.axis_names}.")
+                raise ValueError(
+                    f"logical axis {axis!r} maps to unknown mesh axis {mesh_axis!r}; has {mesh.axis_names}."
+                )
             if mesh_axis in used:
                 raise ValueError(f"{name}: mesh axis {mesh_axis!r} is used twice by logical axes {axes}.")
         parts = math.prod(mesh.shape[a] for a in target)

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,9 +17,17 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import sharding
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.objectives import Objective
-from grpo_jax.types import Policy, TrainBatch, TrainState
+from grpo_jax.types import Policy, Rollout, TrainBatch, TrainState
 
-__all__ = ["OptimizerConfig", "UpdateConfig", "init_train_state", "make_optimizer", "make_train_step", "state_shardings"]
+__all__ = [
+    "OptimizerConfig",
+    "UpdateConfig",
+    "init_train_state",
+    "make_optimizer",
+    "make_train_step",
+    "state_shardings",
+    "train_batch",
+]
 
 PyTree = Any
 
@@ -67,7 +76,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     return optax.chain(clip, adamw), schedule
 
 
-def state_shardings(policy: Policy, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(
+    policy: Policy, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+) -> TrainState:
     """Where each leaf of a TrainState lies: optimizer moments lie as their parameters do."""
     params = sharding.shardings(abstract.params, policy.param_axes, mesh)
     everywhere = sharding.replicated(mesh)
@@ -98,6 +109,37 @@ def init_train_state(
 
     where = state_shardings(policy, optimizer, jax.eval_shape(init, params), mesh)
     return jax.jit(init, out_shardings=where)(params)
+
+
+def train_batch(
+    rollout: Rollout,
+    advantages: jax.Array,
+    *,
+    temperature: float = 1.0,
+    selected: jax.Array | None = None,
+) -> TrainBatch:
+    """Joins a rollout and its advantages into what a train step takes.
+
+    Args:
+      rollout: P prompts with G completions each.
+      advantages: [P, G] float32.
+      temperature: at which the rollout was sampled.
+      selected: [B] bool, the completions that train; None: all.
+
+    Returns:
+      TrainBatch of B = P·G completions.
+    """
+    prompts, group = advantages.shape
+    chex.assert_shape(rollout.mask, (prompts * group, None))
+    return TrainBatch(
+        prompt_tokens=jnp.repeat(rollout.prompt_tokens, group, axis=0),
+        prompt_mask=jnp.repeat(rollout.prompt_mask, group, axis=0),
+        completion_tokens=rollout.completion_tokens,
+        mask=rollout.mask if selected is None else rollout.mask & selected[:, None],
+        advantages=advantages.reshape(-1),
+        sampler_logprobs=rollout.logprobs,
+        temperature=jnp.full(prompts * group, temperature, jnp.float32),
+    )
 
 
 def _split(tree: PyTree, parts: int) -> PyTree:
@@ -152,7 +194,9 @@ def make_train_step(
         loss, metrics = objective.loss(
             logprobs, b.advantages, b.mask, old_logprobs=old, ref_logprobs=ref, weights=weights
         )
-        extra = {"entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), b.mask)}
+        extra: dict[str, metrics_lib.Mean | metrics_lib.Max] = {
+            "entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), b.mask)
+        }
         if optimizer_steps == 1:
             extra |= _mismatch(logprobs, b)
         extra |= {name: metrics_lib.Mean(total=total, count=count) for name, (total, count) in aux.items()}
@@ -188,12 +232,12 @@ def make_train_step(
         weights = objective.token_weights(b.mask)
         loss, metrics, grads = gradients_over_data(params, (b, old, ref, weights))
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        once = lambda x: metrics_lib.Mean(total=x, count=jnp.ones(()))  # noqa: E731
+        once = lambda x: metrics_lib.Mean(total=x, count=jnp.ones(()))
         metrics = {**metrics, "loss": once(loss), "grad_norm": once(optax.global_norm(grads))}
         return optax.apply_updates(params, updates), opt_state, metrics
 
     def train_step(state: TrainState, batch: TrainBatch):
-        _check_divides(batch.mask.shape[0], update, mesh)
+        check_divides(batch.mask.shape[0], update, mesh)
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
         ref = frozen_logprobs(state.reference, batch) if objective.needs_reference else None
         # With a single update the old policy is the one that is differentiated: no pass is spent on it.
@@ -201,7 +245,9 @@ def make_train_step(
 
         def one(carry, order):
             params, opt_state = carry
-            minibatch = jax.tree.map(lambda x: x[order], (batch, old, ref)) if update.minibatches > 1 else (batch, old, ref)
+            minibatch = (
+                jax.tree.map(lambda x: x[order], (batch, old, ref)) if update.minibatches > 1 else (batch, old, ref)
+            )
             params, opt_state, metrics = optimizer_step(params, opt_state, minibatch)
             return (params, opt_state), metrics
 
@@ -216,8 +262,10 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
-def _mismatch(logprobs: jax.Array, batch: TrainBatch) -> metrics_lib.Metrics:
+def _mismatch(logprobs: jax.Array, batch: TrainBatch) -> dict[str, metrics_lib.Mean | metrics_lib.Max]:
     """How far the sampler's log-probabilities are from the trainer's, which should be the same numbers."""
+    if batch.sampler_logprobs is None:
+        return {}
     difference = jnp.abs(jax.lax.stop_gradient(logprobs) - batch.sampler_logprobs)
     name = "sampling/sampling_logp_difference"
     return {
@@ -232,7 +280,7 @@ def _orders(key: jax.Array, completions: int, update: UpdateConfig) -> jax.Array
     return permute(jnp.arange(update.epochs)).reshape(update.epochs * update.minibatches, -1)
 
 
-def _check_divides(completions: int, update: UpdateConfig, mesh: Mesh) -> None:
+def check_divides(completions: int, update: UpdateConfig, mesh: Mesh) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = update.minibatches * update.microbatches * shards
     if completions % parts:

@@ -9,13 +9,14 @@ Completion b belongs to prompt b // G and is that prompt's member b % G.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 
 __all__ = ["Policy", "Rollout", "SamplingParams", "TrainBatch", "TrainState", "record"]
 
-PyTree = Any
+PyTree: TypeAlias = Any
+Array: TypeAlias = Any  # jax.Array; also what stands in its place: NumPy on the host, shapes, shardings
 # Metrics travel as (sum, count) so that adding over microbatches and devices is exact; `mean` divides.
 SumCount = tuple[jax.Array, jax.Array]
 
@@ -50,6 +51,7 @@ class Policy:
     #   -> (hidden [R, W, J, D], cache)
     extend: Callable[..., tuple[jax.Array, PyTree]]
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
+    sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names
     cache_axes: PyTree  # like the cache, leaves are tuples of logical axis names
 
 
@@ -57,35 +59,35 @@ class Policy:
 class SamplingParams:
     """How a token is chosen. Traced values: changing one does not recompile anything."""
 
-    temperature: jax.Array | float = 1.0  # 0 = greedy
-    top_k: jax.Array | int = 0  # 0 = off
-    top_p: jax.Array | float = 1.0  # 1 = off
+    temperature: Array = 1.0  # 0 = greedy
+    top_k: Array = 0  # 0 = off
+    top_p: Array = 1.0  # 1 = off
 
 
 @record
 class Rollout:
     """What the sampler returns: P prompts and G completions of each."""
 
-    prompt_tokens: jax.Array  # [P, L] int32
-    prompt_mask: jax.Array  # [P, L] bool, padding on either side
-    completion_tokens: jax.Array  # [B, T] int32, `pad_id` after the end
-    mask: jax.Array  # [B, T] bool, true through the first EOS inclusive
-    finished: jax.Array  # [B] bool, false where the completion was cut at T
-    logprobs: jax.Array  # [B, T] float32, untruncated, at the sampling temperature (greedy: at 1)
-    sampler_logprobs: jax.Array  # [B, T] float32, of the truncated distribution sampled from
+    prompt_tokens: Array  # [P, L] int32
+    prompt_mask: Array  # [P, L] bool, padding on either side
+    completion_tokens: Array  # [B, T] int32, `pad_id` after the end
+    mask: Array  # [B, T] bool, true through the first EOS inclusive
+    finished: Array  # [B] bool, false where the completion was cut at T
+    logprobs: Array  # [B, T] float32, untruncated, at the sampling temperature (greedy: at 1)
+    sampler_logprobs: Array  # [B, T] float32, of the truncated distribution sampled from
 
 
 @record
 class TrainBatch:
     """What an update sees: completions with their advantages. B need not be a multiple of G here."""
 
-    prompt_tokens: jax.Array  # [B, L] int32
-    prompt_mask: jax.Array  # [B, L] bool, padding on either side
-    completion_tokens: jax.Array  # [B, T] int32
-    mask: jax.Array  # [B, T] bool, the tokens that train
-    advantages: jax.Array  # [B] float32
-    sampler_logprobs: jax.Array  # [B, T] float32, untruncated, at the sampling temperature
-    temperature: jax.Array  # [B] float32, at which the trainer takes log-probabilities (0 stands for 1)
+    prompt_tokens: Array  # [B, L] int32
+    prompt_mask: Array  # [B, L] bool, padding on either side
+    completion_tokens: Array  # [B, T] int32
+    mask: Array  # [B, T] bool, the tokens that train
+    advantages: Array  # [B] float32
+    sampler_logprobs: Array | None  # [B, T] float32, untruncated, at the temperature; None: nothing was sampled
+    temperature: Array  # [B] float32, at which the trainer takes log-probabilities (0 stands for 1)
 
 
 @record
@@ -95,5 +97,5 @@ class TrainState:
     params: PyTree  # trainable, float32
     reference: PyTree  # frozen, as params; None where kl_coef is 0
     opt_state: PyTree
-    step: jax.Array  # [] int32, rollout steps done
-    cursor: jax.Array  # [] int32, prompts consumed; prompts are a function of (seed, cursor)
+    step: Array  # [] int32, rollout steps done
+    cursor: Array  # [] int32, prompts consumed; prompts are a function of (seed, cursor)

@@ -1,0 +1,1 @@
+"""Sources of prompts, tasks and tokenizers."""

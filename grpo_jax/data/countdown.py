@@ -8,6 +8,7 @@ import random
 import zlib
 from fractions import Fraction
 
+from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.data.tokenizer import ByteTokenizer
 
 __all__ = ["Countdown", "CountdownConfig", "Problem", "is_held_out"]
@@ -77,7 +78,8 @@ class Countdown:
         """Problem `index` of `train` or `held_out`: a random expression's numbers, and its value as the target."""
         rng = random.Random(f"{self.seed}/{split}/{index}")
         while True:
-            numbers = tuple(1 + _below(rng, self.config.max_number) for _ in range(self.config.numbers))
+            drawn = (1 + _below(rng, self.config.max_number) for _ in range(self.config.numbers))
+            numbers = tuple(sorted(drawn, reverse=True))
             value, text = self._expression(rng, numbers)
             if not (value.denominator == 1 and 1 <= value <= self.config.max_target):
                 continue
@@ -91,6 +93,15 @@ class Countdown:
         if rng.random() < self.config.demonstration_accuracy:
             return problem, problem.solution
         return problem, self._expression(rng, problem.numbers)[1]
+
+    def source(self, split: str) -> Source:
+        """The problems of a split as prompts, with columns `numbers` and `target`."""
+
+        def prompt(cursor: int) -> Prompt:
+            problem = self.problem(split, cursor)
+            return Prompt(text=problem.prompt, columns={"numbers": problem.numbers, "target": problem.target})
+
+        return prompt
 
     @staticmethod
     def _expression(rng: random.Random, numbers: tuple[int, ...]) -> tuple[Fraction, str]:
@@ -113,8 +124,10 @@ def _below(rng: random.Random, n: int) -> int:
 
 
 def _join(left, right, op):
+    if left[0] < right[0] or (left[0] == right[0] and left[1] < right[1]):
+        left, right = right, left  # the larger first: one way to write a sum or a product, no negative difference
     (a, a_text, a_binds), (b, b_text, b_binds) = left, right
-    if (op == "-" and a < b) or (op == "/" and (b == 0 or (a / b).denominator != 1)):
+    if op == "/" and (b == 0 or (a / b).denominator != 1):
         return None
     value = {"+": a + b, "-": a - b, "*": a * b}[op] if op != "/" else a / b
     binds = _SUM if op in "+-" else _PRODUCT

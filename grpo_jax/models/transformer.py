@@ -8,7 +8,8 @@ inside the decode loop makes XLA copy all of it at every token.
 
 import dataclasses
 import functools
-from typing import Any
+import operator
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -78,24 +79,22 @@ class _Block(nn.Module):
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         small = nn.initializers.variance_scaling(1.0 / c.layers, "fan_in", "truncated_normal")
 
-        def weight(name, shape, axes, init=normal, inputs=1):
+        def weight(name, shape, axes, init=normal, inputs=1) -> Any:
             # Linen's fan_in of a [D, H, C] kernel would be D*H; initialize it as the matrix it is.
             rows = functools.reduce(lambda a, b: a * b, shape[:inputs])
-            matrix = lambda key: init(key, (rows, -(-_size(shape) // rows))).reshape(shape)  # noqa: E731
+            matrix = lambda key: init(key, (rows, -(-_size(shape) // rows))).reshape(shape)
             return self.param(name, nn.with_partitioning(matrix, axes))
 
-        def norm(name, x):
+        def norm(name, x) -> jax.Array:
             ones = nn.with_partitioning(lambda key: jnp.ones(c.width), ("embed",))
-            return _rms_norm(x, self.param(name, ones), c.norm_epsilon)
+            return _rms_norm(x, cast(jax.Array, self.param(name, ones)), c.norm_epsilon)
 
         heads, kv_heads = ("embed", "heads", "head"), ("embed", "kv_heads", "head")
         y = norm("attention_norm", x)
         query = project(y, weight("query", (c.width, c.heads, c.head_width), heads))
         key = project(y, weight("key", (c.width, c.kv_heads, c.head_width), kv_heads))
         value = project(y, weight("value", (c.width, c.kv_heads, c.head_width), kv_heads))
-        mixed, cache = attend(
-            _rotate(query, positions, c.rope_base), _rotate(key, positions, c.rope_base), value
-        )
+        mixed, cache = attend(_rotate(query, positions, c.rope_base), _rotate(key, positions, c.rope_base), value)
         output = weight("output", (c.heads, c.head_width, c.width), ("heads", "head", "embed"), small, 2)
         x = x + project(mixed, output, axes=2)
 
@@ -112,7 +111,7 @@ def _size(shape):
 
 def _attend_row(query, key, value, visible):
     """Attention inside rows: query [R, S, H, C], key/value [R, S, K, C], visible [R, S, S] bool."""
-    r, s, h, c = query.shape
+    r, s, _, c = query.shape
     grouped = query.reshape(r, s, key.shape[2], -1, c)
     scores = jnp.einsum("rskgc,rtkc->rkgst", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores * c**-0.5, _MASKED)
@@ -127,7 +126,7 @@ def _attend_slots(query, key, value, cache, column, visible, prefix, prefix_visi
     [R, 1, L, K, C], visible [R, W, J, columns], prefix_visible [R, W, J, L]. The prefix is read once for
     all W slots of a row: one product, no copy of it per slot; both score blocks share one softmax.
     """
-    r, w, j, h, c = query.shape
+    r, w, j, _, c = query.shape
     cache = {
         "key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), (0, 0, column, 0, 0)),
         "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), (0, 0, column, 0, 0)),
@@ -156,11 +155,11 @@ def init_params(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
 def _init_boxed(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
     embedding_key, layers_key = jax.random.split(key)
     block, x = _Block(config), jnp.zeros((1, 1, config.width))
-    attend = lambda q, k, v: (q, None)  # noqa: E731  shapes only: parameters do not depend on it
-    init_layer = lambda key: block.init(key, x, jnp.zeros((1, 1), jnp.int32), attend)["params"]  # noqa: E731
+    attend = lambda q, k, v: (q, None)
+    init_layer = lambda key: block.init(key, x, jnp.zeros((1, 1), jnp.int32), attend)["params"]
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.layers))
-    add_layer_axis = lambda box: box.replace(names=("layers", *box.names))  # noqa: E731
-    boxed = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    add_layer_axis = lambda box: box.replace(names=("layers", *box.names))
+    boxed = lambda x: isinstance(x, nn.Partitioned)
     embedding = jax.random.normal(embedding_key, (config.vocab_size, config.width)) * config.width**-0.5
     return {
         "embedding": nn.Partitioned(embedding, ("vocab", "embed")),
@@ -194,9 +193,9 @@ def make_policy(config: TransformerConfig) -> Policy:
         return params["embedding"].T, None, None
 
     def prepare(params):
-        cast = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
-        layers = [jax.tree.map(lambda x: x[i], cast["layers"]) for i in range(config.layers)]  # noqa: B023
-        return {**cast, "layers": layers}
+        lowered = jax.tree.map(lambda x: x.astype(dtype), params)
+        layers = [jax.tree.map(operator.itemgetter(i), lowered["layers"]) for i in range(config.layers)]
+        return {**lowered, "layers": layers}
 
     def init_cache(rows, width, columns):
         shape = (rows, width, columns, config.kv_heads, config.head_width)
@@ -218,8 +217,15 @@ def make_policy(config: TransformerConfig) -> Policy:
             new_cache.append(layer_cache)
         return _rms_norm(x, params["norm"], config.norm_epsilon), new_cache
 
+    layer_axes = jax.tree.map(lambda axes: axes[1:], param_axes["layers"], is_leaf=lambda x: isinstance(x, tuple))
     leaf_axes = ("batch", None, None, "kv_heads", "head")
     return Policy(
-        hidden=hidden, head=head, prepare=prepare, init_cache=init_cache, extend=extend,
-        param_axes=param_axes, cache_axes=[{"key": leaf_axes, "value": leaf_axes}] * config.layers,
-    )  # fmt: skip
+        hidden=hidden,
+        head=head,
+        prepare=prepare,
+        init_cache=init_cache,
+        extend=extend,
+        param_axes=param_axes,
+        sampler_axes={**param_axes, "layers": [layer_axes] * config.layers},
+        cache_axes=[{"key": leaf_axes, "value": leaf_axes}] * config.layers,
+    )

@@ -1,0 +1,101 @@
+"""Checkpoints with Orbax: written in the background, atomic, the latest few and the best kept."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from grpo_jax.types import TrainState
+
+__all__ = ["CheckpointConfig", "Checkpoints"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = 50  # steps between checkpoints
+    keep_latest: int = 2
+    keep_best: int = 1  # by the metric of the evaluation
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep_latest < 1 or self.keep_best < 0:
+            raise ValueError(f"{self}: every and keep_latest must be 1 or more, keep_best 0 or more.")
+
+
+class Checkpoints:
+    """The checkpoints of one run, by step."""
+
+    def __init__(self, directory: pathlib.Path, config: CheckpointConfig = CheckpointConfig()):
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(config.keep_latest)]
+        if config.keep_best:
+            kept.append(policies.BestN(get_metric_fn=_metric, n=config.keep_best))
+        self._checkpointer: Any = ocp.training.Checkpointer(
+            directory.absolute(),
+            cleanup_tmp_directories=True,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps there are, in order."""
+        return sorted(c.step for c in self._checkpointer.checkpoints)
+
+    @property
+    def best(self) -> int | None:
+        """The step with the highest metric, None where none was measured."""
+        measured = [c for c in self._checkpointer.checkpoints if _metric(c.metrics) > -1e30]
+        return max(measured, key=lambda c: (_metric(c.metrics), c.step)).step if measured else None
+
+    def save(self, state: TrainState, metric: float | None = None) -> None:
+        """Copies the state off the devices and writes it in the background; a step there already is left alone."""
+        step = int(state.step)
+        if step in self.steps:
+            return
+        metrics = {} if metric is None else {"metric": metric}
+        item = {"state": state, "shapes": _shapes(state)}
+        self._checkpointer.save_checkpointables_async(step, item, metrics=metrics, force=True)
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """The state at a step (None: the latest), bit-equal, laid out as `like`, which may be on another mesh.
+
+        Raises:
+          ValueError: there is no such step, or it holds a model of another shape.
+        """
+        if not self.steps or (step is not None and step not in self.steps):
+            raise ValueError(f"no checkpoint of step {step} in {self._checkpointer.directory}; there are {self.steps}.")
+        step = self.steps[-1] if step is None else step
+        saved = self._checkpointer.load_checkpointables(step, {"shapes": None})["shapes"]
+        wanted = _shapes(like)
+        wrong = [
+            f"{k}: saved {saved.get(k)}, expected {wanted.get(k)}"
+            for k in {**saved, **wanted}
+            if saved.get(k) != wanted.get(k)
+        ]
+        if wrong:
+            raise ValueError(
+                f"checkpoint {step} in {self._checkpointer.directory} is of another model, optimizer or objective:\n  "
+                + "\n  ".join(wrong[:10])
+            )
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        return self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+
+    def wait(self) -> None:
+        """Until everything is on disk; raises what went wrong in the background."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
+        self._checkpointer.close()
+
+
+def _metric(metrics: Any) -> float:
+    return float((metrics or {}).get("metric", -1e30))  # BestN keeps the largest
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}

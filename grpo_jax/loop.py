@@ -1,0 +1,296 @@
+"""The one training loop: state[n+1] = update(state[n], experience(state[n])), with everything around it.
+
+A run is a pure function of its configuration, its seed and the recorded rewards. Step n's rewards are on
+disk before its update, and its log line before its checkpoint; so a run that is killed at any moment and
+started again goes on from the newest checkpoint, with its logs cut back to it, to the same bits.
+"""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.evaluation import Evaluator
+from grpo_jax.rollouts import Experience, Journal
+from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, diagnose
+from grpo_jax.types import TrainBatch, TrainState
+
+__all__ = ["StopSignals", "Stopped", "open_workdir", "train"]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a flag that the loop looks at; the second one kills as usual.
+
+    A handler does not run while the main thread waits inside a compiled program, which is why sampling
+    comes back to the host every few tokens.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.received = number
+            self._restore()
+
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, handle)
+        except ValueError:  # not in the main thread, for example in a notebook's worker: no handlers there
+            self._before.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def check(self) -> None:
+        """Raises Stopped once a signal has come."""
+        if self.received is not None:
+            raise Stopped
+
+
+def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = ("mesh",)) -> None:
+    """Makes the workdir and writes `config.json`, or checks that the one there is the same.
+
+    Args:
+      workdir: the directory.
+      configuration: sections of plain values.
+      free: sections that may change between restarts.
+
+    Raises:
+      WorkdirError: it cannot be written, or belongs to another configuration; the fields are named.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        part = path.with_name("config.json.part")
+        part.write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
+    if path.exists():
+        ours, theirs = _flat(json.loads(part.read_text())), _flat(json.loads(path.read_text()))
+        differ = [
+            f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
+            for name in sorted({**ours, **theirs})
+            if ours.get(name) != theirs.get(name) and name.split(".")[0] not in free
+        ]
+        if differ:
+            part.unlink()
+            raise WorkdirError(
+                f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"
+                "Give the same flags to continue it, or another --workdir to start a new run."
+            )
+    part.replace(path)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def train(
+    state: TrainState,
+    *,
+    train_step: Callable[[TrainState, TrainBatch], tuple[TrainState, Mapping[str, jax.Array]]],
+    experience: Callable[[TrainState, Journal, Callable[[], None]], Experience],
+    steps: int,
+    workdir: pathlib.Path,
+    learning_rate: optax.Schedule | None = None,
+    evaluator: Evaluator | None = None,
+    evaluate_every: int = 50,
+    samples_every: int = 50,
+    checkpoints: CheckpointConfig = CheckpointConfig(),
+    max_seconds: float | None = None,
+    title: str = "train",
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Runs, or goes on with, the run in `workdir` until it has done `steps` steps.
+
+    Args:
+      state: the state before step 0, which also says where everything lies.
+      train_step: `(state, batch) -> (state, metrics)`; the state is donated.
+      experience: `(state, journal, interrupt) -> Experience`: what the step learns from.
+      steps: rollout steps in all.
+      workdir: gets `checkpoints/`, `metrics.jsonl`, `samples.jsonl`, `rewards.jsonl`, `tensorboard/`.
+      learning_rate: of the optimizer step, for the log.
+      evaluator: measures the parameters; in full before and after, greedily in between.
+      evaluate_every: steps between evaluations.
+      samples_every: steps between sampled completions on the screen and in `samples.jsonl`.
+      checkpoints: when to save and what to keep.
+      max_seconds: stop earlier, after this much time in steps; such a run does not repeat to the bit.
+      title: of the progress bar.
+
+    Returns:
+      The last state, and the log: one dictionary of metrics a step, with evaluations under `eval/`.
+
+    Raises:
+      SystemExit: a signal came (128 + its number): the last finished step is saved.
+      WorkdirError: something cannot be written. RewardError: a reward function misbehaved.
+    """
+    store = Checkpoints(workdir / "checkpoints", checkpoints)
+    if store.steps:
+        state = store.restore(state)
+        print(f"{title}: continuing at step {int(state.step)} from {workdir}", flush=True)
+    step = int(state.step)
+    log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write)
+    screen = _Screen(title, steps, step)
+    evaluate = evaluator or _NoEvaluation()
+    optimizer_steps = _optimizer_count(state)
+    with StopSignals() as stop:
+        try:
+            if not log.rows:
+                log.write(0, {"time/elapsed_seconds": 0.0, **evaluate.full(state.params, stop.check)})
+                screen.evaluation(log.rows[-1])
+            elapsed = log.rows[-1]["time/elapsed_seconds"]
+            while step < steps and (max_seconds is None or elapsed < max_seconds):
+                stop.check()
+                started = time.perf_counter()
+                experienced = experience(state, journal, stop.check)
+                updating = time.perf_counter()
+                state, measured = train_step(state, experienced.batch)
+                state = _advance(state, experienced.prompts_consumed)
+                metrics = {name: float(np.asarray(value)) for name, value in measured.items()}
+                ended = time.perf_counter()
+                step, elapsed = step + 1, elapsed + ended - started
+                metrics |= experienced.metrics
+                if learning_rate is not None:
+                    metrics["learning_rate"] = float(np.asarray(learning_rate(optimizer_steps)))
+                optimizer_steps = _optimizer_count(state)
+                metrics |= _times(experienced, ended - started, ended - updating, elapsed)
+                last = step == steps or (max_seconds is not None and elapsed >= max_seconds)
+                if last:
+                    metrics |= evaluate.full(state.params)
+                elif step % evaluate_every == 0:
+                    metrics |= evaluate.greedy(state.params)
+                shown = experienced.samples if step % samples_every == 0 or step == 1 else ()
+                log.write(step, metrics, shown)
+                screen.step(log.rows[-1], shown)
+                if last or step % checkpoints.every == 0 or "eval/accuracy" in metrics:
+                    store.save(state, metrics.get("eval/accuracy"))
+        except Stopped:
+            store.save(state)
+            store.wait()
+            screen.close()
+            name = signal.Signals(stop.received or signal.SIGTERM).name
+            print(
+                f"{name}: stopped after step {int(state.step)}, which is saved. The same command continues it.",
+                flush=True,
+            )
+            sys.exit(128 + (stop.received or signal.SIGTERM))
+        finally:
+            screen.close()
+            log.close()
+            journal.close()
+        _close(store, workdir)
+    return state, log.rows
+
+
+def _close(store: Checkpoints, workdir: pathlib.Path) -> None:
+    try:
+        store.wait()
+        store.close()
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write a checkpoint in {workdir}: {error}. Those already saved are intact: mend this and run the "
+            "same command again to continue."
+        ) from error
+
+
+def _advance(state: TrainState, prompts: int) -> TrainState:
+    cursor = jax.device_put(np.int32(int(state.cursor) + prompts), state.cursor.sharding)
+    return dataclasses.replace(state, cursor=cursor)
+
+
+def _optimizer_count(state: TrainState) -> int:
+    counts = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 0]  # every count of an optax chain agrees
+    return int(counts[0]) if counts else 0
+
+
+def _times(experienced: Experience, step: float, update: float, elapsed: float) -> dict[str, float]:
+    rollout, rewards = experienced.rollout_seconds, experienced.reward_seconds
+    return {
+        "time/elapsed_seconds": elapsed,
+        "time/step_seconds": step,
+        "time/rollout_seconds": rollout,
+        "time/reward_seconds": rewards,
+        "time/update_seconds": update,
+        "time/rollout_tokens_per_second": experienced.rollout_tokens / rollout if rollout else 0.0,
+        "time/train_tokens_per_second": experienced.train_tokens / update,
+    }
+
+
+class _NoEvaluation:
+    def greedy(self, params, interrupt=None):
+        return {}
+
+    full = greedy
+
+
+class _Screen:
+    """A progress bar on a terminal, and now and then a line where there is none."""
+
+    def __init__(self, title: str, steps: int, step: int):
+        self._title, self._steps, self._said = title, steps, ""
+        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        found = {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+        if found:
+            text = "  ".join(f"{name} {value:.1%}" for name, value in found.items())
+            self._say(f"{self._title}: step {row['step']}, held out: {text}")
+
+    def step(self, row: Mapping[str, Any], samples: Any) -> None:
+        self._bar.set_postfix_str(_line(row), refresh=False)
+        self._bar.update()
+        self.evaluation(row)
+        if self._bar.disable and (row["step"] % 20 == 0 or row["step"] == 1):
+            self._say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
+        for sample in samples[:4]:
+            text = f"{sample['prompt']}{sample['completion']}"
+            self._say(f"    {text!r}  reward {sample['reward']:.2f}  advantage {sample['advantage']:+.2f}")
+        said = " ".join(diagnose(row))
+        if said and (said != self._said or row["step"] % 100 == 0):
+            self._say(f"{self._title}: step {row['step']}: {said}")
+        self._said = said
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    accuracy = next((v for name, v in row.items() if name.startswith("rewards/") and name.endswith("/mean")), None)
+    parts = {
+        "reward": row.get("reward"),
+        "accuracy": accuracy,
+        "kl": row.get("kl"),
+        "loss": row.get("loss"),
+        "length": row.get("completions/mean_length"),
+    }
+    text = " ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
+    return f"{text} {row['time/rollout_tokens_per_second']:.0f}+{row['time/train_tokens_per_second']:.0f} tok/s"

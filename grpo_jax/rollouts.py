@@ -1,0 +1,307 @@
+"""The shell around the sampler: prompts -> completions -> rewards -> a TrainBatch."""
+
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax import sampling, sharding
+from grpo_jax.advantages import group_advantages
+from grpo_jax.data.sources import Prompt, Source
+from grpo_jax.rewards import Reward, Scores, score
+from grpo_jax.training import train_batch
+from grpo_jax.types import Policy, Rollout, SamplingParams, TrainBatch, TrainState
+
+__all__ = [
+    "AdvantageConfig",
+    "Experience",
+    "GroupRollouts",
+    "Journal",
+    "RolloutConfig",
+    "Sampler",
+    "Tokenizer",
+    "pad_right",
+]
+
+PyTree = Any
+
+
+class Tokenizer(Protocol):
+    """What the shell needs of a tokenizer."""
+
+    @property
+    def pad_id(self) -> int:
+        """What follows the end; may be one of `eos_ids`."""
+        ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Any of them ends a completion."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without an end."""
+        ...
+
+    def decode(self, ids: Any) -> str:
+        """Text, without padding and ends."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """What is sampled at every step: prompts x group_size completions."""
+
+    prompts: int = 32  # prompts a step
+    group_size: int = 8  # completions of each
+    max_tokens: int = 0  # a completion is cut there; 0: what the task needs
+    temperature: float = 1.0
+    top_k: int = 0  # sample among the k likeliest tokens; 0: all
+    top_p: float = 1.0  # sample among the likeliest tokens of this mass; 1: all
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size={self.group_size}: an advantage relative to a group needs at least 2 members; "
+                "with 1 every advantage is 0 and nothing is learned."
+            )
+        if self.prompts < 1 or self.max_tokens < 0:
+            raise ValueError(f"prompts={self.prompts} must be 1 or more, max_tokens={self.max_tokens} 0 or more.")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0: a greedy group has no spread to learn from."
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_k={self.top_k} must be 0 or more, top_p={self.top_p} in (0, 1].")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """How rewards are standardized within a group."""
+
+    ddof: int = 1  # 1: sample deviation (divide by G - 1); 0: divide by G
+    epsilon: float = 1e-4  # added to the standard deviation
+
+
+def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged token lists -> ([n, width] int32, mask [n, width] bool)."""
+    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return tokens, mask
+
+
+class Sampler:
+    """`sampling.generate`, compiled for a mesh, in chunks of tokens so that the host has a turn between them."""
+
+    def __init__(
+        self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, *, group_size: int, max_tokens: int,
+        max_prompt_tokens: int, key: jax.Array, chunk: int = 64,
+    ):  # fmt: skip
+        """`key` is the root of all randomness: with prompt id, member and token index it gives a token's."""
+        if not tokenizer.eos_ids or tokenizer.pad_id is None:
+            raise ValueError(
+                f"the tokenizer has eos_ids={tokenizer.eos_ids!r} and pad_id={tokenizer.pad_id!r}: sampling needs at "
+                "least one id that ends a completion, and one to pad with (an EOS id will do)."
+            )
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens} must be 1 or more.")
+        self.tokenizer, self.group_size, self.max_prompt_tokens = tokenizer, group_size, max_prompt_tokens
+        self._mesh, self._key = mesh, key
+
+        def constrained(tree, axes, rules):
+            return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, rules))
+
+        placed = dataclasses.replace(
+            policy,
+            prepare=lambda p: constrained(policy.prepare(p), policy.sampler_axes, sharding.SAMPLER_RULES),
+            init_cache=lambda *shape: constrained(policy.init_cache(*shape), policy.cache_axes, sharding.SAMPLER_RULES),
+        )
+        self._start = jax.jit(functools.partial(sampling.start, placed, group_size=group_size, max_tokens=max_tokens))
+        self._decode = jax.jit(functools.partial(sampling.decode, placed, steps=chunk), donate_argnums=1)
+        self._collect = jax.jit(sampling.collect)
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts.
+
+        Raises:
+          ValueError: a prompt is empty or longer than `max_prompt_tokens`.
+        """
+        rows = [self.tokenizer.encode(text) for text in prompts]
+        for text, row in zip(prompts, rows, strict=True):
+            if not 1 <= len(row) <= self.max_prompt_tokens:
+                raise ValueError(
+                    f"prompt {text!r} has {len(row)} tokens; expected from 1 to {self.max_prompt_tokens}. "
+                    "Shorten it, leave it out, or raise the limit."
+                )
+        return rows
+
+    def __call__(
+        self, params: PyTree, prompts: Sequence[str], prompt_ids: Sequence[int] | np.ndarray,
+        sampling_params: SamplingParams, interrupt: Callable[[], None] = lambda: None,
+    ) -> Rollout:  # fmt: skip
+        """Samples a group for each prompt; `interrupt` is called between chunks and may raise.
+
+        Raises:
+          ValueError: the prompts do not divide over the mesh, or one is empty or too long.
+        """
+        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        if len(prompts) % shards:
+            raise ValueError(
+                f"{len(prompts)} prompts do not divide over {shards} devices (data x fsdp); use a multiple of {shards}."
+            )
+        tokens, mask = pad_right(self.encode(prompts), self.max_prompt_tokens)
+        ids = np.asarray(prompt_ids, np.uint32)
+        tokens, mask, ids = jax.device_put((tokens, mask, ids), sharding.batch_sharding(self._mesh))
+        prefilled, state = self._start(
+            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self.tokenizer.eos_ids, np.int32),
+            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params,
+        )  # fmt: skip
+        while True:
+            interrupt()
+            if state.done():
+                return self._collect(state, tokens, mask)
+            state = self._decode(prefilled, state)
+
+
+class Journal(Protocol):
+    """Where a step's rewards are written durably before they are used, and read when the step is replayed."""
+
+    def read(self, step: int, digest: str) -> Mapping[str, Sequence[float | None]] | None:
+        """The recorded scores of these completions at this step, or None."""
+        ...
+
+    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[float | None]]) -> None:
+        """Returns when the scores are durable."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What a step learns from, and what is worth logging about it."""
+
+    batch: TrainBatch
+    prompts_consumed: int
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+    rollout_tokens: int = 0  # sampled
+    train_tokens: int = 0  # prompts and completions, as the update sees them
+    rollout_seconds: float = 0.0
+    reward_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupRollouts:
+    """`rollouts(state, journal, interrupt) -> Experience`: GRPO's half of a step that has no gradient."""
+
+    sampler: Sampler
+    source: Source
+    rewards: Sequence[Reward]
+    config: RolloutConfig
+    advantages: AdvantageConfig = AdvantageConfig()
+    # Whose completions: the policy's own, or another's for comparison.
+    params_of: Callable[[TrainState], PyTree] = lambda state: state.params
+    # Which completions train: [B] rewards by name -> [B] bool; all of them by default.
+    select: Callable[[Scores], np.ndarray] | None = None
+
+    def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
+        """Samples, scores and standardizes the groups of the prompts at the state's cursor."""
+        config, tokenizer, group = self.config, self.sampler.tokenizer, self.config.group_size
+        started = time.perf_counter()
+        cursor = int(state.cursor)
+        prompts = [self.source(i) for i in range(cursor, cursor + config.prompts)]
+        rollout = self.sampler(
+            self.params_of(state), [p.text for p in prompts], range(cursor, cursor + config.prompts),
+            SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
+        )  # fmt: skip
+        host: Rollout = jax.device_get(rollout)
+        sampled = time.perf_counter()
+        scores = _journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step))
+        total = scores.total(self.rewards)
+        scored = time.perf_counter()
+
+        advantages = group_advantages(jnp.asarray(total.reshape(-1, group)), **dataclasses.asdict(self.advantages))
+        selected = None if self.select is None else jnp.asarray(self.select(scores))
+        batch = train_batch(rollout, advantages, temperature=config.temperature, selected=selected)
+        return Experience(
+            batch=batch,
+            prompts_consumed=config.prompts,
+            metrics=_rollout_metrics(self.rewards, scores, total.reshape(-1, group), host),
+            samples=_samples(prompts, host, tokenizer, group, scores, total, np.asarray(batch.advantages)),
+            rollout_tokens=int(host.mask.sum()),
+            train_tokens=int(group * host.prompt_mask.sum() + host.mask.sum()),
+            rollout_seconds=sampled - started,
+            reward_seconds=scored - sampled,
+        )
+
+
+def _texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
+    ids = [row[keep].tolist() for row, keep in zip(rollout.completion_tokens, rollout.mask, strict=True)]
+    return ids, [tokenizer.decode(row) for row in ids]
+
+
+def score_rollout(
+    rewards: Sequence[Reward], prompts: Sequence[Prompt], rollout: Rollout, tokenizer: Tokenizer, group_size: int
+) -> Scores:
+    """Rewards of a rollout that lies on the host; every prompt has the same columns."""
+    ids, texts = _texts(rollout, tokenizer)
+    each = [prompt for prompt in prompts for _ in range(group_size)]
+    columns = {name: [p.columns[name] for p in each] for name in prompts[0].columns}
+    return score(rewards, prompts=[p.text for p in each], completions=texts, completion_ids=ids, columns=columns)
+
+
+def _journaled_scores(rewards, prompts, rollout, tokenizer, group_size, journal, step) -> Scores:
+    digest = hashlib.sha256(rollout.completion_tokens.tobytes() + rollout.mask.tobytes()).hexdigest()[:16]
+    recorded = journal.read(step, digest)
+    if recorded is None:
+        scores = score_rollout(rewards, prompts, rollout, tokenizer, group_size)
+        plain = {name: [None if np.isnan(v) else v for v in values.tolist()] for name, values in scores.by_name.items()}
+        journal.write(step, digest, plain)
+        return scores
+    return Scores(by_name={name: np.array(values, np.float64) for name, values in recorded.items()})
+
+
+def _rollout_metrics(rewards, scores: Scores, grouped: np.ndarray, rollout: Rollout) -> dict[str, float]:
+    lengths, finished = rollout.mask.sum(axis=1), rollout.finished
+    constant = grouped.max(axis=1) == grouped.min(axis=1)
+    metrics = {
+        "reward": grouped.mean(),
+        "reward_std": grouped.std(axis=1, ddof=1).mean(),
+        "frac_reward_zero_std": constant.mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - finished.mean(),
+        "completions/mean_terminated_length": lengths[finished].mean() if finished.any() else 0.0,
+    }
+    # "All right" and "all wrong" are said of the first reward: the one that judges, by convention.
+    judged = scores.by_name[rewards[0].name].reshape(grouped.shape)
+    metrics["frac_groups_all_right"] = (constant & (judged.min(axis=1) > 0.5)).mean()
+    metrics["frac_groups_all_wrong"] = (constant & (judged.max(axis=1) <= 0.5)).mean()
+    for reward in rewards:
+        values = scores.by_name[reward.name]
+        values = values[~np.isnan(values)]
+        metrics[f"rewards/{reward.name}/mean"] = values.mean() if values.size else 0.0
+        metrics[f"rewards/{reward.name}/std"] = values.std(ddof=1) if values.size > 1 else 0.0
+        metrics[f"rewards/{reward.name}/not_applicable"] = float(scores.by_name[reward.name].size - values.size)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _samples(prompts, rollout, tokenizer, group_size, scores, total, advantages) -> list[dict[str, Any]]:
+    """The first group, completion by completion, for people to read."""
+    _, texts = _texts(jax.tree.map(lambda x: x[:group_size], rollout), tokenizer)
+    return [
+        {
+            "prompt": prompts[0].text, "completion": texts[i], "finished": bool(rollout.finished[i]),
+            "reward": float(total[i]), "advantage": float(advantages[i]),
+            **{f"rewards/{name}": None if np.isnan(v[i]) else float(v[i]) for name, v in scores.by_name.items()},
+        }
+        for i in range(group_size)
+    ]  # fmt: skip

@@ -1,0 +1,179 @@
+"""What a run says of itself: `diagnose`, which reads metrics, and the files that hold them.
+
+Metric names are those that TRL users know. Names under `time/` are measured and differ from run to run;
+all others are the same bits whenever a run is repeated or resumed.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["RewardJournal", "RunLog", "WorkdirError", "diagnose", "read_jsonl"]
+
+Metrics = Mapping[str, float]
+
+
+class WorkdirError(RuntimeError):
+    """The workdir cannot be used: unwritable, full, or of another configuration."""
+
+
+def diagnose(metrics: Metrics) -> list[str]:
+    """What a step's metrics mean, where they mean something to act on; one sentence each, often none."""
+    said = []
+    constant = metrics.get("frac_reward_zero_std", 0.0)
+    if constant >= 1:
+        right, wrong = metrics.get("frac_groups_all_right", 0.0), metrics.get("frac_groups_all_wrong", 0.0)
+        kind = (
+            "all right"
+            if right >= 1
+            else "all wrong"
+            if wrong >= 1
+            else f"{right:.0%} all right, {wrong:.0%} all wrong"
+        )
+        remedy = {
+            "all right": "the prompts are too easy by now",
+            "all wrong": "the prompts are too hard, or the reward cannot be reached: look at the samples",
+        }.get(kind, "look at the samples; more members a group (--rollout.group_size) find more spread")
+        said.append(
+            f"no signal: in every group all rewards are equal ({kind}), so every advantage is 0 and only the KL term "
+            f"moves the policy; {remedy}."
+        )
+    if metrics.get("completions/clipped_ratio", 0.0) >= 1:
+        said.append(
+            "every completion was cut at the limit and none ended: raise --rollout.max_tokens, or check the EOS ids."
+        )
+    if metrics.get("sampling/sampling_logp_difference/mean", 0.0) > 0.1:
+        said.append(
+            "sampler and trainer disagree on the log-probability of the same tokens by "
+            f"{metrics['sampling/sampling_logp_difference/mean']:.2g} on average: a bug, or a dtype too coarse."
+        )
+    return said
+
+
+def _explained(path: pathlib.Path, error: OSError) -> WorkdirError:
+    return WorkdirError(
+        f"cannot write {path}: {error.strerror or error}. Checkpoints already saved are intact: mend this (free "
+        "space, permissions) and run the same command again to continue, or choose another --workdir."
+    )
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; a last line that was cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class _JsonLines:
+    """An append-only file of JSON lines with a `step`, which can be cut back to a step."""
+
+    def __init__(self, path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]):
+        """Opens the file and drops the lines for which `keep` is false."""
+        self.path = path
+        self.rows = [row for row in read_jsonl(path) if keep(row)]
+        try:
+            if path.exists():
+                part = path.with_name(path.name + ".part")
+                part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+                part.replace(path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise _explained(path, error) from error
+
+    def append(self, row: Mapping[str, Any], durable: bool = False) -> None:
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _explained(self.path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RewardJournal:
+    """Rewards by step, on disk before they are used: a replayed step reads what the world said the first time.
+
+    `rewards.jsonl`: one line a step, `{"step", "digest", "scores"}`. The digest is of the completions; a
+    replay that sampled others (another machine, another layout) is scored anew, with a line on the screen.
+    """
+
+    def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print):
+        self._lines = _JsonLines(workdir / "rewards.jsonl", keep=lambda row: True)
+        self._recorded = {row["step"]: row for row in self._lines.rows}
+        self._say = say
+
+    def read(self, step: int, digest: str) -> Mapping[str, Sequence[float | None]] | None:
+        """The recorded scores of these completions at this step, or None."""
+        row = self._recorded.get(step)
+        if row is None:
+            return None
+        if row["digest"] != digest:
+            self._say(f"step {step}: the replay sampled other completions than the journal knows; scoring them anew.")
+            return None
+        return row["scores"]
+
+    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[float | None]]) -> None:
+        """Returns when the scores are on disk."""
+        row = {"step": step, "digest": digest, "scores": scores}
+        self._recorded[step] = row
+        self._lines.append(row, durable=True)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+class RunLog:
+    """`metrics.jsonl`, `samples.jsonl` and TensorBoard event files of one run, cut back to a step."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        """Opens the logs and drops everything after `step`, which is where the run goes on from."""
+        from tensorboardX import SummaryWriter  # imports protobuf: half a second
+
+        self._metrics = _JsonLines(workdir / "metrics.jsonl", keep=lambda row: row["step"] <= step)
+        self._samples = _JsonLines(workdir / "samples.jsonl", keep=lambda row: row["step"] <= step)
+        directory = workdir / "tensorboard"
+        try:
+            for stale in directory.glob("events.out.tfevents.*"):
+                stale.unlink()
+            self._board = SummaryWriter(str(directory))
+        except OSError as error:
+            raise _explained(directory, error) from error
+        for row in self._metrics.rows:
+            self._to_board(row)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics so far, one dictionary a step."""
+        return self._metrics.rows
+
+    def write(self, step: int, metrics: Metrics, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Appends a step; when this returns, a kill of the process loses nothing of it."""
+        row = {"step": step, **{name: metrics[name] for name in sorted(metrics)}}
+        for sample in samples:
+            self._samples.append({"step": step, **sample})
+        self._metrics.append(row)
+        self._metrics.rows.append(row)
+        self._to_board(row)
+
+    def _to_board(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._metrics.close()
+        self._samples.close()
+        self._board.close()

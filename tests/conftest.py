@@ -1,0 +1,43 @@
+"""Eight CPU devices, no silent broadcasting between ranks, and one tiny policy for all tests."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile much and run little: LLVM's optimizations would double their time. Flags that are set already win.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def config():
+    return TransformerConfig(vocab_size=20, layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=24)
+
+
+@pytest.fixture(scope="session")
+def policy(config):
+    return make_policy(config)
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    """Random in every leaf: the scales of norms begin at 1, which hides whether they are used."""
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def fill(path, leaf):
+        is_scale = "norm" in path[-1].key
+        return jnp.asarray(rng.normal(1.0 * is_scale, 0.25, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)

@@ -1,0 +1,381 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from grpo_jax import sampling, sharding
+from grpo_jax.logprobs import completion_logprobs, unembed
+from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.packing import pack
+from grpo_jax.types import SamplingParams
+from tests import oracle
+
+G, T, V = 4, 6, 20
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12], [13], [14, 3, 4], [5, 5, 5, 5], [15, 16]]
+IDS = np.array([100, 7, 8, 2**31 - 1, 0, 9, 10, 11], np.int32)
+NEVER = [-1]
+KEY = jax.random.key(42)
+
+generate_jit = jax.jit(sampling.generate, static_argnums=0, static_argnames=("group_size", "max_tokens"))
+start_jit = jax.jit(sampling.start, static_argnums=0, static_argnames=("group_size", "max_tokens"))
+decode_jit = jax.jit(sampling.decode, static_argnums=0)
+truncate = jax.jit(sampling.truncate)
+choose_tokens = jax.jit(sampling.choose_tokens)
+completion_logprobs_jit = jax.jit(completion_logprobs, static_argnums=0)
+
+
+def options_of(eos=(1, 2), **options):
+    """Sets of EOS ids have one shape here, so that little is compiled."""
+    sizes = {"group_size": G, "max_tokens": T, "pad_id": 0, "sampling": SamplingParams()}
+    return {**sizes, "eos_ids": np.resize(np.array(eos), 20), **options}
+
+
+def generate(policy, params, prompts=None, ids=IDS, **options):
+    tokens, mask = oracle.pad(PROMPTS, 5, "left") if prompts is None else prompts
+    return generate_jit(policy, params, tokens, mask, ids, KEY, **options_of(**options))
+
+
+@pytest.fixture(scope="module")
+def rollout(policy, params):
+    return generate(policy, params)
+
+
+@pytest.fixture(scope="module")
+def flat_params(params):
+    """Logits are exactly 0 for every token: what is sampled is the random numbers and nothing else."""
+    return {**params, "embedding": jnp.zeros_like(params["embedding"])}
+
+
+# What a completion should be, without a cache and with keys folded by hand -------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(policy, params, rollout):
+    """[B, T, V]: logits before each token, from one uncached pass."""
+    group = rollout.mask.shape[0] // rollout.prompt_mask.shape[0]
+    repeat = lambda x: jnp.repeat(x, group, axis=0)
+    rows = pack(repeat(rollout.prompt_tokens), repeat(rollout.prompt_mask), rollout.completion_tokens, rollout.mask)
+    hidden, _ = policy.hidden(params, rows.tokens, rows.positions, rows.segments)
+    return unembed(rows.completions(hidden), policy.head(params))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def noise_of(prompt_ids, group, tokens):
+    """[B, T, V]: Gumbel noise from (key, prompt id, member, token index)."""
+    fold = jax.random.fold_in
+    one = lambda p, g, t: jax.random.gumbel(fold(fold(fold(KEY, p), g), t), (V,))
+    over = jax.vmap(jax.vmap(jax.vmap(one, (None, None, 0)), (None, 0, None)), (0, None, None))
+    return over(prompt_ids, jnp.arange(group), jnp.arange(tokens)).reshape(-1, tokens, V)
+
+
+@pytest.fixture(scope="module")
+def scores(policy, params, rollout):
+    """[B, T, V]: that of which each token of `rollout` is the argmax."""
+    return np.asarray(logits_of(policy, params, rollout) + noise_of(IDS, G, T))
+
+
+def assert_same_up_to_near_ties(rollout, other, scores):
+    """Both are the same completions, each up to a first token at which `scores` of `rollout` nearly tie."""
+    for b, (ours, theirs) in enumerate(zip(rollout.completion_tokens, other.completion_tokens, strict=True)):
+        differ = np.asarray((ours != theirs) & (rollout.mask[b] | other.mask[b]))
+        if differ.any():
+            t = int(differ.argmax())
+            gap = scores[b, t, ours[t]] - scores[b, t, theirs[t]]
+            assert abs(gap) < 1e-3, f"completion {b} diverges at {t} with a gap of {gap}"
+        else:
+            np.testing.assert_array_equal(rollout.mask[b], other.mask[b])
+            np.testing.assert_allclose(rollout.logprobs[b], other.logprobs[b], atol=1e-4)
+
+
+def select(rollout, prompts, completions):
+    """Some of the prompts and completions of a rollout, in the order given."""
+    of_prompts = ("prompt_tokens", "prompt_mask")
+    fields = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
+    return type(rollout)(**{name: x[prompts if name in of_prompts else completions] for name, x in fields.items()})
+
+
+def test_every_token_is_the_argmax_of_logits_and_noise(rollout, scores):
+    chosen = np.take_along_axis(scores, np.asarray(rollout.completion_tokens)[..., None], axis=-1)[..., 0]
+    assert rollout.mask.sum() > 60
+    assert (chosen >= scores.max(axis=-1) - 1e-3)[rollout.mask].all()
+    assert len({tuple(row) for row in rollout.completion_tokens.tolist()}) > 20
+
+
+def test_greedy_is_the_argmax_roll_out(policy, params):
+    got = generate(policy, params, sampling=SamplingParams(temperature=0.0), eos=[1])
+    hidden_of = jax.jit(policy.hidden)
+    for p, prompt in enumerate(PROMPTS):
+        line = list(prompt)
+        while len(line) < len(prompt) + T and (len(line) == len(prompt) or line[-1] != 1):
+            tokens, real = oracle.pad([line], 10)
+            hidden, _ = hidden_of(params, tokens, np.arange(10)[None], real.astype(np.int32))
+            line.append(int(unembed(hidden[0, len(line) - 1], policy.head(params)).argmax()))
+        expected, mask = oracle.pad([line[len(prompt) :]], T)
+        for b in range(p * G, (p + 1) * G):
+            np.testing.assert_array_equal(got.completion_tokens[b], expected[0])
+            np.testing.assert_array_equal(got.mask[b], mask[0])
+    assert (got.sampler_logprobs == 0).all()
+
+
+# The end of a completion ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad_id", [0, 1, 19])
+@pytest.mark.parametrize("eos", [[1, 2], [19], range(12, 20)])
+def test_the_mask_runs_through_the_first_eos(policy, params, eos, pad_id):
+    """Also where padding is an EOS id, or a token that is sampled."""
+    got = jax.device_get(generate(policy, params, eos=eos, pad_id=pad_id))
+    lengths = []
+    for tokens, mask, finished in zip(got.completion_tokens, got.mask, got.finished, strict=True):
+        ends = [t for t, token in enumerate(tokens) if token in eos and mask[t]]
+        lengths.append(ends[0] + 1 if ends else T)
+        np.testing.assert_array_equal(mask, np.arange(T) < lengths[-1])
+        assert finished == bool(ends)
+        assert (tokens[lengths[-1] :] == pad_id).all()
+    assert len(set(lengths)) > 2
+    assert (1 in lengths) or eos == [19]  # an EOS as the first token
+    assert (got.logprobs < 0)[got.mask].all()
+    for values in (got.logprobs, got.sampler_logprobs):
+        assert (values == 0)[~got.mask].all()
+
+
+def test_padding_that_is_eos_changes_no_token(policy, params, rollout):
+    """The completions of another pad_id are the same inside the mask."""
+    other = generate(policy, params, pad_id=1)
+    np.testing.assert_array_equal(rollout.mask, other.mask)
+    np.testing.assert_array_equal(rollout.finished, other.finished)
+    assert (rollout.completion_tokens == other.completion_tokens)[rollout.mask].all()
+    assert (other.completion_tokens == 1)[~rollout.mask].all()
+
+
+@pytest.mark.parametrize("eos", [range(20), range(1, 19)])
+def test_decoding_stops_when_all_have_ended(policy, params, eos):
+    arguments = policy, params, *oracle.pad(PROMPTS, 5), IDS, KEY
+    state = decode_jit(policy, *start_jit(*arguments, **options_of(eos, max_tokens=20)), 20)
+    assert state.length == state.mask.sum(axis=-1).max() < 20
+    assert state.length > 1 or eos == range(20)
+    assert state.done()
+    assert not state.alive.any()
+
+
+# Log-probabilities ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "truncation"),
+    [(1.0, {}), (0.7, {}), (0.7, {"top_k": 5, "top_p": 0.8}), (1.0, {"top_p": 0.6}), (0.0, {"top_k": 3})],
+)
+def test_logprobs_are_the_trainers_and_the_truncated(policy, params, temperature, truncation):
+    got = generate(policy, params, sampling=SamplingParams(temperature=temperature, **truncation))
+    prompts = np.repeat(got.prompt_tokens, G, axis=0), np.repeat(got.prompt_mask, G, axis=0)
+    trainer, _, _ = completion_logprobs_jit(policy, params, *prompts, got.completion_tokens, got.mask, temperature)
+    np.testing.assert_allclose(got.logprobs[got.mask], trainer[got.mask], atol=1e-4)
+
+    logits = np.asarray(logits_of(policy, params, got), np.float64) / (temperature or 1)
+    got = jax.device_get(got)
+    for b, t in zip(*np.nonzero(got.mask), strict=True):
+        kept = oracle.truncate(logits[b, t], **truncation)
+        token = got.completion_tokens[b, t]
+        assert kept[token]
+        expected = np.log(oracle.softmax(np.where(kept, logits[b, t], -np.inf))[token]) if temperature else 0
+        np.testing.assert_allclose(got.sampler_logprobs[b, t], expected, atol=1e-4)
+
+
+@given(
+    logits=st.lists(st.sampled_from([-30.0, -2.0, -1.0, 0.0, 0.5, 1.0, 3.0]), min_size=6, max_size=6),
+    top_k=st.integers(0, 8),
+    top_p=st.sampled_from([0.01, 0.37, 0.73, 0.97, 1.0]),
+)
+def test_truncate_oracle(logits, top_k, top_p):
+    """Many ties: equals of the last one that is kept are kept."""
+    logits = np.array(logits, np.float32)
+    masses = np.cumsum(np.sort(oracle.softmax(logits))[::-1])
+    if np.abs(masses - top_p).min() < 1e-6 and top_p < 1:
+        return  # float32 may put the edge of the nucleus on either side
+    got = truncate(logits, top_k, top_p)
+    kept = oracle.truncate(logits, top_k, top_p)
+    np.testing.assert_array_equal(got, np.where(kept, logits, -np.inf))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (0, 1.0, [1, 1, 1, 1]),
+        (1, 1.0, [0, 1, 0, 0]),
+        (2, 1.0, [1, 1, 1, 0]),  # the second and the third are equal
+        (9, 1.0, [1, 1, 1, 1]),
+        (0, 0.49, [0, 1, 0, 0]),
+        (0, 0.51, [1, 1, 1, 0]),  # a tie again
+        (0, 0.91, [1, 1, 1, 1]),
+        (3, 0.56, [1, 1, 1, 0]),  # of the mass of the three, the first is 5/9
+        (3, 0.55, [0, 1, 0, 0]),
+        (0, 1e-6, [0, 1, 0, 0]),
+    ],
+)
+def test_truncate_by_hand(top_k, top_p, kept):
+    logits = np.log(np.array([0.2, 0.5, 0.2, 0.1], np.float32))
+    np.testing.assert_array_equal(truncate(logits, top_k, top_p) > -np.inf, np.array(kept, bool))
+
+
+# Randomness: (key, prompt id, member, token index) and nothing else ---------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "members", "width", "side"),
+    [
+        ([3], G, 5, "left"),
+        ([5, 2, 7, 0, 1, 6, 3, 4], G, 5, "left"),
+        (range(8), G, 5, "right"),
+        ([6, 1, 2], 2, 9, "both"),
+    ],
+    ids=["alone", "in another order", "padded on the right", "in a smaller group and batch, padded wide"],
+)
+def test_the_arrangement_does_not_matter(policy, params, flat_params, rollout, scores, prompts, members, width, side):
+    prompts = np.array(prompts)
+    rows = (prompts[:, None] * G + np.arange(members)).reshape(-1)
+    padded = oracle.pad([PROMPTS[p] for p in prompts], width, side)
+    sample = functools.partial(generate, policy, prompts=padded, ids=IDS[prompts], group_size=members)
+    assert_same_up_to_near_ties(select(rollout, prompts, rows), sample(params), scores[rows])
+    # Without logits there are no near-ties, and the same random numbers give the same bits.
+    expected = generate(policy, flat_params).completion_tokens[rows]
+    np.testing.assert_array_equal(sample(flat_params).completion_tokens, expected)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 2, 2)])
+def test_the_mesh_does_not_matter(policy, params, flat_params, rollout, scores, sizes):
+    mesh = sharding.make_mesh(sharding.MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
+    rows = sharding.batch_sharding(mesh)
+    put = lambda params: jax.device_put(params, sharding.shardings(params, policy.param_axes, mesh))
+    prompts = jax.device_put(oracle.pad(PROMPTS, 5, "left"), rows)
+    sample = functools.partial(generate, policy, prompts=prompts, ids=jax.device_put(IDS, rows))
+    got = sample(put(params))
+    assert len(got.completion_tokens.sharding.device_set) == np.prod(sizes)
+    assert_same_up_to_near_ties(rollout, jax.device_get(got), scores)
+    expected = generate(policy, flat_params).completion_tokens
+    np.testing.assert_array_equal(sample(put(flat_params)).completion_tokens, expected)
+
+
+def test_other_ids_and_members_have_other_randomness(policy, flat_params):
+    here, other = (
+        np.asarray(generate(policy, flat_params, ids=ids, eos=NEVER).completion_tokens) for ids in (IDS, IDS ^ 1)
+    )
+    assert (here != other).any(axis=1).all()
+    assert len({tuple(row) for row in here}) == len(here)
+
+
+def test_a_divergence_that_is_no_near_tie_is_found(rollout, scores):
+    """The negative control of the helper."""
+    worst = rollout.completion_tokens.at[3, 0].set(scores[3, 0].argmin())
+    with pytest.raises(AssertionError, match="completion 3 diverges at 0"):
+        assert_same_up_to_near_ties(rollout, dataclasses.replace(rollout, completion_tokens=worst), scores)
+
+
+# Chunks, and what is traced -------------------------------------------------------------------------
+
+
+def test_chunks_are_generate_bit_for_bit(policy, params, rollout):
+    prompts = oracle.pad(PROMPTS, 5, "left")
+    prefilled, state = start_jit(policy, params, *prompts, IDS, KEY, **options_of())
+    lengths = [int(state.length)]
+    while not state.done():
+        state = decode_jit(policy, prefilled, state, 2)
+        lengths.append(int(state.length))
+    assert lengths == [1, 3, 5, 6]
+    jax.tree.map(np.testing.assert_array_equal, sampling.collect(state, *prompts), rollout)
+
+
+def test_sampling_parameters_are_traced(policy, params):
+    traces = []
+
+    def counted(*args, **options):
+        traces.append(1)
+        return sampling.generate(*args, **options)
+
+    jitted = jax.jit(functools.partial(counted, policy), static_argnames=("group_size", "max_tokens"))
+    variants = [
+        {},
+        {"sampling": SamplingParams(temperature=2.0)},
+        {"sampling": SamplingParams(top_k=2)},
+        {"sampling": SamplingParams(top_p=0.3)},
+        {"sampling": SamplingParams(temperature=0.0)},
+        {"eos": [3, 9]},
+        {"pad_id": 17},
+    ]
+    arguments = params, *oracle.pad(PROMPTS, 5), IDS, KEY
+    tokens = [jitted(*arguments, **options_of(**variant)).completion_tokens for variant in variants]
+    assert len(traces) == 1
+    assert len({tuple(np.ravel(x)) for x in tokens}) == len(variants)
+
+
+# Distribution: chi-squared tests at level 1e-3 with fixed seeds -------------------------------------
+
+LEVEL, SAMPLES = 1e-3, 8192
+
+
+def rejected(tokens, probabilities):
+    """Whether a chi-squared test rejects that `tokens` were drawn from `probabilities`; rare tokens share a bin."""
+    counts, expected = np.bincount(tokens, minlength=len(probabilities)), len(tokens) * probabilities
+    assert (counts[probabilities == 0] == 0).all()
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] < 5:
+        counts, expected = counts[:-1], expected[:-1]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return statistic > chi2.isf(LEVEL, len(counts) - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 4}, {"top_p": 0.8}])
+def test_tokens_are_drawn_from_the_softmax(temperature, truncation):
+    logits = np.random.default_rng(1).normal(scale=2, size=V).astype(np.float32)
+    keys = jax.random.split(jax.random.key(3), SAMPLES)
+    params = SamplingParams(temperature=temperature, **truncation)
+    tokens, _, _ = choose_tokens(np.broadcast_to(logits, (SAMPLES, V)), keys, params)
+    scaled = logits.astype(np.float64) / temperature
+    kept = np.where(oracle.truncate(scaled, **truncation), scaled, -np.inf)
+    assert np.isfinite(kept).all() != bool(truncation)
+    assert not rejected(tokens, oracle.softmax(kept))
+    assert rejected(tokens, oracle.softmax(kept / 1.3))
+
+
+def test_members_of_a_group_are_drawn_from_the_softmax(policy, params):
+    """Through prefill, keys and cache: the first token, and the second after the most frequent first one."""
+    prompts = oracle.pad(PROMPTS[:1], 3)
+    got = generate(policy, params, prompts, IDS[:1], group_size=SAMPLES, max_tokens=2, eos=NEVER)
+    first, second = np.asarray(got.completion_tokens).T
+    follow = first == np.bincount(first).argmax()
+    one = select(jax.device_get(got), np.arange(1), np.flatnonzero(follow)[:1])
+    before_first, before_second = np.asarray(logits_of(policy, params, one), np.float64)[0]
+    for tokens, logits in [(first, before_first), (second[follow], before_second)]:
+        assert not rejected(tokens, oracle.softmax(logits))
+        assert rejected(tokens, oracle.softmax(logits / 1.3))
+
+
+# What is compiled -----------------------------------------------------------------------------------
+
+
+def test_the_prompt_cache_is_not_copied_per_slot():
+    """Four more slots take less memory than one more copy of the prompt's cache; four more rows take it all."""
+    config = TransformerConfig(vocab_size=V, layers=2, width=16, heads=2, kv_heads=2, head_width=32, mlp_width=16)
+    policy, columns = make_policy(config), 256
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    cache = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: policy.init_cache(1, 1, columns)))
+    )
+
+    def temporaries(prompts, members):
+        tokens = np.ones((prompts, columns), np.int32)
+        arguments = policy, params, tokens, tokens > 0, np.arange(prompts), KEY
+        lowered = generate_jit.lower(*arguments, **options_of(group_size=members, max_tokens=2))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    one_row_of_eight = temporaries(1, 8)
+    assert one_row_of_eight - temporaries(1, 4) < cache
+    assert temporaries(8, 1) - one_row_of_eight > 6 * cache  # the negative control
