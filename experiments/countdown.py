@@ -39,8 +39,8 @@ from grpo_jax.types import TrainBatch, TrainState  # noqa: E402
 class WarmStartConfig:
     """Supervision on imperfect demonstrations, before GRPO."""
 
-    steps: int = 1500  # optimizer steps
-    batch: int = 128  # demonstrations a step
+    steps: int = 8000  # optimizer steps
+    batch: int = 64  # demonstrations a step
     learning_rate: float = 3e-3
     seed: int = 0  # of the initial parameters and of the demonstrations
 
@@ -64,20 +64,21 @@ BASELINES = flags.DEFINE_bool(
     "baselines", False, "Then also run continued supervision, and supervision on own samples."
 )
 WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Make the warm start, write it to the workdir and stop.")
-SECTIONS = {
-    "task": section("task", CountdownConfig),
-    "model": section("model", TransformerConfig, skip=("vocab_size",)),
-    "warm_start": section("warm_start", WarmStartConfig),
-    "rollout": section("rollout", RolloutConfig),
-    "advantages": section("advantages", AdvantageConfig),
-    "loss": section("loss", objectives.LossConfig),
-    "optimizer": section("optimizer", training.OptimizerConfig),
-    "update": section("update", training.UpdateConfig),
-    "train": section("train", TrainConfig),
-    "mesh": section("mesh", sharding.MeshConfig),
-    "evaluation": section("evaluation", EvaluationConfig),
-    "checkpoints": section("checkpoints", CheckpointConfig),
+SECTIONS: dict[str, type[Any]] = {
+    "task": CountdownConfig,
+    "model": TransformerConfig,
+    "warm_start": WarmStartConfig,
+    "rollout": RolloutConfig,
+    "advantages": AdvantageConfig,
+    "loss": objectives.LossConfig,
+    "optimizer": training.OptimizerConfig,
+    "update": training.UpdateConfig,
+    "train": TrainConfig,
+    "mesh": sharding.MeshConfig,
+    "evaluation": EvaluationConfig,
+    "checkpoints": CheckpointConfig,
 }
+FLAGS_OF = {name: section(name, cls, skip=("vocab_size",)) for name, cls in SECTIONS.items()}
 SHIPPED_WARM_START = pathlib.Path(__file__).with_name("countdown_warm_start.msgpack")
 
 ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
@@ -85,7 +86,7 @@ ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
 
 def configuration(workdir: pathlib.Path) -> dict[str, Any]:
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated."""
-    values = {name: flag.value for name, flag in SECTIONS.items()}
+    values = {name: flag.value for name, flag in FLAGS_OF.items()}
     values["model"] = functools.partial(values["model"], vocab_size=Countdown.tokenizer.vocab_size)
     if EVAL_ONLY.value:
         try:
@@ -145,7 +146,7 @@ class Experiment:
         )
         return loop.train(
             state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
-            learning_rate=schedule, checkpoints=self.config["checkpoints"], **options,
+            learning_rate=schedule, **{"checkpoints": self.config["checkpoints"], **options},
         )  # fmt: skip
 
 
@@ -191,6 +192,7 @@ def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
         fresh, objectives.supervised(), demonstrations, workdir / "warm_start", "warm start",
         _supervised_optimizer(config, "cosine"), training.UpdateConfig(), config.steps,
         samples_every=config.steps + 1,
+        checkpoints=CheckpointConfig(every=1000),
     )  # fmt: skip
     packed = {
         "params": flax.serialization.to_state_dict(jax.device_get(state.params)),
@@ -264,9 +266,10 @@ def _print_plan(experiment: Experiment, parameters: int) -> None:
     u, m = experiment.config["update"], experiment.config["mesh"]
     shards, completions = m.data * m.fsdp, c.prompts * c.group_size
     print(
-        f"{jax.__version__=} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
         f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
-        f"a step: {c.prompts} prompts x {c.group_size} = {completions} completions of up to {experiment.max_tokens} tokens; "
+        f"a step: {c.prompts} prompts x {c.group_size} = {completions} completions of up to {experiment.max_tokens} "
+        "tokens; "
         f"{u.epochs} epochs x {u.minibatches} minibatches = {u.epochs * u.minibatches} optimizer steps of "
         f"{completions // u.minibatches} completions, {completions // (u.minibatches * u.microbatches * shards)} "
         f"at a time on each of {shards} data shards",

@@ -32,8 +32,11 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep_latest)]
         if config.keep_best:
-            kept.append(policies.BestN(get_metric_fn=_metric, n=config.keep_best))
-        self._checkpointer: Any = ocp.training.Checkpointer(
+            kept.append(
+                policies.BestN(get_metric_fn=_metric, n=config.keep_best, keep_checkpoints_without_metrics=False)
+            )
+        checkpointer: Any = ocp.training.Checkpointer  # its annotations are narrower than what it takes
+        self._checkpointer = checkpointer(
             directory.absolute(),
             cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy(kept),

@@ -203,7 +203,7 @@ def train(
             screen.close()
             log.close()
             journal.close()
-        _close(store, workdir)
+            _close(store, workdir)  # also when a reward function has raised: what was being saved is saved
     return state, log.rows
 
 
@@ -253,6 +253,7 @@ class _Screen:
 
     def __init__(self, title: str, steps: int, step: int):
         self._title, self._steps, self._said = title, steps, ""
+        self._lines = max(1, min(steps // 20, 200))  # steps between lines where there is no terminal
         self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
@@ -265,7 +266,7 @@ class _Screen:
         self._bar.set_postfix_str(_line(row), refresh=False)
         self._bar.update()
         self.evaluation(row)
-        if self._bar.disable and (row["step"] % 20 == 0 or row["step"] == 1):
+        if self._bar.disable and (row["step"] % self._lines == 0 or row["step"] == 1):
             self._say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
         for sample in samples[:4]:
             text = f"{sample['prompt']}{sample['completion']}"

@@ -156,7 +156,7 @@ def grpo_loss(
         kl = kl_k3(logprobs, jnp.where(mask, ref_logprobs, 0))
         metrics["kl"] = masked_mean(kl, mask)
         terms -= kl_coef * kl
-    return -(weights * terms).sum(), metrics
+    return -(weights * jnp.where(mask, terms, 0)).sum(), metrics
 
 
 def supervised_loss(

@@ -168,7 +168,7 @@ def _append(prefilled: Prefilled, state: Decoding, logits: jax.Array) -> Decodin
 
     return Decoding(
         length=state.length + 1,
-        alive=state.alive & ~(tokens[..., None] == prefilled.eos_ids).any(axis=-1),
+        alive=state.alive & ~jnp.isin(tokens, prefilled.eos_ids),
         tokens=write(state.tokens, tokens),
         mask=write(state.mask, state.alive),
         logprobs=write(state.logprobs, jnp.where(state.alive, logprobs, 0)),

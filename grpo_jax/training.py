@@ -233,7 +233,7 @@ def make_train_step(
         loss, metrics, grads = gradients_over_data(params, (b, old, ref, weights))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         once = lambda x: metrics_lib.Mean(total=x, count=jnp.ones(()))
-        metrics = {**metrics, "loss": once(loss), "grad_norm": once(optax.global_norm(grads))}
+        metrics = {**metrics, "loss": once(loss), "grad_norm": once(optax.tree.norm(grads))}
         return optax.apply_updates(params, updates), opt_state, metrics
 
     def train_step(state: TrainState, batch: TrainBatch):

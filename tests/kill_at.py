@@ -1,6 +1,6 @@
 """Runs `experiments.countdown` and kills it (SIGKILL, or another signal) at a phase of a step.
 
-    KILL_AT=rewards:3 python -m tests.kill_at --workdir=...   (phases: rollout, rewards, update, log, save)
+KILL_AT=rewards:3 python -m tests.kill_at --workdir=...   (phases: rollout, rewards, update, log, save)
 """
 
 import os
@@ -26,6 +26,7 @@ def _kill_before(module: object, name: str, phase: str, step_of) -> None:
 
 
 if os.environ.get("KILL_AT"):
+
     def _journaled_step(rewards, prompts, rollout, tokenizer, group_size, journal, step):
         return step
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Tests compile much and run little.
+FLAGS = "--xla_backend_optimization_level=0"
 TINY = [
     "--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1", "--model.head_width=8",
-    "--model.mlp_width=16", "--task.numbers=2", "--task.max_attempts=1", "--warm_start.steps=4", "--warm_start.batch=16",
+    "--model.mlp_width=16", "--task.numbers=2", "--warm_start.steps=4", "--warm_start.batch=16",
     "--rollout.prompts=4", "--rollout.group_size=4", "--train.steps=6", "--train.samples_every=2",
     "--evaluation.every=2", "--evaluation.prompts=8", "--evaluation.sampled_prompts=4", "--evaluation.samples=4",
     "--checkpoints.every=2",
@@ -22,7 +24,7 @@ SEVERAL_UPDATES = ["--update.epochs=2", "--update.minibatches=2", "--update.micr
 
 
 def run(workdir: pathlib.Path, *flags: str, kill_at: str = "", kill_with: str = "SIGKILL", check: bool = True):
-    environment = {**os.environ, "KILL_AT": kill_at, "KILL_WITH": kill_with, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "KILL_AT": kill_at, "KILL_WITH": kill_with, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     command = [sys.executable, "-m", "tests.kill_at", f"--workdir={workdir}", *TINY, *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if check:

@@ -362,20 +362,28 @@ def test_members_of_a_group_are_drawn_from_the_softmax(policy, params):
 
 
 def test_the_prompt_cache_is_not_copied_per_slot():
-    """Four more slots take less memory than one more copy of the prompt's cache; four more rows take it all."""
-    config = TransformerConfig(vocab_size=V, layers=2, width=16, heads=2, kv_heads=2, head_width=32, mlp_width=16)
-    policy, columns = make_policy(config), 256
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    cache = sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: policy.init_cache(1, 1, columns)))
-    )
+    """Four more slots take less memory than the keys of one layer for one of them would."""
+    config = TransformerConfig(vocab_size=V, layers=2, width=16, heads=2, kv_heads=2, head_width=64, mlp_width=16)
+    columns, policy = 512, make_policy(config)
+    keys_of_a_layer = columns * config.kv_heads * config.head_width * 4
 
-    def temporaries(prompts, members):
-        tokens = np.ones((prompts, columns), np.int32)
-        arguments = policy, params, tokens, tokens > 0, np.arange(prompts), KEY
-        lowered = generate_jit.lower(*arguments, **options_of(group_size=members, max_tokens=2))
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+    def extend_a_copy(params, tokens, positions, cache, column, seen, prefix=None, prefix_positions=None):
+        """The slots of a row as rows of their own, each with its copy of the prompt's cache."""
+        rows, slots = tokens.shape[:2]
+        apart = lambda x: x.reshape(rows * slots, 1, *x.shape[2:])
+        copy = lambda x: jnp.repeat(x, slots, axis=0)
+        tokens, positions, cache, seen = jax.tree.map(apart, (tokens, positions, cache, seen))
+        prefix, prefix_positions = jax.tree.map(copy, (prefix, prefix_positions))
+        hidden, cache = policy.extend(params, tokens, positions, cache, column, seen, prefix, prefix_positions)
+        return jax.tree.map(lambda x: x.reshape(rows, slots, *x.shape[2:]), (hidden, cache))
 
-    one_row_of_eight = temporaries(1, 8)
-    assert one_row_of_eight - temporaries(1, 4) < cache
-    assert temporaries(8, 1) - one_row_of_eight > 6 * cache  # the negative control
+    def temporaries(policy, slots):
+        tokens = np.ones((1, columns), np.int32)
+        start = functools.partial(sampling.start, policy, **options_of(group_size=slots, max_tokens=2))
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        held = jax.eval_shape(start, params, tokens, tokens > 0, np.arange(1), KEY)
+        return decode_jit.lower(policy, *held, 1).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(policy, 8) - temporaries(policy, 4) < keys_of_a_layer
+    naive = dataclasses.replace(policy, extend=extend_a_copy)
+    assert temporaries(naive, 8) - temporaries(naive, 4) > 4 * keys_of_a_layer  # the negative control

@@ -14,6 +14,7 @@ from grpo_jax.data.tokenizer import ByteTokenizer
 __all__ = ["Countdown", "CountdownConfig", "Problem", "is_held_out"]
 
 _SUM, _PRODUCT, _ATOM = 1, 2, 3  # how tightly an expression binds: where brackets are needed
+_MAX_DRAWS = 10_000
 _HELD_OUT_SHARE = 10  # one problem in this many is held out
 
 
@@ -22,17 +23,17 @@ class CountdownConfig:
     """How hard the task is, and how good its demonstrations are."""
 
     numbers: int = 3  # numbers in a problem
-    max_number: int = 9  # they are drawn from 1 to this
-    max_target: int = 50  # targets are from 1 to this
-    demonstration_accuracy: float = 0.5  # share of demonstrations that hit the target; the others only look right
+    max_number: int = 30  # they are drawn from 1 to this
+    max_target: int = 100  # targets are from 1 to this
+    effort: float = 0.4  # share of demonstrations that solve the problem; the others just add everything up
 
     def __post_init__(self) -> None:
         if not 2 <= self.numbers <= 8:
             raise ValueError(f"numbers={self.numbers} must be from 2 to 8.")
         if self.max_number < 2 or self.max_target < 1:
             raise ValueError(f"max_number={self.max_number} must be 2 or more, max_target={self.max_target} 1 or more.")
-        if not 0 <= self.demonstration_accuracy <= 1:
-            raise ValueError(f"demonstration_accuracy={self.demonstration_accuracy} must lie in [0, 1].")
+        if not 0 <= self.effort <= 1:
+            raise ValueError(f"effort={self.effort} must lie in [0, 1].")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """What the model reads, for example `3 5 7=22:`."""
+        """What the model reads, for example `7 5 3=22:`."""
         return f"{' '.join(map(str, self.numbers))}={self.target}:"
 
 
@@ -75,9 +76,13 @@ class Countdown:
         return numbers * digits + (numbers - 1) + 2 * (numbers - 2) + 1
 
     def problem(self, split: str, index: int) -> Problem:
-        """Problem `index` of `train` or `held_out`: a random expression's numbers, and its value as the target."""
+        """Problem `index` of `train` or `held_out`: a random expression's numbers, and its value as the target.
+
+        Raises:
+          ValueError: the configuration leaves no such problem.
+        """
         rng = random.Random(f"{self.seed}/{split}/{index}")
-        while True:
+        for _ in range(_MAX_DRAWS):
             drawn = (1 + _below(rng, self.config.max_number) for _ in range(self.config.numbers))
             numbers = tuple(sorted(drawn, reverse=True))
             value, text = self._expression(rng, numbers)
@@ -85,14 +90,14 @@ class Countdown:
                 continue
             if is_held_out(numbers, int(value)) == (split == "held_out"):
                 return Problem(numbers=numbers, target=int(value), solution=text)
+        raise ValueError(f"{self.config} has hardly a {split} problem: make max_number or max_target larger.")
 
     def demonstration(self, index: int) -> tuple[Problem, str]:
-        """Training problem `index` and what an imperfect demonstrator writes: the solution, or any expression."""
+        """Training problem `index`, and what an imperfect demonstrator writes: a solution, or lazily the sum."""
         problem = self.problem("train", index)
         rng = random.Random(f"{self.seed}/demonstration/{index}")
-        if rng.random() < self.config.demonstration_accuracy:
-            return problem, problem.solution
-        return problem, self._expression(rng, problem.numbers)[1]
+        lazy = rng.random() >= self.config.effort
+        return problem, "+".join(map(str, problem.numbers)) if lazy else problem.solution
 
     def source(self, split: str) -> Source:
         """The problems of a split as prompts, with columns `numbers` and `target`."""

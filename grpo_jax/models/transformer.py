@@ -54,14 +54,14 @@ def project(x: jax.Array, leaf: jax.Array, axes: int = 1) -> jax.Array:
 def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (x32 * inverse * scale).astype(x.dtype)
+    return (x32 * inverse * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
 def _rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Rotary positions (RoFormer, arXiv 2104.09864): x [..., heads, C], positions [...]."""
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = jnp.multiply.outer(positions[..., None].astype(jnp.float32), frequencies)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -193,9 +193,9 @@ def make_policy(config: TransformerConfig) -> Policy:
         return params["embedding"].T, None, None
 
     def prepare(params):
-        lowered = jax.tree.map(lambda x: x.astype(dtype), params)
-        layers = [jax.tree.map(operator.itemgetter(i), lowered["layers"]) for i in range(config.layers)]
-        return {**lowered, "layers": layers}
+        layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(config.layers)]
+        # The scales of norms stay float32, as the trainer uses them.
+        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, {**params, "layers": layers})
 
     def init_cache(rows, width, columns):
         shape = (rows, width, columns, config.kv_heads, config.head_width)

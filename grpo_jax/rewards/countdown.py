@@ -5,6 +5,7 @@ The judge walks the syntax tree of an expression and computes with exact fractio
 
 import ast
 import operator
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ __all__ = ["countdown_accuracy", "countdown_format", "evaluate_expression"]
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _ALPHABET = frozenset("0123456789+-*/() ")
+_LEADING_ZERO = re.compile(r"(?<!\d)0\d")  # Python reads 00 as a number
 _MAX_CHARACTERS = 200  # bounds the parser's work and the nesting of the tree
 
 
@@ -25,7 +27,7 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
       (value, numbers in the order they stand), or None where the text is no such expression (also: a
       sign without a left side, a number with leading zeros) or divides by zero.
     """
-    if len(text) > _MAX_CHARACTERS or not _ALPHABET.issuperset(text):
+    if len(text) > _MAX_CHARACTERS or not _ALPHABET.issuperset(text) or _LEADING_ZERO.search(text):
         return None
     try:
         tree = ast.parse(text.strip(), mode="eval")
@@ -54,9 +56,7 @@ def countdown_format(
     """1 where a completion is an expression that uses each given number exactly once, else 0."""
     del prompts, completion_ids, columns
     parsed = [evaluate_expression(text) for text in completions]
-    return [
-        float(p is not None and sorted(p[1]) == sorted(given)) for p, given in zip(parsed, numbers, strict=True)
-    ]
+    return [float(p is not None and sorted(p[1]) == sorted(given)) for p, given in zip(parsed, numbers, strict=True)]
 
 
 def countdown_accuracy(

@@ -1,0 +1,200 @@
+"""Every flag changes something: for each field of each section another value, and what it changes."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import flags
+
+from experiments import countdown
+from grpo_jax import advantages, loop, objectives, sharding, training
+from grpo_jax.data.countdown import Countdown
+from grpo_jax.models.transformer import init_params, make_policy
+from grpo_jax.types import Rollout
+
+OTHER = {
+    "task": {"numbers": 4, "max_number": 12, "max_target": 20, "effort": 1.0},
+    "model": {"layers": 3, "width": 32, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32, "rope_base": 100.0,
+              "norm_epsilon": 1e-3, "compute_dtype": "bfloat16"},
+    "warm_start": {"steps": 3, "batch": 4, "learning_rate": 0.1, "seed": 5},
+    "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 3, "temperature": 0.5, "top_k": 1, "top_p": 0.01},
+    "advantages": {"ddof": 0, "epsilon": 1.0},
+    "loss": {"kl_coef": 1.0, "clip_low": 0.01, "clip_high": 0.01},
+    "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "linear", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
+                  "epsilon": 1.0, "weight_decay": 0.1},
+    "update": {"epochs": 2, "minibatches": 2, "microbatches": 2},
+    "train": {"steps": 7, "seed": 1, "format_reward": 0.5, "samples_every": 1},
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    "evaluation": {"every": 3, "prompts": 6, "sampled_prompts": 5, "samples": 3, "temperature": 2.0},
+    "checkpoints": {"every": 1, "keep_latest": 1, "keep_best": 0},
+}  # fmt: skip
+BASE = {
+    "model": {"vocab_size": 22, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "mlp_width": 16},
+    "warm_start": {"steps": 2, "batch": 8},
+    "rollout": {"prompts": 2, "group_size": 2},
+    "train": {"steps": 4, "samples_every": 2},
+    "evaluation": {"every": 2, "prompts": 4, "sampled_prompts": 4, "samples": 2},
+    "checkpoints": {"every": 2, "keep_latest": 2, "keep_best": 1},
+    "optimizer": {"warmup_steps": 2},
+}
+FIELDS = [(section, field) for section, fields in OTHER.items() for field in fields]
+
+
+def configs(section: str, **changes) -> dict:
+    made = {name: {**BASE.get(name, {}), **(changes if name == section else {})} for name in countdown.SECTIONS}
+    return {name: countdown.SECTIONS[name](**values) for name, values in made.items()}
+
+
+def observe_task(config, tmp_path):
+    task = Countdown(config["task"], 0)
+    return [task.demonstration(i) for i in range(30)]
+
+
+def observe_model(config, tmp_path):
+    policy, params = make_policy(config["model"]), init_params(config["model"], jax.random.key(0))
+    rows = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    return jax.jit(policy.hidden).lower(params, rows, rows, rows).as_text()
+
+
+def observe_advantages(config, tmp_path):
+    rewards = jnp.array([[1.0, 0.0, 0.5]])
+    return np.asarray(advantages.group_advantages(rewards, **dataclasses.asdict(config["advantages"]))).tolist()
+
+
+def observe_loss(config, tmp_path):
+    objective = objectives.grpo(config["loss"])
+    new, old, ref = (jax.random.normal(jax.random.key(i), (4, 5)) / 10 for i in range(3))
+    mask, signs = jnp.ones((4, 5), bool), jnp.array([1.0, -1.0, 2.0, -2.0])
+    loss = objective.loss(new, signs, mask, old_logprobs=old, ref_logprobs=ref, weights=objective.token_weights(mask))[
+        0
+    ]
+    return float(loss)
+
+
+def observe_optimizer(config, tmp_path):
+    optimizer, schedule = training.make_optimizer(config["optimizer"], 6)
+    params = jnp.array([1.0, -2.0])
+    state = optimizer.init(params)
+    for _ in range(5):
+        updates, state = optimizer.update(params * jnp.array([3.0, 0.5]), state, params)
+        params = optax.apply_updates(params, updates)
+    return params.tolist(), [float(schedule(i)) for i in range(6)]
+
+
+def observe_update(config, tmp_path):
+    experiment = countdown.Experiment(config)
+    step, state = experiment_step(experiment)
+    return step.lower(state, small_batch(8)).as_text()
+
+
+def observe_mesh(config, tmp_path):
+    return dict(sharding.make_mesh(config["mesh"]).shape)
+
+
+def observe_warm_start(config, tmp_path):
+    countdown.SHIPPED_WARM_START, shipped = tmp_path / "none", countdown.SHIPPED_WARM_START
+    try:
+        params = countdown.warm_start(countdown.Experiment(config), tmp_path)
+    finally:
+        countdown.SHIPPED_WARM_START = shipped
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(params)]
+
+
+def observe_rollout(config, tmp_path):
+    experiment = countdown.Experiment(config)
+    state = types.SimpleNamespace(params=fresh_params(config), cursor=0, step=0)
+    journal = types.SimpleNamespace(read=lambda *_: None, write=lambda *_: None)
+    experience = experiment.rollouts()(state, journal, lambda: None)
+    return np.asarray(experience.batch.completion_tokens).tolist()
+
+
+def observe_run(config, tmp_path):
+    """A whole run whose update learns nothing and whose sampler says nothing: all of the shell, none of the cost."""
+    experiment = countdown.Experiment(config)
+    said, asked = [], []
+
+    def silent(sampler, params, prompts, prompt_ids, sampling_params, interrupt=None):
+        asked.append((len(prompts), sampler.group_size, float(sampling_params.temperature)))
+        said.extend(prompts)
+        rows = (len(prompts) * sampler.group_size, 4)
+        return Rollout(
+            prompt_tokens=np.zeros((len(prompts), 2), np.int32), prompt_mask=np.ones((len(prompts), 2), bool),
+            completion_tokens=np.full(rows, 3), mask=np.ones(rows, bool), finished=np.ones(rows[0], bool),
+            logprobs=np.zeros(rows), sampler_logprobs=np.zeros(rows),
+        )  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_jax.rollouts.Sampler.__call__", silent)
+        patch.setattr(
+            training, "make_train_step", lambda *_, **__: lambda s, b: (dataclasses.replace(s, step=s.step + 1), {})
+        )
+        patch.setattr(loop, "_optimizer_count", lambda state: 0)
+        _, rows = experiment.run(
+            fresh_params(config), objectives.supervised(), experiment.rollouts(), tmp_path, "test", config["optimizer"],
+            config["update"], config["train"].steps, evaluator=experiment.evaluator,
+            evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
+        )  # fmt: skip
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    evaluated = [(row["step"], sorted(name for name in row if name.startswith("eval/"))) for row in rows]
+    weights = [reward.weight for reward in experiment.rewards]
+    return said, asked, kept, evaluated, weights, (tmp_path / "samples.jsonl").read_text().count("\n")
+
+
+def fresh_params(config):
+    return init_params(config["model"], jax.random.key(0))
+
+
+def experiment_step(experiment):
+    optimizer, _ = training.make_optimizer(training.OptimizerConfig(), 1)
+    objective = objectives.grpo()
+    state = training.init_train_state(
+        experiment.policy, fresh_params(experiment.config), optimizer, objective, experiment.mesh
+    )
+    update = experiment.config["update"]
+    return training.make_train_step(
+        experiment.policy, optimizer, objective, update, like=state, key=jax.random.key(0)
+    ), state
+
+
+def small_batch(completions):
+    rollout = Rollout(
+        prompt_tokens=np.ones((completions // 2, 2), np.int32), prompt_mask=np.ones((completions // 2, 2), bool),
+        completion_tokens=np.ones((completions, 3), np.int32), mask=np.ones((completions, 3), bool),
+        finished=np.ones(completions, bool), logprobs=np.zeros((completions, 3), np.float32),
+        sampler_logprobs=np.zeros((completions, 3), np.float32),
+    )  # fmt: skip
+    return training.train_batch(rollout, jnp.ones((completions // 2, 2)))
+
+
+OBSERVE = {
+    "task": observe_task, "model": observe_model, "warm_start": observe_warm_start, "rollout": observe_rollout,
+    "advantages": observe_advantages, "loss": observe_loss, "optimizer": observe_optimizer, "update": observe_update,
+    "train": observe_run, "mesh": observe_mesh, "evaluation": observe_run, "checkpoints": observe_run,
+}  # fmt: skip
+_before: dict = {}
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_every_flag_changes_something(section, field, tmp_path):
+    if section not in _before:
+        (tmp_path / "before").mkdir()
+        _before[section] = OBSERVE[section](configs(section), tmp_path / "before")
+        (tmp_path / "again").mkdir()
+        assert OBSERVE[section](configs(section), tmp_path / "again") == _before[section]  # and nothing else does
+    (tmp_path / "after").mkdir()
+    assert OBSERVE[section](configs(section, **{field: OTHER[section][field]}), tmp_path / "after") != _before[section]
+
+
+def test_the_table_above_is_complete_and_every_flag_explains_itself():
+    for section, config in countdown.SECTIONS.items():
+        fields = {field.name for field in dataclasses.fields(config)} - {"vocab_size"}
+        assert fields == set(OTHER[section])
+        for field in fields:
+            flag = flags.FLAGS[f"{section}.{field}"]
+            assert len(flag.help) > 5
+            assert flag.help != f"{section}.{field}"
+            assert flag.default == next(f.default for f in dataclasses.fields(config) if f.name == field)

@@ -1,0 +1,111 @@
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import loop, sharding
+from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.rewards import RewardError
+from grpo_jax.rollouts import Experience
+from grpo_jax.telemetry import WorkdirError, read_jsonl
+from grpo_jax.types import TrainState
+
+
+def fresh():
+    everywhere = sharding.replicated(sharding.make_mesh())
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(params={"w": jnp.arange(3.0)}, reference=None, opt_state=(zero,), step=zero + 0, cursor=zero + 0)
+    return jax.device_put(state, everywhere)
+
+
+@jax.jit
+def double(state, batch):
+    """An update whose result depends on everything that is carried."""
+    new = TrainState(
+        params={"w": state.params["w"] * 2 + batch}, reference=None, opt_state=(state.opt_state[0] + 1,),
+        step=state.step + 1, cursor=state.cursor,
+    )  # fmt: skip
+    return new, {"loss": new.params["w"].sum()}
+
+
+def experience(state, journal, interrupt):
+    interrupt()
+    return Experience(batch=np.float32(int(state.cursor)), prompts_consumed=3, metrics={"reward": float(state.cursor)})
+
+
+def run(workdir, steps, **changes):
+    arguments = {"train_step": double, "experience": experience, "checkpoints": CheckpointConfig(every=2), **changes}
+    return loop.train(fresh(), steps=steps, workdir=workdir, **arguments)
+
+
+def test_straight_and_in_two_halves(tmp_path):
+    straight, rows = run(tmp_path / "a", 7)
+    run(tmp_path / "b", 4)
+    halves, again = run(tmp_path / "b", 7)
+    np.testing.assert_array_equal(straight.params["w"], halves.params["w"])
+    assert int(halves.cursor) == 21
+    assert [row["step"] for row in again] == list(range(8))
+    assert [row.get("loss") for row in rows] == [row.get("loss") for row in again]
+
+
+def test_a_complete_run_is_left_alone(tmp_path):
+    run(tmp_path, 3)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    state, _ = run(tmp_path, 3, experience=None)
+    assert int(state.step) == 3
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_last_step_and_says_so_in_the_exit_code(tmp_path, number, capsys):
+    def signalled(state, journal, interrupt):
+        if int(state.step) == 3:
+            os.kill(os.getpid(), number)
+        return experience(state, journal, interrupt)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, 9, experience=signalled)
+    assert stopped.value.code == 128 + number
+    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 3  # the rollout of step 4 was cut short and is discarded
+    assert "stopped after step 3" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    resumed, _ = run(tmp_path, 9)
+    straight, _ = run(tmp_path / "straight", 9)
+    np.testing.assert_array_equal(resumed.params["w"], straight.params["w"])
+
+
+def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path):
+    def failing(state, journal, interrupt):
+        if int(state.step) == 5:
+            raise RewardError("reward function 'r' returned nan for completion 1")
+        return experience(state, journal, interrupt)
+
+    with pytest.raises(RewardError, match="returned nan"):
+        run(tmp_path, 9, experience=failing)
+    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 4
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_time_can_bound_a_run(tmp_path):
+    state, rows = run(tmp_path, 1_000_000, max_seconds=0.05)
+    assert 1 <= int(state.step) < 1000
+    assert rows[-1]["time/elapsed_seconds"] >= 0.05
+
+
+def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_path):
+    config = {"loss": {"kl_coef": 0.04, "clip_low": 0.2}, "mesh": {"data": 1}}
+    loop.open_workdir(tmp_path, config)
+    loop.open_workdir(tmp_path, {**config, "mesh": {"data": 2}})  # a mesh may change
+    with pytest.raises(WorkdirError, match=r"loss\.kl_coef: there 0\.04, now 0\.0"):
+        loop.open_workdir(tmp_path, {**config, "loss": {"kl_coef": 0.0, "clip_low": 0.2}})
+    assert json.loads((tmp_path / "config.json").read_text())["loss"]["kl_coef"] == 0.04
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match=r"cannot write to workdir .*Choose another --workdir"):
+        loop.open_workdir(tmp_path / "file" / "below", {})

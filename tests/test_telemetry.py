@@ -1,0 +1,84 @@
+import json
+import os
+import pathlib
+import re
+
+import pytest
+
+from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, diagnose, read_jsonl
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"frac_reward_zero_std": 0.9}, None),
+        ({"frac_reward_zero_std": 1.0, "frac_groups_all_right": 1.0}, r"no signal.*\(all right\).*too easy"),
+        ({"frac_reward_zero_std": 1.0, "frac_groups_all_wrong": 1.0}, r"no signal.*\(all wrong\).*too hard"),
+        (
+            {"frac_reward_zero_std": 1.0, "frac_groups_all_right": 0.25, "frac_groups_all_wrong": 0.75},
+            "25% all right, 75%",
+        ),
+        ({"completions/clipped_ratio": 1.0}, "max_tokens"),
+        ({"sampling/sampling_logp_difference/mean": 0.2}, "sampler and trainer disagree.*0.2"),
+        ({"sampling/sampling_logp_difference/mean": 1e-5}, None),
+    ],
+)
+def test_diagnose(metrics, said):
+    lines = diagnose(metrics)
+    assert len(lines) == (said is not None)
+    if said:
+        assert re.search(said, lines[0]), lines[0]
+
+
+def test_logs_are_cut_back_to_a_step_and_a_torn_line_is_dropped(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for step in range(5):
+        log.write(step, {"reward": step / 2, "kl": 0.1}, [{"completion": f"c{step}"}])
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    log = RunLog(tmp_path, 3)
+    assert [row["step"] for row in log.rows] == [0, 1, 2, 3]
+    log.write(4, {"reward": 9.0})
+    log.close()
+    assert [row["reward"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0.0, 0.5, 1.0, 1.5, 9.0]
+    assert [row["completion"] for row in read_jsonl(tmp_path / "samples.jsonl")] == ["c0", "c1", "c2", "c3"]
+    (events,) = (tmp_path / "tensorboard").iterdir()  # one file, of the run as it now is
+    assert events.stat().st_size > 200
+
+
+def test_journal_gives_back_what_was_recorded_for_the_same_completions_only(tmp_path):
+    said = []
+    journal = RewardJournal(tmp_path)
+    assert journal.read(0, "abc") is None
+    journal.write(0, "abc", {"r": [0.1, None]})
+    journal.close()
+    journal = RewardJournal(tmp_path, said.append)
+    assert journal.read(0, "abc") == {"r": [0.1, None]}
+    assert journal.read(0, "other") is None
+    assert "step 0" in said[0]
+    assert journal.read(1, "abc") is None
+    journal.close()
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("rewards.jsonl", lambda path: RewardJournal(path).write(0, "abc", {"r": [1.0]})),
+        ("metrics.jsonl", lambda path: RunLog(path, 0).write(0, {"reward": 1.0})),
+    ],
+)
+def test_a_full_disk_is_an_error_that_says_what_is_safe(tmp_path, monkeypatch, name, use):
+    os.symlink("/dev/full", tmp_path / name)
+    exists = pathlib.Path.exists
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: path.name != name and exists(path))  # do not read it
+    with pytest.raises(WorkdirError, match=rf"cannot write .*{name}.*No space left.*already saved are intact"):
+        use(tmp_path)
+
+
+def test_rows_are_plain_json(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.write(1, {"b": 2.0, "a": 1.0})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": 1.0, "b": 2.0}
