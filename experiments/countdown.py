@@ -39,10 +39,35 @@ from grpo_jax.types import TrainBatch, TrainState  # noqa: E402
 class WarmStartConfig:
     """Supervision on imperfect demonstrations, before GRPO."""
 
-    steps: int = 8000  # optimizer steps
+    steps: int = 10_000  # optimizer steps
     batch: int = 64  # demonstrations a step
     learning_rate: float = 3e-3
     seed: int = 0  # of the initial parameters and of the demonstrations
+
+
+# Defaults for a model of this size, where the library's are for language models of the usual sizes.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(objectives.LossConfig):
+    """The objective of GRPO."""
+
+    kl_coef: float = 0.01  # beta; 0: no reference is held and no reference pass runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(training.OptimizerConfig):
+    """AdamW with warm-up, a schedule, and clipping by global norm."""
+
+    learning_rate: float = 5e-4
+    decay: str = "linear"  # after the warm-up: constant, linear or cosine to 0 at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateConfig(training.UpdateConfig):
+    """How one rollout becomes optimizer steps: epochs x minibatches of them."""
+
+    microbatches: int = 4  # parts of a minibatch, one after the other; they fit the caches of a CPU better
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +95,9 @@ SECTIONS: dict[str, type[Any]] = {
     "warm_start": WarmStartConfig,
     "rollout": RolloutConfig,
     "advantages": AdvantageConfig,
-    "loss": objectives.LossConfig,
-    "optimizer": training.OptimizerConfig,
-    "update": training.UpdateConfig,
+    "loss": LossConfig,
+    "optimizer": OptimizerConfig,
+    "update": UpdateConfig,
     "train": TrainConfig,
     "mesh": sharding.MeshConfig,
     "evaluation": EvaluationConfig,
@@ -312,14 +337,17 @@ def main(argv: list[str]) -> None:
         config["update"], config["train"].steps, evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
     )  # fmt: skip
-    summary = summarize(rows, config["train"].seed, parameters)
+    finished = workdir / "summary.json"  # of a run that was complete before: its times are the true ones
+    summary = (
+        json.loads(finished.read_text()) if finished.exists() else summarize(rows, config["train"].seed, parameters)
+    )
     curves = {"GRPO": rows}
     if BASELINES.value:
         curves |= run_baselines(experiment, params, workdir, summary["training_seconds"])
         summary["baselines"] = {name: curves[name][-1] for name in curves if name != "GRPO"}
         plots.comparison({name: [rows] for name, rows in curves.items()}, workdir / "comparison.png")
     plots.curve(rows, workdir / "curve.png", f"Countdown, seed {summary['seed']}")
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    finished.write_text(json.dumps(summary, indent=2) + "\n")
     print(
         f"held-out greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} in "
         f"{summary['wall_seconds']:.0f} s; everything is in {workdir}"

@@ -1,12 +1,15 @@
 """Checkpoints with Orbax: written in the background, atomic, the latest few and the best kept."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from grpo_jax.telemetry import WorkdirError
 from grpo_jax.types import TrainState
 
 __all__ = ["CheckpointConfig", "Checkpoints"]
@@ -59,8 +62,10 @@ class Checkpoints:
         if step in self.steps:
             return
         metrics = {} if metric is None else {"metric": metric}
-        item = {"state": state, "shapes": _shapes(state)}
-        self._checkpointer.save_checkpointables_async(step, item, metrics=metrics, force=True)
+        with self._explained():
+            self._checkpointer.save_checkpointables_async(
+                step, {"state": state}, metrics=metrics, custom_metadata=_shapes(state), force=True
+            )
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state at a step (None: the latest), bit-equal, laid out as `like`, which may be on another mesh.
@@ -71,7 +76,7 @@ class Checkpoints:
         if not self.steps or (step is not None and step not in self.steps):
             raise ValueError(f"no checkpoint of step {step} in {self._checkpointer.directory}; there are {self.steps}.")
         step = self.steps[-1] if step is None else step
-        saved = self._checkpointer.load_checkpointables(step, {"shapes": None})["shapes"]
+        saved = self._checkpointer.checkpointables_metadata(step).custom_metadata
         wanted = _shapes(like)
         wrong = [
             f"{k}: saved {saved.get(k)}, expected {wanted.get(k)}"
@@ -87,12 +92,28 @@ class Checkpoints:
         return self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
 
     def wait(self) -> None:
-        """Until everything is on disk; raises what went wrong in the background."""
-        self._checkpointer.wait()
+        """Returns when everything is on disk.
+
+        Raises:
+          WorkdirError: it could not be written.
+        """
+        with self._explained():
+            self._checkpointer.wait()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
-        self._checkpointer.close()
+        """Waits as `wait` does, and lets go of the directory."""
+        with self._explained():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk is an OSError here and a ValueError there, from a thread of Orbax
+            raise WorkdirError(
+                f"cannot write a checkpoint in {self._checkpointer.directory}: {error}\nThose already saved, of steps "
+                f"{self.steps}, are intact: mend this and run the same command again to continue."
+            ) from error
 
 
 def _metric(metrics: Any) -> float:

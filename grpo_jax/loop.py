@@ -203,19 +203,8 @@ def train(
             screen.close()
             log.close()
             journal.close()
-            _close(store, workdir)  # also when a reward function has raised: what was being saved is saved
+            store.close()  # also when a reward function has raised: what was being saved is saved
     return state, log.rows
-
-
-def _close(store: Checkpoints, workdir: pathlib.Path) -> None:
-    try:
-        store.wait()
-        store.close()
-    except OSError as error:
-        raise WorkdirError(
-            f"cannot write a checkpoint in {workdir}: {error}. Those already saved are intact: mend this and run the "
-            "same command again to continue."
-        ) from error
 
 
 def _advance(state: TrainState, prompts: int) -> TrainState:
@@ -257,7 +246,8 @@ class _Screen:
         self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        found = {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+        names = sorted((name for name in row if name.startswith("eval/")), key=lambda name: (len(name), name))
+        found = {name.removeprefix("eval/"): row[name] for name in names}
         if found:
             text = "  ".join(f"{name} {value:.1%}" for name, value in found.items())
             self._say(f"{self._title}: step {row['step']}, held out: {text}")

@@ -36,7 +36,7 @@ PyTree = Any
 class OptimizerConfig:
     """AdamW with warm-up, a schedule, and clipping by global norm."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-6  # at its peak
     warmup_steps: int = 10  # optimizer steps, linear from 0
     decay: str = "constant"  # after the warm-up: constant, linear or cosine to 0 at the end
     clip_norm: float = 1.0  # 0 = no clipping

@@ -24,7 +24,7 @@ OTHER = {
     "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 3, "temperature": 0.5, "top_k": 1, "top_p": 0.01},
     "advantages": {"ddof": 0, "epsilon": 1.0},
     "loss": {"kl_coef": 1.0, "clip_low": 0.01, "clip_high": 0.01},
-    "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "linear", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
+    "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
                   "epsilon": 1.0, "weight_decay": 0.1},
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2},
     "train": {"steps": 7, "seed": 1, "format_reward": 0.5, "samples_every": 1},
@@ -33,7 +33,15 @@ OTHER = {
     "checkpoints": {"every": 1, "keep_latest": 1, "keep_best": 0},
 }  # fmt: skip
 BASE = {
-    "model": {"vocab_size": 22, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "mlp_width": 16},
+    "model": {
+        "vocab_size": Countdown.tokenizer.vocab_size,
+        "layers": 2,
+        "width": 16,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_width": 4,
+        "mlp_width": 16,
+    },
     "warm_start": {"steps": 2, "batch": 8},
     "rollout": {"prompts": 2, "group_size": 2},
     "train": {"steps": 4, "samples_every": 2},

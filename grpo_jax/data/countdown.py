@@ -23,7 +23,7 @@ class CountdownConfig:
     """How hard the task is, and how good its demonstrations are."""
 
     numbers: int = 3  # numbers in a problem
-    max_number: int = 30  # they are drawn from 1 to this
+    max_number: int = 50  # they are drawn from 1 to this
     max_target: int = 100  # targets are from 1 to this
     effort: float = 0.4  # share of demonstrations that solve the problem; the others just add everything up
 
