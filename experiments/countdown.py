@@ -74,7 +74,7 @@ class UpdateConfig(training.UpdateConfig):
 class TrainConfig:
     """The run."""
 
-    steps: int = 500  # rollout steps
+    steps: int = 400  # rollout steps
     seed: int = 0  # of the prompts and of all sampling
     format_reward: float = 0.1  # weight of the format reward beside the accuracy reward of weight 1
     samples_every: int = 50  # steps between sampled completions on the screen
