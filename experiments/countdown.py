@@ -41,7 +41,7 @@ class WarmStartConfig:
 
     steps: int = 10_000  # optimizer steps
     batch: int = 64  # demonstrations a step
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-3  # at its peak; cosine to 0
     seed: int = 0  # of the initial parameters and of the demonstrations
 
 

@@ -20,7 +20,7 @@ class CheckpointConfig:
     """When to save, and what to keep."""
 
     every: int = 50  # steps between checkpoints
-    keep_latest: int = 2
+    keep_latest: int = 2  # the newest so many
     keep_best: int = 1  # by the metric of the evaluation
 
     def __post_init__(self) -> None:

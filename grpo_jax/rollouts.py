@@ -62,7 +62,7 @@ class RolloutConfig:
     prompts: int = 32  # prompts a step
     group_size: int = 8  # completions of each
     max_tokens: int = 0  # a completion is cut there; 0: what the task needs
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling; the trainer's log-probabilities are at it too
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the likeliest tokens of this mass; 1: all
 

@@ -40,10 +40,10 @@ class OptimizerConfig:
     warmup_steps: int = 10  # optimizer steps, linear from 0
     decay: str = "constant"  # after the warm-up: constant, linear or cosine to 0 at the end
     clip_norm: float = 1.0  # 0 = no clipping
-    b1: float = 0.9
-    b2: float = 0.98
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    b1: float = 0.9  # decay of Adam's mean of gradients
+    b2: float = 0.98  # decay of Adam's mean of squares
+    epsilon: float = 1e-8  # in Adam's denominator
+    weight_decay: float = 0.0  # a step, times the learning rate
 
     def __post_init__(self) -> None:
         if self.decay not in ("constant", "linear", "cosine"):

@@ -12,6 +12,7 @@ from absl import flags
 
 from experiments import countdown
 from grpo_jax import advantages, loop, objectives, sharding, training
+from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data.countdown import Countdown
 from grpo_jax.models.transformer import init_params, make_policy
 from grpo_jax.types import Rollout
@@ -44,10 +45,10 @@ BASE = {
     },
     "warm_start": {"steps": 2, "batch": 8},
     "rollout": {"prompts": 2, "group_size": 2},
-    "train": {"steps": 4, "samples_every": 2},
+    "train": {"steps": 8, "samples_every": 2},
     "evaluation": {"every": 2, "prompts": 4, "sampled_prompts": 4, "samples": 2},
     "checkpoints": {"every": 2, "keep_latest": 2, "keep_best": 1},
-    "optimizer": {"warmup_steps": 2},
+    "optimizer": {"warmup_steps": 2, "learning_rate": 0.1, "decay": "constant"},
 }
 FIELDS = [(section, field) for section, fields in OTHER.items() for field in fields]
 
@@ -140,6 +141,8 @@ def observe_run(config, tmp_path):
         patch.setattr(
             training, "make_train_step", lambda *_, **__: lambda s, b: (dataclasses.replace(s, step=s.step + 1), {})
         )
+        save = Checkpoints.save  # the first checkpoint is the best
+        patch.setattr(Checkpoints, "save", lambda store, state, metric=None: save(store, state, -float(state.step)))
         patch.setattr(loop, "_optimizer_count", lambda state: 0)
         _, rows = experiment.run(
             fresh_params(config), objectives.supervised(), experiment.rollouts(), tmp_path, "test", config["optimizer"],

@@ -26,15 +26,15 @@ _MASKED = -1e30  # finite, so that a row without any key gives a uniform softmax
 class TransformerConfig:
     """Shape and precision of the decoder."""
 
-    vocab_size: int  # V
-    layers: int = 4  # N
-    width: int = 64  # D
+    vocab_size: int  # V, tokens there are
+    layers: int = 4  # N, blocks
+    width: int = 64  # D, of the residual stream
     heads: int = 4  # H, query heads
     kv_heads: int = 4  # K, key/value heads; divides `heads`
-    head_width: int = 16  # C, even
-    mlp_width: int = 192
-    rope_base: float = 10_000.0
-    norm_epsilon: float = 1e-6
+    head_width: int = 16  # C, of a head; even
+    mlp_width: int = 192  # hidden units of a block
+    rope_base: float = 10_000.0  # longest wavelength of the rotary positions, over 2 pi
+    norm_epsilon: float = 1e-6  # added to the mean square in RMSNorm
     compute_dtype: str = "float32"  # of activations and products; parameters stay float32
 
     def __post_init__(self) -> None:
