@@ -10,6 +10,7 @@ import pathlib
 import platform
 import resource
 import sys
+import tempfile
 import time
 from importlib import metadata
 from typing import Any
@@ -31,7 +32,7 @@ from grpo_jax.models.transformer import TransformerConfig, init_params, make_pol
 from grpo_jax.rewards import Reward, RewardError  # noqa: E402
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format  # noqa: E402
 from grpo_jax.rollouts import AdvantageConfig, Experience, GroupRollouts, RolloutConfig, Sampler, pad_right  # noqa: E402
-from grpo_jax.telemetry import WorkdirError  # noqa: E402
+from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 from grpo_jax.types import TrainBatch, TrainState  # noqa: E402
 
 
@@ -74,7 +75,7 @@ class UpdateConfig(training.UpdateConfig):
 class TrainConfig:
     """The run."""
 
-    steps: int = 400  # rollout steps
+    steps: int = 300  # rollout steps
     seed: int = 0  # of the prompts and of all sampling
     format_reward: float = 0.1  # weight of the format reward beside the accuracy reward of weight 1
     samples_every: int = 50  # steps between sampled completions on the screen
@@ -106,6 +107,7 @@ SECTIONS: dict[str, type[Any]] = {
 FLAGS_OF = {name: section(name, cls, skip=("vocab_size",)) for name, cls in SECTIONS.items()}
 SHIPPED_WARM_START = pathlib.Path(__file__).with_name("countdown_warm_start.msgpack")
 
+TRIAL_STEPS = 20  # of a baseline, to see how many fit into a time
 ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
 
 
@@ -181,7 +183,6 @@ class Demonstrations:
 
     task: Countdown
     batch: int
-    max_tokens: int
 
     def __call__(self, state: TrainState, journal: Any, interrupt: Any) -> Experience:
         """The next demonstrations; nothing is sampled and nothing scored."""
@@ -190,7 +191,7 @@ class Demonstrations:
         pairs = [self.task.demonstration(i) for i in range(cursor, cursor + self.batch)]
         end = list(self.task.tokenizer.eos_ids[:1])
         prompts, prompt_mask = pad_right([encode(p.prompt) for p, _ in pairs], self.task.max_prompt_tokens)
-        texts, mask = pad_right([(encode(text) + end)[: self.max_tokens] for _, text in pairs], self.max_tokens)
+        texts, mask = pad_right([encode(text) + end for _, text in pairs], self.task.max_completion_tokens)
         batch = TrainBatch(
             prompt_tokens=prompts, prompt_mask=prompt_mask, completion_tokens=texts, mask=mask,
             advantages=np.ones(self.batch, np.float32), sampler_logprobs=None,
@@ -210,20 +211,17 @@ def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
             return flax.serialization.from_state_dict(fresh, shipped["params"])
     config: WarmStartConfig = experiment.config["warm_start"]
     print(f"warm start: supervision on {config.steps} x {config.batch} demonstrations", flush=True)
-    demonstrations = Demonstrations(
-        task=Countdown(experiment.config["task"], config.seed), batch=config.batch, max_tokens=experiment.max_tokens
-    )
+    demonstrations = Demonstrations(task=Countdown(experiment.config["task"], config.seed), batch=config.batch)
     state, _ = experiment.run(
         fresh, objectives.supervised(), demonstrations, workdir / "warm_start", "warm start",
         _supervised_optimizer(config, "cosine"), training.UpdateConfig(), config.steps,
-        samples_every=config.steps + 1,
-        checkpoints=CheckpointConfig(every=1000),
+                checkpoints=CheckpointConfig(every=1000),
     )  # fmt: skip
     packed = {
         "params": flax.serialization.to_state_dict(jax.device_get(state.params)),
         "configuration": json.dumps(described),
     }
-    (workdir / "warm_start.msgpack").write_bytes(flax.serialization.msgpack_serialize(packed))
+    write_atomically(workdir / "warm_start.msgpack", flax.serialization.msgpack_serialize(packed))
     return state.params
 
 
@@ -232,22 +230,32 @@ def _supervised_optimizer(config: WarmStartConfig, decay: str) -> training.Optim
 
 
 def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, seconds: float) -> dict[str, list[Any]]:
-    """What could explain the gain away, for the same wall time: more of the same, and the best of one's own."""
+    """What could explain the gain away, for the same wall time: more of the same, and the best of one's own.
+
+    Each gets the optimizer of GRPO, its decay too, over as many steps as fit into `seconds`, by a short trial.
+    """
     config = experiment.config
     more = Demonstrations(
-        task=Countdown(config["task"], config["train"].seed + 1_000_003), batch=config["warm_start"].batch,
-        max_tokens=experiment.max_tokens,
-    )  # fmt: skip
+        task=Countdown(config["task"], config["train"].seed + 1_000_003), batch=config["warm_start"].batch
+    )
     # Completions of the warm start itself, of which only the right ones train.
     own = experiment.rollouts(params_of=lambda state: params, select=lambda s: s.by_name[ACCURACY.name] > 0.5)
     curves = {}
     for name, experience in (("continued supervision", more), ("supervision on own correct samples", own)):
+        run = functools.partial(
+            experiment.run, params, objectives.supervised(), experience, title=name, optimizer=config["optimizer"],
+            update=config["update"],
+        )  # fmt: skip
         directory = workdir / "baselines" / name.replace(" ", "_")
-        directory.mkdir(parents=True, exist_ok=True)
-        _, curves[name] = experiment.run(
-            params, objectives.supervised(), experience, directory, name, config["optimizer"], config["update"],
-            steps=1_000_000, max_seconds=seconds, evaluator=experiment.evaluator,
-            evaluate_every=config["evaluation"].every, samples_every=1_000_001,
+        if not (directory / "steps").exists():
+            with tempfile.TemporaryDirectory() as scratch:
+                _, trial = run(workdir=pathlib.Path(scratch), steps=TRIAL_STEPS)
+            step_seconds = np.median([row["time/step_seconds"] for row in trial[2:]])  # the first step compiles
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(directory / "steps", str(max(1, round(seconds / step_seconds))))
+        _, curves[name] = run(
+            workdir=directory, steps=int((directory / "steps").read_text()), evaluator=experiment.evaluator,
+            evaluate_every=config["evaluation"].every,
         )  # fmt: skip
     return curves
 
@@ -347,7 +355,7 @@ def main(argv: list[str]) -> None:
         summary["baselines"] = {name: curves[name][-1] for name in curves if name != "GRPO"}
         plots.comparison({name: [rows] for name, rows in curves.items()}, workdir / "comparison.png")
     plots.curve(rows, workdir / "curve.png", f"Countdown, seed {summary['seed']}")
-    finished.write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomically(finished, json.dumps(summary, indent=2) + "\n")
     print(
         f"held-out greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} in "
         f"{summary['wall_seconds']:.0f} s; everything is in {workdir}"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.evaluation import Evaluator
 from grpo_jax.rollouts import Experience, Journal
-from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, diagnose
+from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, diagnose, write_atomically
 from grpo_jax.types import TrainBatch, TrainState
 
 __all__ = ["StopSignals", "Stopped", "open_workdir", "train"]
@@ -81,27 +81,26 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
     Raises:
       WorkdirError: it cannot be written, or belongs to another configuration; the fields are named.
     """
-    path = workdir / "config.json"
+    path, text = workdir / "config.json", json.dumps(configuration, indent=2, sort_keys=True) + "\n"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        part = path.with_name("config.json.part")
-        part.write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n")
+        (workdir / ".writable").touch()
+        (workdir / ".writable").unlink()
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
     if path.exists():
-        ours, theirs = _flat(json.loads(part.read_text())), _flat(json.loads(path.read_text()))
+        ours, theirs = _flat(json.loads(text)), _flat(json.loads(path.read_text()))
         differ = [
             f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
             for name in sorted({**ours, **theirs})
             if ours.get(name) != theirs.get(name) and name.split(".")[0] not in free
         ]
         if differ:
-            part.unlink()
             raise WorkdirError(
                 f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"
                 "Give the same flags to continue it, or another --workdir to start a new run."
             )
-    part.replace(path)
+    write_atomically(path, text)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -275,10 +274,9 @@ class _Screen:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    accuracy = next((v for name, v in row.items() if name.startswith("rewards/") and name.endswith("/mean")), None)
     parts = {
         "reward": row.get("reward"),
-        "accuracy": accuracy,
+        "accuracy": row.get("accuracy"),
         "kl": row.get("kl"),
         "loss": row.get("loss"),
         "length": row.get("completions/mean_length"),

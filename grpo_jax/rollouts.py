@@ -207,7 +207,7 @@ class GroupRollouts:
     config: RolloutConfig
     advantages: AdvantageConfig = AdvantageConfig()
     # Whose completions: the policy's own, or another's for comparison.
-    params_of: Callable[[TrainState], PyTree] = lambda state: state.params
+    params_of: Callable[[TrainState], PyTree] | None = None
     # Which completions train: [B] rewards by name -> [B] bool; all of them by default.
     select: Callable[[Scores], np.ndarray] | None = None
 
@@ -217,8 +217,9 @@ class GroupRollouts:
         started = time.perf_counter()
         cursor = int(state.cursor)
         prompts = [self.source(i) for i in range(cursor, cursor + config.prompts)]
+        params = state.params if self.params_of is None else self.params_of(state)
         rollout = self.sampler(
-            self.params_of(state), [p.text for p in prompts], range(cursor, cursor + config.prompts),
+            params, [p.text for p in prompts], range(cursor, cursor + config.prompts),
             SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
         )  # fmt: skip
         host: Rollout = jax.device_get(rollout)
@@ -230,10 +231,15 @@ class GroupRollouts:
         advantages = group_advantages(jnp.asarray(total.reshape(-1, group)), **dataclasses.asdict(self.advantages))
         selected = None if self.select is None else jnp.asarray(self.select(scores))
         batch = train_batch(rollout, advantages, temperature=config.temperature, selected=selected)
+        metrics = _rollout_metrics(self.rewards, scores, total.reshape(-1, group), host)
+        if self.params_of is not None:
+            # The sampler's policy is not the trainer's, and its advantages are not used: nothing to say of either.
+            batch = dataclasses.replace(batch, sampler_logprobs=None)
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("frac_")}
         return Experience(
             batch=batch,
             prompts_consumed=config.prompts,
-            metrics=_rollout_metrics(self.rewards, scores, total.reshape(-1, group), host),
+            metrics=metrics,
             samples=_samples(prompts, host, tokenizer, group, scores, total, np.asarray(batch.advantages)),
             rollout_tokens=int(host.mask.sum()),
             train_tokens=int(group * host.prompt_mask.sum() + host.mask.sum()),
@@ -283,6 +289,7 @@ def _rollout_metrics(rewards, scores: Scores, grouped: np.ndarray, rollout: Roll
     }
     # "All right" and "all wrong" are said of the first reward: the one that judges, by convention.
     judged = scores.by_name[rewards[0].name].reshape(grouped.shape)
+    metrics["accuracy"] = (np.nan_to_num(judged) > 0.5).mean()
     metrics["frac_groups_all_right"] = (constant & (judged.min(axis=1) > 0.5)).mean()
     metrics["frac_groups_all_wrong"] = (constant & (judged.max(axis=1) <= 0.5)).mean()
     for reward in rewards:

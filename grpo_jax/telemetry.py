@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["RewardJournal", "RunLog", "WorkdirError", "diagnose", "read_jsonl"]
+__all__ = ["RewardJournal", "RunLog", "WorkdirError", "diagnose", "read_jsonl", "write_atomically"]
 
 Metrics = Mapping[str, float]
 
@@ -37,8 +37,8 @@ def diagnose(metrics: Metrics) -> list[str]:
             "all wrong": "the prompts are too hard, or the reward cannot be reached: look at the samples",
         }.get(kind, "look at the samples; more members a group (--rollout.group_size) find more spread")
         said.append(
-            f"no signal: in every group all rewards are equal ({kind}), so every advantage is 0 and only the KL term "
-            f"moves the policy; {remedy}."
+            f"no signal: in every group all rewards are equal ({kind}), so every advantage is 0"
+            f"{' and only the KL term moves the policy' if 'kl' in metrics else ''}; {remedy}."
         )
     if metrics.get("completions/clipped_ratio", 0.0) >= 1:
         said.append(
@@ -57,6 +57,20 @@ def _explained(path: pathlib.Path, error: OSError) -> WorkdirError:
         f"cannot write {path}: {error.strerror or error}. Checkpoints already saved are intact: mend this (free "
         "space, permissions) and run the same command again to continue, or choose another --workdir."
     )
+
+
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a whole file or none of it.
+
+    Raises:
+      WorkdirError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except OSError as error:
+        raise _explained(path, error) from error
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -81,9 +95,7 @@ class _JsonLines:
         self.rows = [row for row in read_jsonl(path) if keep(row)]
         try:
             if path.exists():
-                part = path.with_name(path.name + ".part")
-                part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-                part.replace(path)
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._file = path.open("a")
         except OSError as error:
             raise _explained(path, error) from error
