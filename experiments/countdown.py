@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+import traceback
 from importlib import metadata
 from typing import Any
 
@@ -22,6 +23,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
+from experiments import flags as sections  # noqa: E402
 from experiments import plots  # noqa: E402
 from experiments.flags import section  # noqa: E402
 from grpo_jax import loop, objectives, sharding, training  # noqa: E402
@@ -44,6 +46,10 @@ class WarmStartConfig:
     batch: int = 64  # demonstrations a step
     learning_rate: float = 3e-3  # at its peak; cosine to 0
     seed: int = 0  # of the initial parameters and of the demonstrations
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch) < 1 or self.learning_rate <= 0:
+            raise ValueError(f"{self}: steps, batch and learning_rate must be above 0.")
 
 
 # Defaults for a model of this size, where the library's are for language models of the usual sizes.
@@ -80,6 +86,10 @@ class TrainConfig:
     format_reward: float = 0.1  # weight of the format reward beside the accuracy reward of weight 1
     samples_every: int = 50  # steps between sampled completions on the screen
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.samples_every) < 1:
+            raise ValueError(f"{self}: steps and samples_every must be 1 or more.")
+
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
@@ -105,6 +115,7 @@ SECTIONS: dict[str, type[Any]] = {
     "checkpoints": CheckpointConfig,
 }
 FLAGS_OF = {name: section(name, cls, skip=("vocab_size",)) for name, cls in SECTIONS.items()}
+flags.adopt_module_key_flags(sections)  # so that --help shows them
 SHIPPED_WARM_START = pathlib.Path(__file__).with_name("countdown_warm_start.msgpack")
 
 TRIAL_STEPS = 20  # of a baseline, to see how many fit into a time
@@ -153,6 +164,24 @@ class Experiment:
             self.policy, self.mesh, tokenizer, Countdown(self.config["task"], 0).source("held_out"), ACCURACY,
             self.config["evaluation"], key=jax.random.key(0), **sizes,
         )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises ValueError where sizes do not fit together, before anything expensive starts."""
+        rollout, evaluation = self.config["rollout"], self.config["evaluation"]
+        training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        sizes = {
+            "rollout.prompts": rollout.prompts,
+            "evaluation.prompts": evaluation.prompts,
+            "evaluation.sampled_prompts": evaluation.sampled_prompts,
+            "warm_start.batch": self.config["warm_start"].batch,
+        }
+        for name, size in sizes.items():
+            if size % shards:
+                raise ValueError(
+                    f"--{name}={size} does not divide over {shards} devices (data x fsdp): make it a multiple."
+                )
+        self.task.problem("held_out", 0)
 
     def rollouts(self, **changes: Any) -> GroupRollouts:
         """GRPO's experience, from training problems."""
@@ -203,10 +232,13 @@ class Demonstrations:
 def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
     """Parameters before GRPO: the shipped file where it fits the flags, else made here (and kept in the workdir)."""
     described = {name: dataclasses.asdict(experiment.config[name]) for name in ("task", "model", "warm_start")}
+    del described["model"]["compute_dtype"]  # parameters are float32 whatever computes with them
     fresh = init_params(experiment.config["model"], jax.random.key(experiment.config["warm_start"].seed))
     if SHIPPED_WARM_START.exists() and not WARM_START_ONLY.value:
         shipped: Any = flax.serialization.msgpack_restore(SHIPPED_WARM_START.read_bytes())
-        if json.loads(shipped["configuration"]) == described:
+        made_with = json.loads(shipped["configuration"])
+        made_with["model"].pop("compute_dtype", None)
+        if made_with == described:
             print(f"warm start: {SHIPPED_WARM_START.name}, shipped with the repository", flush=True)
             return flax.serialization.from_state_dict(fresh, shipped["params"])
     config: WarmStartConfig = experiment.config["warm_start"]
@@ -263,9 +295,8 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
 def summarize(rows: list[dict[str, Any]], seed: int, parameters: int) -> dict[str, Any]:
     """`summary.json`: what came out, and what it took."""
     after = [row for row in rows if row["step"] > 0]
-    mean = lambda name: float(
-        np.median([row[name] for row in after])
-    )  # the first step compiles: a median leaves it out
+    # The first step compiles, and a median does not mind.
+    median = lambda name: float(np.median([row[name] for row in after]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     evaluations = lambda row: {name: value for name, value in row.items() if name.startswith("eval/")}
     packages = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
@@ -277,8 +308,8 @@ def summarize(rows: list[dict[str, Any]], seed: int, parameters: int) -> dict[st
         "steps": rows[-1]["step"],
         "training_seconds": rows[-1]["time/elapsed_seconds"],
         "wall_seconds": time.perf_counter() - _STARTED,
-        "rollout_tokens_per_second": mean("time/rollout_tokens_per_second"),
-        "train_tokens_per_second": mean("time/train_tokens_per_second"),
+        "rollout_tokens_per_second": median("time/rollout_tokens_per_second"),
+        "train_tokens_per_second": median("time/train_tokens_per_second"),
         "peak_rss_bytes": peak,
         "seed": seed,
         "parameters": parameters,
@@ -317,7 +348,7 @@ def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
     transformation, _ = training.make_optimizer(config["optimizer"], 1)
     params = init_params(config["model"], jax.random.key(0))  # for their shapes
     like = training.init_train_state(experiment.policy, params, transformation, objective, experiment.mesh)
-    store = Checkpoints(workdir / "checkpoints", config["checkpoints"])
+    store = Checkpoints(workdir / "checkpoints", config["checkpoints"], read_only=True)
     state = store.restore(like, EVAL_STEP.value)
     print(json.dumps({"step": int(state.step), **experiment.evaluator.full(state.params)}))
 
@@ -329,9 +360,12 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
     workdir = pathlib.Path(WORKDIR.value)
-    config = configuration(workdir)
-    experiment = Experiment(config)
-    training.check_divides(config["rollout"].prompts * config["rollout"].group_size, config["update"], experiment.mesh)
+    try:
+        config = configuration(workdir)
+        experiment = Experiment(config)
+        experiment.check()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if EVAL_ONLY.value:
         return evaluate_only(experiment, workdir)
     loop.open_workdir(workdir, {name: dataclasses.asdict(section) for name, section in config.items()})
@@ -366,7 +400,9 @@ def run() -> None:
     """The command: absl's `app.run`, with the errors that a user can mend as one line instead of a traceback."""
     try:
         app.run(main)
-    except (ValueError, WorkdirError, RewardError) as error:
+    except (WorkdirError, RewardError, OSError) as error:
+        if error.__cause__ is not None and isinstance(error, RewardError):
+            traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
         sys.exit(f"error: {error}")
 
 

@@ -20,8 +20,8 @@ class CheckpointConfig:
     """When to save, and what to keep."""
 
     every: int = 50  # steps between checkpoints
-    keep_latest: int = 2  # the newest so many
-    keep_best: int = 1  # by the metric of the evaluation
+    keep_latest: int = 2  # how many of the newest to keep
+    keep_best: int = 1  # how many of the best to keep, by held-out accuracy
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_latest < 1 or self.keep_best < 0:
@@ -31,7 +31,10 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one run, by step."""
 
-    def __init__(self, directory: pathlib.Path, config: CheckpointConfig = CheckpointConfig()):
+    def __init__(
+        self, directory: pathlib.Path, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False
+    ):
+        """`read_only`: leave alone what another process may be writing there."""
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep_latest)]
         if config.keep_best:
@@ -41,7 +44,7 @@ class Checkpoints:
         checkpointer: Any = ocp.training.Checkpointer  # its annotations are narrower than what it takes
         self._checkpointer = checkpointer(
             directory.absolute(),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
             preservation_policy=policies.AnyPreservationPolicy(kept),
         )
 

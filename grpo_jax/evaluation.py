@@ -23,9 +23,9 @@ class EvaluationConfig:
 
     every: int = 50  # steps between greedy evaluations
     prompts: int = 512  # for greedy accuracy
-    sampled_prompts: int = 128  # for pass@k, before and after training only
-    samples: int = 64  # completions of each of those: k goes up to this
-    temperature: float = 1.0  # of the samples
+    sampled_prompts: int = 128  # prompts for pass@k, which is measured before and after training only
+    samples: int = 64  # completions of each prompt for pass@k; k goes up to this
+    temperature: float = 1.0  # of the samples for pass@k
 
     def __post_init__(self) -> None:
         if min(self.every, self.prompts, self.sampled_prompts, self.samples) < 1 or self.temperature <= 0:

@@ -5,6 +5,7 @@ disk before its update, and its log line before its checkpoint; so a run that is
 started again goes on from the newest checkpoint, with its logs cut back to it, to the same bits.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -190,19 +191,14 @@ def train(
                     store.save(state, metrics.get("eval/accuracy"))
         except Stopped:
             store.save(state)
-            store.wait()
-            screen.close()
-            name = signal.Signals(stop.received or signal.SIGTERM).name
-            print(
-                f"{name}: stopped after step {int(state.step)}, which is saved. The same command continues it.",
-                flush=True,
-            )
-            sys.exit(128 + (stop.received or signal.SIGTERM))
-        finally:
-            screen.close()
-            log.close()
-            journal.close()
-            store.close()  # also when a reward function has raised: what was being saved is saved
+        finally:  # whatever happened: what was being saved is saved, and every file is closed
+            with contextlib.ExitStack() as closing:
+                for thing in (store, journal, log, screen):
+                    closing.callback(thing.close)
+    if stop.received is not None:  # also where it came during the last step, for there may be another phase
+        name = signal.Signals(stop.received).name
+        print(f"{name}: stopped after step {step}, which is saved. The same command continues it.", flush=True)
+        sys.exit(128 + stop.received)
     return state, log.rows
 
 

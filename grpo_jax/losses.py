@@ -128,8 +128,8 @@ def grpo_loss(
       kl_coef: beta.
 
     Returns:
-      The loss, [] float32, and metrics: `kl`, `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-      `clip_ratio/region_mean`, means over the tokens of the mask.
+      The loss, [] float32, and metrics: `clip_ratio/low_mean`, `clip_ratio/high_mean`,
+      `clip_ratio/region_mean`, and `kl` where kl_coef is not 0: means over the tokens of the mask.
 
     Raises:
       ValueError: kl_coef is not 0 and ref_logprobs is None.

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import sampling, sharding
-from grpo_jax.advantages import group_advantages
+from grpo_jax.advantages import constant_groups, group_advantages
 from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.rewards import Reward, Scores, score
 from grpo_jax.training import train_batch
@@ -28,6 +28,7 @@ __all__ = [
     "Sampler",
     "Tokenizer",
     "pad_right",
+    "score_rollout",
 ]
 
 PyTree = Any
@@ -88,6 +89,10 @@ class AdvantageConfig:
 
     ddof: int = 1  # 1: sample deviation (divide by G - 1); 0: divide by G
     epsilon: float = 1e-4  # added to the standard deviation
+
+    def __post_init__(self) -> None:
+        if self.ddof not in (0, 1) or self.epsilon < 0:
+            raise ValueError(f"ddof={self.ddof} must be 0 or 1, epsilon={self.epsilon} 0 or more.")
 
 
 def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -276,7 +281,7 @@ def _journaled_scores(rewards, prompts, rollout, tokenizer, group_size, journal,
 
 def _rollout_metrics(rewards, scores: Scores, grouped: np.ndarray, rollout: Rollout) -> dict[str, float]:
     lengths, finished = rollout.mask.sum(axis=1), rollout.finished
-    constant = grouped.max(axis=1) == grouped.min(axis=1)
+    constant = np.asarray(constant_groups(jnp.asarray(grouped)))  # as the advantages see them
     metrics = {
         "reward": grouped.mean(),
         "reward_std": grouped.std(axis=1, ddof=1).mean(),

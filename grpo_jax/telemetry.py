@@ -5,6 +5,7 @@ all others are the same bits whenever a run is repeated or resumed.
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,11 @@ def diagnose(metrics: Metrics) -> list[str]:
     if metrics.get("completions/clipped_ratio", 0.0) >= 1:
         said.append(
             "every completion was cut at the limit and none ended: raise --rollout.max_tokens, or check the EOS ids."
+        )
+    if not all(map(math.isfinite, (metrics.get("loss", 0.0), metrics.get("grad_norm", 0.0)))):
+        said.append(
+            "loss or gradient is not a finite number, and the parameters are lost with it: lower the learning rate, "
+            "and go on from a checkpoint before this step."
         )
     if metrics.get("sampling/sampling_logp_difference/mean", 0.0) > 0.1:
         said.append(
@@ -110,7 +116,10 @@ class _JsonLines:
             raise _explained(self.path, error) from error
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()  # flushes again what a full disk has refused
+        except OSError as error:
+            raise _explained(self.path, error) from error
 
 
 class RewardJournal:

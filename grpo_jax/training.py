@@ -22,6 +22,7 @@ from grpo_jax.types import Policy, Rollout, TrainBatch, TrainState
 __all__ = [
     "OptimizerConfig",
     "UpdateConfig",
+    "check_divides",
     "init_train_state",
     "make_optimizer",
     "make_train_step",
@@ -59,6 +60,10 @@ class UpdateConfig:
     epochs: int = 1  # passes over the rollout (mu of the paper)
     minibatches: int = 1  # optimizer steps a pass
     microbatches: int = 1  # parts of a minibatch, one after the other; saves memory, changes nothing
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.minibatches, self.microbatches) < 1:
+            raise ValueError(f"{self}: epochs, minibatches and microbatches must be 1 or more.")
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -281,6 +286,7 @@ def _orders(key: jax.Array, completions: int, update: UpdateConfig) -> jax.Array
 
 
 def check_divides(completions: int, update: UpdateConfig, mesh: Mesh) -> None:
+    """Raises ValueError where the completions of a step do not divide into equal parts."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = update.minibatches * update.microbatches * shards
     if completions % parts:

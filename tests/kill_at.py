@@ -1,6 +1,10 @@
-"""Runs `experiments.countdown` and kills it (SIGKILL, or another signal) at a phase of a step.
+"""Runs `experiments.countdown` and kills it, with SIGKILL or another signal, at a moment of a step.
 
-KILL_AT=rewards:3 python -m tests.kill_at --workdir=...   (phases: rollout, rewards, update, log, save)
+    KILL_AT=rewards:3 KILL_WITH=SIGKILL python -m tests.kill_at --workdir=...
+
+Moments of step n, which counts from 0, in their order: `rollout` (sampled, not scored), `rewards` (scored, not
+journaled), `journal` (journaled, not used), `update` (updated, not logged), `log` (logged, not saved), `save` (while
+the background writer is at work).
 """
 
 import os
@@ -9,31 +13,30 @@ import signal
 from experiments import countdown
 from grpo_jax import checkpoints, rollouts, telemetry
 
+MOMENT, _, STEP = os.environ.get("KILL_AT", "").partition(":")
 
-def _kill_before(module: object, name: str, phase: str, step_of) -> None:
-    wanted, _, step = os.environ["KILL_AT"].partition(":")
-    number = getattr(signal, os.environ.get("KILL_WITH", "SIGKILL"))
+
+def kill(moment: str, module: object, name: str, step_of, after: bool = False) -> None:
+    """Kills this process before, or after, the call of `name` that belongs to the wanted step."""
     original = getattr(module, name)
 
     def wrapped(*args, **kwargs):
-        if phase == wanted and step_of(*args, **kwargs) == int(step):
-            if phase == "save":  # in the middle: the background writer has begun
-                original(*args, **kwargs)
-            os.kill(os.getpid(), number)
-        return original(*args, **kwargs)
+        wanted = step_of(*args) == int(STEP)
+        if wanted and not after:
+            os.kill(os.getpid(), getattr(signal, os.environ["KILL_WITH"]))
+        result = original(*args, **kwargs)
+        if wanted and after:
+            os.kill(os.getpid(), getattr(signal, os.environ["KILL_WITH"]))
+        return result
 
-    setattr(module, name, wrapped)
+    if moment == MOMENT:
+        setattr(module, name, wrapped)
 
 
-if os.environ.get("KILL_AT"):
-
-    def _journaled_step(rewards, prompts, rollout, tokenizer, group_size, journal, step):
-        return step
-
-    # Steps are counted from 0, as in the state before the update.
-    _kill_before(rollouts, "_journaled_scores", "rollout", _journaled_step)
-    _kill_before(telemetry.RewardJournal, "write", "rewards", lambda self, step, digest, scores: step)
-    _kill_before(telemetry.RunLog, "write", "update", lambda self, step, *_: step - 1)
-    _kill_before(checkpoints.Checkpoints, "save", "save", lambda self, state, *_: int(state.step) - 1)
-
+kill("rollout", rollouts, "_journaled_scores", lambda *args: args[-1])
+kill("rewards", telemetry.RewardJournal, "write", lambda self, step, *_: step)
+kill("journal", telemetry.RewardJournal, "write", lambda self, step, *_: step, after=True)
+kill("update", telemetry.RunLog, "write", lambda self, step, *_: step - 1)
+kill("log", telemetry.RunLog, "write", lambda self, step, *_: step - 1, after=True)
+kill("save", checkpoints.Checkpoints, "save", lambda self, state, *_: int(state.step) - 1, after=True)
 countdown.run()

@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import signal
 
 import jax
@@ -11,7 +12,7 @@ from grpo_jax import loop, sharding
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.rewards import RewardError
 from grpo_jax.rollouts import Experience
-from grpo_jax.telemetry import WorkdirError, read_jsonl
+from grpo_jax.telemetry import WorkdirError, _JsonLines, read_jsonl
 from grpo_jax.types import TrainState
 
 
@@ -73,6 +74,40 @@ def test_a_signal_saves_the_last_step_and_says_so_in_the_exit_code(tmp_path, num
     assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 3  # the rollout of step 4 was cut short and is discarded
     assert "stopped after step 3" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    resumed, _ = run(tmp_path, 9)
+    straight, _ = run(tmp_path / "straight", 9)
+    np.testing.assert_array_equal(resumed.params["w"], straight.params["w"])
+
+
+def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path):
+    class Evaluator:
+        def greedy(self, params, interrupt=None):
+            if int(params["w"][0]) > 0:  # not before the first step
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {"eval/accuracy": 0.5}
+
+        full = greedy
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, 2, evaluator=Evaluator())
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path / "checkpoints").steps == [2]
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(tmp_path, monkeypatch):
+    run(tmp_path, 3)
+    original = _JsonLines.append
+
+    def full(self, row, durable=False):
+        if row["step"] == 6:
+            self._file = pathlib.Path("/dev/full").open("a")  # noqa: SIM115
+        original(self, row, durable)
+
+    monkeypatch.setattr(_JsonLines, "append", full)
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl.*No space left.*already saved are intact"):
+        run(tmp_path, 9)
+    monkeypatch.undo()
     resumed, _ = run(tmp_path, 9)
     straight, _ = run(tmp_path / "straight", 9)
     np.testing.assert_array_equal(resumed.params["w"], straight.params["w"])

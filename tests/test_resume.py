@@ -10,12 +10,14 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import countdown_report
+
 ROOT = pathlib.Path(__file__).parent.parent
 # Tests compile much and run little.
 FLAGS = "--xla_backend_optimization_level=0"
 TINY = [
     "--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1", "--model.head_width=8",
-    "--model.mlp_width=16", "--task.numbers=2", "--warm_start.steps=4", "--warm_start.batch=16",
+    "--model.mlp_width=16", "--task.numbers=2", "--task.max_number=9", "--warm_start.steps=4", "--warm_start.batch=16",
     "--rollout.prompts=4", "--rollout.group_size=4", "--train.steps=6", "--train.samples_every=2",
     "--evaluation.every=2", "--evaluation.prompts=8", "--evaluation.sampled_prompts=4", "--evaluation.samples=4",
     "--checkpoints.every=2",
@@ -61,8 +63,8 @@ def assert_same_run(killed: pathlib.Path, straight: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "kills"),
     [
-        ([], ["rollout:0", "rewards:1", "update:2", "save:3", "rollout:4", "update:5"]),
-        (SEVERAL_UPDATES, ["rewards:1", "save:1", "update:3"]),
+        ([], ["rollout:0", "rewards:1", "journal:2", "log:3", "save:3", "update:5"]),
+        (SEVERAL_UPDATES, ["journal:1", "save:1", "update:3"]),
     ],
 )
 def test_killed_at_any_moment_ends_with_the_same_bits(tmp_path, flags, kills):
@@ -92,3 +94,46 @@ def test_sigterm_saves_the_step_and_a_lost_torn_line_is_forgiven(tmp_path):
     assert "Traceback" not in refused.stderr
     evaluated = run(tmp_path / "stopped", "--eval_only", "--eval_step=6")
     assert json.loads(evaluated.stdout.splitlines()[-1])["step"] == 6
+
+
+def test_baselines_get_the_time_that_grpo_took_and_the_report_shows_them(tmp_path):
+    run(tmp_path / "warm", "--warm_start_only")
+    assert (tmp_path / "warm" / "warm_start.msgpack").exists()
+    assert not (tmp_path / "warm" / "metrics.jsonl").exists()
+
+    run(tmp_path / "run", "--baselines", "--evaluation.samples=64")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(summary["baselines"]) == 2
+    for place in countdown_report.METHODS.values():
+        rows = untimed(tmp_path / "run" / place / "metrics.jsonl")
+        assert {"eval/accuracy", "eval/pass@64"} <= set(rows[0]) & set(rows[-1])
+    assert len(countdown_report.table([tmp_path / "run"]).splitlines()) == 2 + 1 + len(countdown_report.METHODS)
+    for picture in ("curve.png", "comparison.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_is_for_people(tmp_path):
+    shown = run(tmp_path, "--help", check=False).stdout
+    for flag in ("--workdir", "--loss.kl_coef", "--rollout.group_size", "--mesh.fsdp"):
+        assert flag in shown
+    assert "beta; 0: no reference is held" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rollout.group_size=1"], "group_size=1: an advantage relative to a group"),
+        (["--update.minibatches=3"], "16 completions a step do not divide into minibatches=3"),
+        (["--mesh.tensor=9"], "needs 9 devices"),
+        (["--mesh.expert=2"], "Unknown command line flag 'mesh.expert'"),
+        (["--train.samples_every=0"], "samples_every must be 1 or more"),
+        (["--advantages.ddof=2"], "ddof=2 must be 0 or 1"),
+        (["--eval_only"], "needs the workdir of a run"),
+    ],
+)
+def test_bad_flags_are_one_clear_line_before_anything_is_written(tmp_path, flags, message):
+    refused = run(tmp_path / "none", *flags, check=False)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "none").exists()

@@ -39,6 +39,7 @@ def test_functions_get_texts_ids_and_columns_and_are_summed_by_weight():
         (lambda *_, **__: [1.0, 2.0, -math.inf], "'r0' returned -inf for completion 2"),
         (lambda *_, **__: [1.0, "2", 3.0], "'r0' returned '2' for completion 1"),
         (lambda *_, **__: 1.0, "expected a list"),
+        (lambda *_, **__: [10**400, 1, 1], "'r0' returned 1000"),
         (lambda *_, **__: [None, 1.0, 1.0], "returned None for completion 0"),
         (lambda prompts, completions, completion_ids: [0.0] * 3, "'r0' raised TypeError.*answer"),
     ],
@@ -46,3 +47,9 @@ def test_functions_get_texts_ids_and_columns_and_are_summed_by_weight():
 def test_what_a_reward_function_does_wrong_is_said_at_once(function, message):
     with pytest.raises(RewardError, match=message):
         run(function)
+
+
+def test_names_must_differ():
+    reward = Reward(name="r", function=lambda *_, **__: [1.0] * 3)
+    with pytest.raises(RewardError, match="same name"):
+        score([reward, reward], **ARGUMENTS)

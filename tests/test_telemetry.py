@@ -19,6 +19,8 @@ from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, diagnose, re
             "25% all right, 75%",
         ),
         ({"completions/clipped_ratio": 1.0}, "max_tokens"),
+        ({"loss": float("nan")}, "not a finite number"),
+        ({"grad_norm": float("inf"), "loss": 0.0}, "not a finite number"),
         ({"sampling/sampling_logp_difference/mean": 0.2}, "sampler and trainer disagree.*0.2"),
         ({"sampling/sampling_logp_difference/mean": 1e-5}, None),
     ],

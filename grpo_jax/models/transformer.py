@@ -38,6 +38,9 @@ class TransformerConfig:
     compute_dtype: str = "float32"  # of activations and products; parameters stay float32
 
     def __post_init__(self) -> None:
+        sizes = (self.vocab_size, self.layers, self.width, self.heads, self.kv_heads, self.head_width, self.mlp_width)
+        if min(sizes) < 1:
+            raise ValueError(f"{self}: every size must be 1 or more.")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
         if self.head_width % 2:

@@ -57,6 +57,8 @@ def score(
         values, or something that is neither a finite number nor None; or if no reward applies to a
         completion.
     """
+    if len({r.name for r in rewards}) < len(rewards):
+        raise RewardError(f"two reward functions have the same name: {[r.name for r in rewards]}.")
     by_name = {r.name: _checked(r, prompts, completions, completion_ids, columns) for r in rewards}
     nothing = np.all([np.isnan(values) for values in by_name.values()], axis=0)
     if nothing.any():
@@ -91,7 +93,7 @@ def _checked(reward, prompts, completions, completion_ids, columns) -> np.ndarra
     for i, value in enumerate(values):
         try:
             good = value is None or math.isfinite(value)
-        except TypeError:
+        except (TypeError, OverflowError):
             good = False
         if not good:
             raise RewardError(
