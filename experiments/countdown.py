@@ -349,7 +349,10 @@ def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
     params = init_params(config["model"], jax.random.key(0))  # for their shapes
     like = training.init_train_state(experiment.policy, params, transformation, objective, experiment.mesh)
     store = Checkpoints(workdir / "checkpoints", config["checkpoints"], read_only=True)
-    state = store.restore(like, EVAL_STEP.value)
+    try:
+        state = store.restore(like, EVAL_STEP.value)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(json.dumps({"step": int(state.step), **experiment.evaluator.full(state.params)}))
 
 
@@ -367,7 +370,8 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if EVAL_ONLY.value:
-        return evaluate_only(experiment, workdir)
+        evaluate_only(experiment, workdir)
+        return
     loop.open_workdir(workdir, {name: dataclasses.asdict(section) for name, section in config.items()})
     params = warm_start(experiment, workdir)
     if WARM_START_ONLY.value:
@@ -379,7 +383,7 @@ def main(argv: list[str]) -> None:
         config["update"], config["train"].steps, evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
     )  # fmt: skip
-    finished = workdir / "summary.json"  # of a run that was complete before: its times are the true ones
+    finished = workdir / "summary.json"  # a run that was complete before keeps the times it took then
     summary = (
         json.loads(finished.read_text()) if finished.exists() else summarize(rows, config["train"].seed, parameters)
     )

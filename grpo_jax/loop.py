@@ -123,7 +123,6 @@ def train(
     evaluate_every: int = 50,
     samples_every: int = 50,
     checkpoints: CheckpointConfig = CheckpointConfig(),
-    max_seconds: float | None = None,
     title: str = "train",
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Runs, or goes on with, the run in `workdir` until it has done `steps` steps.
@@ -139,7 +138,6 @@ def train(
       evaluate_every: steps between evaluations.
       samples_every: steps between sampled completions on the screen and in `samples.jsonl`.
       checkpoints: when to save and what to keep.
-      max_seconds: stop earlier, after this much time in steps; such a run does not repeat to the bit.
       title: of the progress bar.
 
     Returns:
@@ -164,7 +162,7 @@ def train(
                 log.write(0, {"time/elapsed_seconds": 0.0, **evaluate.full(state.params, stop.check)})
                 screen.evaluation(log.rows[-1])
             elapsed = log.rows[-1]["time/elapsed_seconds"]
-            while step < steps and (max_seconds is None or elapsed < max_seconds):
+            while step < steps:
                 stop.check()
                 started = time.perf_counter()
                 experienced = experience(state, journal, stop.check)
@@ -179,15 +177,14 @@ def train(
                     metrics["learning_rate"] = float(np.asarray(learning_rate(optimizer_steps)))
                 optimizer_steps = _optimizer_count(state)
                 metrics |= _times(experienced, ended - started, ended - updating, elapsed)
-                last = step == steps or (max_seconds is not None and elapsed >= max_seconds)
-                if last:
+                if step == steps:
                     metrics |= evaluate.full(state.params)
                 elif step % evaluate_every == 0:
                     metrics |= evaluate.greedy(state.params)
                 shown = experienced.samples if step % samples_every == 0 or step == 1 else ()
                 log.write(step, metrics, shown)
                 screen.step(log.rows[-1], shown)
-                if last or step % checkpoints.every == 0 or "eval/accuracy" in metrics:
+                if step == steps or step % checkpoints.every == 0 or "eval/accuracy" in metrics:
                     store.save(state, metrics.get("eval/accuracy"))
         except Stopped:
             store.save(state)

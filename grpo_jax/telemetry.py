@@ -73,7 +73,10 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     """
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         raise _explained(path, error) from error
@@ -146,9 +149,7 @@ class RewardJournal:
 
     def write(self, step: int, digest: str, scores: Mapping[str, Sequence[float | None]]) -> None:
         """Returns when the scores are on disk."""
-        row = {"step": step, "digest": digest, "scores": scores}
-        self._recorded[step] = row
-        self._lines.append(row, durable=True)
+        self._lines.append({"step": step, "digest": digest, "scores": scores}, durable=True)
 
     def close(self) -> None:
         """Closes the file."""
