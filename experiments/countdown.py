@@ -242,7 +242,11 @@ def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
             print(f"warm start: {SHIPPED_WARM_START.name}, shipped with the repository", flush=True)
             return flax.serialization.from_state_dict(fresh, shipped["params"])
     config: WarmStartConfig = experiment.config["warm_start"]
-    print(f"warm start: supervision on {config.steps} x {config.batch} demonstrations", flush=True)
+    print(
+        f"warm start: supervision on {config.steps} x {config.batch} demonstrations, since the one shipped with the "
+        "repository was made with other --task, --model or --warm_start flags (--warm_start.steps makes it shorter)",
+        flush=True,
+    )
     demonstrations = Demonstrations(task=Countdown(experiment.config["task"], config.seed), batch=config.batch)
     state, _ = experiment.run(
         fresh, objectives.supervised(), demonstrations, workdir / "warm_start", "warm start",
@@ -336,7 +340,8 @@ def _print_plan(experiment: Experiment, parameters: int) -> None:
         "tokens; "
         f"{u.epochs} epochs x {u.minibatches} minibatches = {u.epochs * u.minibatches} optimizer steps of "
         f"{completions // u.minibatches} completions, {completions // (u.minibatches * u.microbatches * shards)} "
-        f"at a time on each of {shards} data shards",
+        f"at a time on each of {shards} data shards\n"
+        "compiling, once: it takes some 20 seconds until the first step",
         flush=True,
     )
 
@@ -362,6 +367,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
+    if not WORKDIR.value.strip():
+        raise app.UsageError("--workdir is empty: name a directory.")
+    if EVAL_STEP.value is not None and not EVAL_ONLY.value:
+        raise app.UsageError("--eval_step needs --eval_only.")
     workdir = pathlib.Path(WORKDIR.value)
     try:
         config = configuration(workdir)

@@ -239,10 +239,9 @@ class _Screen:
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         names = sorted((name for name in row if name.startswith("eval/")), key=lambda name: (len(name), name))
-        found = {name.removeprefix("eval/"): row[name] for name in names}
-        if found:
-            text = "  ".join(f"{name} {value:.1%}" for name, value in found.items())
-            self._say(f"{self._title}: step {row['step']}, held out: {text}")
+        if names:
+            shown = (f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {row[name]:.1%}" for name in names)
+            self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
 
     def step(self, row: Mapping[str, Any], samples: Any) -> None:
         self._bar.set_postfix_str(_line(row), refresh=False)
@@ -251,10 +250,10 @@ class _Screen:
         if self._bar.disable and (row["step"] % self._lines == 0 or row["step"] == 1):
             self._say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
         for sample in samples[:4]:
-            text = f"{sample['prompt']}{sample['completion']}"
-            self._say(f"    {text!r}  reward {sample['reward']:.2f}  advantage {sample['advantage']:+.2f}")
+            text = f"{sample['prompt']} -> {sample['completion']}"
+            self._say(f"    {text}  reward {sample['reward']:.2f}  advantage {sample['advantage']:+.2f}")
         said = " ".join(diagnose(row))
-        if said and (said != self._said or row["step"] % 100 == 0):
+        if said and (said != self._said or row["step"] % self._lines == 0):
             self._say(f"{self._title}: step {row['step']}: {said}")
         self._said = said
 
@@ -275,4 +274,5 @@ def _line(row: Mapping[str, Any]) -> str:
         "length": row.get("completions/mean_length"),
     }
     text = " ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
-    return f"{text} {row['time/rollout_tokens_per_second']:.0f}+{row['time/train_tokens_per_second']:.0f} tok/s"
+    speeds = {"rollout": row["time/rollout_tokens_per_second"], "train": row["time/train_tokens_per_second"]}
+    return f"{text} tok/s: " + " ".join(f"{name} {speed:.0f}" for name, speed in speeds.items() if speed)

@@ -307,13 +307,16 @@ def _rollout_metrics(rewards, scores: Scores, grouped: np.ndarray, rollout: Roll
 
 
 def _samples(prompts, rollout, tokenizer, group_size, scores, total, advantages) -> list[dict[str, Any]]:
-    """The first group, completion by completion, for people to read."""
-    _, texts = _texts(jax.tree.map(lambda x: x[:group_size], rollout), tokenizer)
+    """One group for people to read, completion by completion: the first in which rewards differ, if there is one."""
+    spread = np.ptp(total.reshape(-1, group_size), axis=1) > 0
+    group = int(np.argmax(spread))
+    members = range(group * group_size, (group + 1) * group_size)
+    _, texts = _texts(jax.tree.map(lambda x: x[members.start : members.stop], rollout), tokenizer)
     return [
         {
-            "prompt": prompts[0].text, "completion": texts[i], "finished": bool(rollout.finished[i]),
+            "prompt": prompts[group].text, "completion": text, "finished": bool(rollout.finished[i]),
             "reward": float(total[i]), "advantage": float(advantages[i]),
             **{f"rewards/{name}": None if np.isnan(v[i]) else float(v[i]) for name, v in scores.by_name.items()},
         }
-        for i in range(group_size)
+        for i, text in zip(members, texts, strict=True)
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """A mesh, and the one table from logical axes (what a dimension is) to mesh axes (where it lies)."""
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,11 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     return Mesh(np.asarray(devices[: math.prod(sizes)]).reshape(sizes), MESH_AXES)
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+
 def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules, name: str) -> PartitionSpec:
     spec, used = [], set()
     for axis, size in zip(axes, shape, strict=True):
@@ -84,9 +90,7 @@ def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rule
                 raise ValueError(f"{name}: mesh axis {mesh_axis!r} is used twice by logical axes {axes}.")
         parts = math.prod(mesh.shape[a] for a in target)
         if size % parts:
-            logging.getLogger(__name__).warning(
-                "%s: %s of size %d does not divide over %s (%d parts): replicated.", name, axis, size, target, parts
-            )
+            _warn_once(f"{name}: {axis} of size {size} does not divide over {target} ({parts} parts): replicated.")
             target = ()
         used.update(target)
         spec.append(target if len(target) > 1 else (target[0] if target else None))
