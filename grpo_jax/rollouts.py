@@ -17,7 +17,7 @@ from grpo_jax.advantages import constant_groups, group_advantages
 from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.rewards import Reward, Scores, score
 from grpo_jax.training import train_batch
-from grpo_jax.types import Policy, Rollout, SamplingParams, TrainBatch, TrainState
+from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, TrainBatch, TrainState
 
 __all__ = [
     "AdvantageConfig",
@@ -30,8 +30,6 @@ __all__ = [
     "pad_right",
     "score_rollout",
 ]
-
-PyTree = Any
 
 
 class Tokenizer(Protocol):

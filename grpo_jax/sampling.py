@@ -9,18 +9,15 @@ no batch size, order, padding or mesh changes them.
 """
 
 import dataclasses
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.logprobs import Head, unembed
-from grpo_jax.types import Policy, Rollout, SamplingParams, record
+from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, record
 
 __all__ = ["Decoding", "choose_tokens", "collect", "decode", "generate", "start", "truncate"]
-
-PyTree = Any
 
 
 @record

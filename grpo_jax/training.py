@@ -5,7 +5,6 @@ Pure functions; `make_train_step` is the composition point where jit, donation a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -17,7 +16,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import sharding
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.objectives import Objective
-from grpo_jax.types import Policy, Rollout, TrainBatch, TrainState
+from grpo_jax.types import Policy, PyTree, Rollout, TrainBatch, TrainState
 
 __all__ = [
     "OptimizerConfig",
@@ -29,8 +28,6 @@ __all__ = [
     "state_shardings",
     "train_batch",
 ]
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 
-__all__ = ["Policy", "Rollout", "SamplingParams", "TrainBatch", "TrainState", "record"]
+__all__ = ["Policy", "PyTree", "Rollout", "SamplingParams", "TrainBatch", "TrainState", "record"]
 
 PyTree: TypeAlias = Any
 Array: TypeAlias = Any  # jax.Array; also what stands in its place: NumPy on the host, shapes, shardings
