@@ -29,11 +29,12 @@ from experiments.flags import section  # noqa: E402
 from grpo_jax import loop, objectives, sharding, training  # noqa: E402
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
 from grpo_jax.data.countdown import Countdown, CountdownConfig  # noqa: E402
+from grpo_jax.data.tokenizer import pad  # noqa: E402
 from grpo_jax.evaluation import EvaluationConfig, Evaluator  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy  # noqa: E402
 from grpo_jax.rewards import Reward, RewardError  # noqa: E402
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format  # noqa: E402
-from grpo_jax.rollouts import AdvantageConfig, Experience, GroupRollouts, RolloutConfig, Sampler, pad_right  # noqa: E402
+from grpo_jax.rollouts import AdvantageConfig, Experience, GroupRollouts, RolloutConfig, Sampler  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 from grpo_jax.types import TrainBatch, TrainState  # noqa: E402
 
@@ -114,7 +115,11 @@ SECTIONS: dict[str, type[Any]] = {
     "evaluation": EvaluationConfig,
     "checkpoints": CheckpointConfig,
 }
-FLAGS_OF = {name: section(name, cls, skip=("vocab_size",)) for name, cls in SECTIONS.items()}
+# What makes a model here; the families of pretrained models differ in more, and parameters stay float32 whatever
+# computes with them.
+MODEL = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "rope_base", "norm_epsilon")
+SKIPPED = {f.name for f in dataclasses.fields(TransformerConfig)} - {*MODEL, "compute_dtype"}
+FLAGS_OF = {name: section(name, cls, skip=SKIPPED if name == "model" else ()) for name, cls in SECTIONS.items()}
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 SHIPPED_WARM_START = pathlib.Path(__file__).with_name("countdown_warm_start.msgpack")
 
@@ -156,24 +161,23 @@ class Experiment:
             self.mesh,
             tokenizer,
             group_size=rollout.group_size,
+            stop=rollout.stop,
             key=jax.random.fold_in(self.key, 0),
             **sizes,
         )
         # Other tasks and seeds share no held-out problem with training: being held out is a property of a problem.
         self.evaluator = Evaluator(
-            self.policy, self.mesh, tokenizer, Countdown(self.config["task"], 0).source("held_out"), ACCURACY,
+            self.policy, self.mesh, tokenizer, Countdown(self.config["task"], 0).source("held_out"), (ACCURACY,),
             self.config["evaluation"], key=jax.random.key(0), **sizes,
         )  # fmt: skip
 
     def check(self) -> None:
         """Raises ValueError where sizes do not fit together, before anything expensive starts."""
-        rollout, evaluation = self.config["rollout"], self.config["evaluation"]
+        rollout = self.config["rollout"]
         training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         sizes = {
             "rollout.prompts": rollout.prompts,
-            "evaluation.prompts": evaluation.prompts,
-            "evaluation.sampled_prompts": evaluation.sampled_prompts,
             "warm_start.batch": self.config["warm_start"].batch,
         }
         for name, size in sizes.items():
@@ -219,8 +223,8 @@ class Demonstrations:
         encode, cursor = self.task.tokenizer.encode, int(state.cursor)
         pairs = [self.task.demonstration(i) for i in range(cursor, cursor + self.batch)]
         end = list(self.task.tokenizer.eos_ids[:1])
-        prompts, prompt_mask = pad_right([encode(p.prompt) for p, _ in pairs], self.task.max_prompt_tokens)
-        texts, mask = pad_right([encode(text) + end for _, text in pairs], self.task.max_completion_tokens)
+        prompts, prompt_mask = pad([encode(p.prompt) for p, _ in pairs], self.task.max_prompt_tokens)
+        texts, mask = pad([encode(text) + end for _, text in pairs], self.task.max_completion_tokens)
         batch = TrainBatch(
             prompt_tokens=prompts, prompt_mask=prompt_mask, completion_tokens=texts, mask=mask,
             advantages=np.ones(self.batch, np.float32), sampler_logprobs=None,
@@ -231,14 +235,14 @@ class Demonstrations:
 
 def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
     """Parameters before GRPO: the shipped file where it fits the flags, else made here (and kept in the workdir)."""
-    described = {name: dataclasses.asdict(experiment.config[name]) for name in ("task", "model", "warm_start")}
-    del described["model"]["compute_dtype"]  # parameters are float32 whatever computes with them
+    model = {name: value for name, value in dataclasses.asdict(experiment.config["model"]).items() if name in MODEL}
+    described = {name: dataclasses.asdict(experiment.config[name]) for name in ("task", "warm_start")} | {
+        "model": {"vocab_size": Countdown.tokenizer.vocab_size, **model}
+    }
     fresh = init_params(experiment.config["model"], jax.random.key(experiment.config["warm_start"].seed))
     if SHIPPED_WARM_START.exists() and not WARM_START_ONLY.value:
         shipped: Any = flax.serialization.msgpack_restore(SHIPPED_WARM_START.read_bytes())
-        made_with = json.loads(shipped["configuration"])
-        made_with["model"].pop("compute_dtype", None)
-        if made_with == described:
+        if json.loads(shipped["configuration"]) == described:
             print(f"warm start: {SHIPPED_WARM_START.name}, shipped with the repository", flush=True)
             return flax.serialization.from_state_dict(fresh, shipped["params"])
     config: WarmStartConfig = experiment.config["warm_start"]

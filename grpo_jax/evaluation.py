@@ -1,8 +1,8 @@
-"""Evaluation on held-out prompts: greedy accuracy, and pass@k from samples."""
+"""Evaluation on held-out prompts: greedy accuracy; pass@k, mean@k and maj@k of samples; the completions themselves."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.data.sources import Source
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward
-from grpo_jax.rollouts import Sampler, Tokenizer, score_rollout
+from grpo_jax.rollouts import Sampler, completion_texts, score_rollout
 from grpo_jax.types import Policy, SamplingParams
 
-__all__ = ["EvaluationConfig", "Evaluator", "pass_at_k"]
+__all__ = ["EvaluationConfig", "Evaluator", "maj_at_k", "pass_at_k"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,11 @@ class EvaluationConfig:
     sampled_prompts: int = 128  # prompts for pass@k, which is measured before and after training only
     samples: int = 64  # completions of each prompt for pass@k; k goes up to this
     temperature: float = 1.0  # of the samples for pass@k
+    completions: int = 8192  # sampled at a time at most, which bounds the memory; it does not change what is measured
 
     def __post_init__(self) -> None:
-        if min(self.every, self.prompts, self.sampled_prompts, self.samples) < 1 or self.temperature <= 0:
+        sizes = (self.every, self.prompts, self.sampled_prompts, self.samples, self.completions)
+        if min(sizes) < 1 or self.temperature <= 0:
             raise ValueError(f"{self}: every number must be above 0.")
 
 
@@ -45,20 +48,67 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
       ValueError: k is not from 1 to n.
     """
     n = correct.shape[1]
+    _check_k(k, n)
+    return float(np.mean([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(axis=1)]))
+
+
+def maj_at_k(answers: Sequence[Sequence[str | None]], correct: np.ndarray, k: int) -> float:
+    """The share of prompts whose most frequent answer is right (self-consistency, arXiv 2203.11171).
+
+    Answers that are equally frequent count in equal parts, and completions with the same answer too where the
+    judge does not say the same of them. A completion without an answer has no vote; without any vote, the prompt
+    counts as wrong.
+
+    Args:
+      answers: [P, n], what each completion answers; None: nothing.
+      correct: [P, n] bool.
+      k: the first k completions vote, from 1 to n.
+
+    Raises:
+      ValueError: k is not from 1 to n.
+    """
+    _check_k(k, correct.shape[1])
+    shares = []
+    for row_answers, row_correct in zip(answers, correct, strict=True):
+        votes: dict[str, list[bool]] = {}
+        for answer, right in zip(row_answers[:k], row_correct[:k], strict=True):
+            if answer is not None:
+                votes.setdefault(answer, []).append(bool(right))
+        most = max(map(len, votes.values()), default=0)
+        shares.append(np.mean([np.mean(rights) for rights in votes.values() if len(rights) == most]) if votes else 0.0)
+    return float(np.mean(shares))
+
+
+def _check_k(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k={k} must be from 1 to the number of samples, {n}.")
-    return float(np.mean([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(axis=1)]))
 
 
 class Evaluator:
     """Measures parameters on the first prompts of a source; the same prompts and random numbers every time."""
 
     def __init__(
-        self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, source: Source, accuracy: Reward,
+        self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, source: Source, rewards: Sequence[Reward],
         config: EvaluationConfig, *, max_tokens: int, max_prompt_tokens: int, key: jax.Array,
+        answer: Callable[[str], str | None] | None = None,
     ):  # fmt: skip
-        """`accuracy`: the reward that says right (above 0.5) or wrong."""
-        self._source, self._accuracy, self._config, self._tokenizer = source, accuracy, config, tokenizer
+        """The first of `rewards` judges: above 0.5 is right, anything else, None too, wrong. The others are reported.
+
+        `answer`: what a completion answers, for maj@k; equal answers are equal strings (`rewards.answers.extract_*`).
+
+        Raises:
+          ValueError: there is no reward, two have the same name, or one that does not judge is named `accuracy`;
+            or `config.completions` is less than one prompt's on each device.
+        """
+        names = [r.name for r in rewards]
+        if not names or len({*names}) < len(names) or "accuracy" in names[1:]:
+            raise ValueError(
+                f"rewards named {names}: expected at least one, of different names, of which only the first, which "
+                "judges, may be 'accuracy'."
+            )
+        self._source, self._rewards, self._config, self._tokenizer = source, rewards, config, tokenizer
+        self._answer = answer
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
         sampler: Callable[[int], Sampler] = lambda group: Sampler(
             policy,
             mesh,
@@ -69,26 +119,110 @@ class Evaluator:
             key=key,
         )
         self._greedy, self._sampled = sampler(1), sampler(config.samples)
+        self._greedy_batch = _batch_size(config.prompts, 1, config.completions, shards)
+        self._sampled_batch = _batch_size(config.sampled_prompts, config.samples, config.completions, shards)
 
-    def _correct(self, sampler: Sampler, params: Any, prompts: int, temperature: float, interrupt) -> np.ndarray:
-        problems = [self._source(i) for i in range(prompts)]
-        rollout = jax.device_get(
-            sampler(
-                params, [p.text for p in problems], range(prompts), SamplingParams(temperature=temperature), interrupt
+    def records(
+        self, params: Any, *, sampled: bool, interrupt: Callable[[], None] = lambda: None
+    ) -> Iterator[dict[str, Any]]:
+        """Completions with their scores, prompt by prompt: the greedy ones, or `config.samples` of each prompt.
+
+        Yields:
+          `index` of the prompt, `sample` within it, `temperature` (0: greedy), `prompt`, `completion`, `finished`
+          (false where it was cut), `tokens` (how many), `rewards` by name (None: does not apply) and `columns`.
+        """
+        c = self._config
+        total, temperature = (c.sampled_prompts, c.temperature) if sampled else (c.prompts, 0.0)
+        sampler, size = (self._sampled, self._sampled_batch) if sampled else (self._greedy, self._greedy_batch)
+        group, choice = sampler.group_size, SamplingParams(temperature=temperature)
+        for start in range(0, total, size):
+            ids = range(start, min(start + size, total))
+            prompts = [self._source(i) for i in ids]
+            # Every batch has the same compiled shape: the last is filled up with a prompt that is then dropped.
+            texts, filled = [p.text for p in prompts], size - len(ids)
+            rollout = jax.device_get(
+                sampler(params, texts + texts[:1] * filled, [*ids, *[start] * filled], choice, interrupt)
             )
-        )
-        scores = score_rollout([self._accuracy], problems, rollout, self._tokenizer, sampler.group_size)
-        return scores.by_name[self._accuracy.name].reshape(prompts, sampler.group_size) > 0.5
+            rollout = jax.tree.map(lambda x, n=len(ids): x[: len(x) // size * n], rollout)
+            scores = score_rollout(self._rewards, prompts, rollout, self._tokenizer, group).by_name
+            for i, (tokens, completion) in enumerate(zip(*completion_texts(rollout, self._tokenizer), strict=True)):
+                prompt, sample = divmod(i, group)
+                yield {
+                    "index": ids[prompt], "sample": sample, "temperature": temperature,
+                    "prompt": texts[prompt], "completion": completion,
+                    "finished": bool(rollout.finished[i]), "tokens": len(tokens),
+                    "rewards": {name: None if np.isnan(v[i]) else float(v[i]) for name, v in scores.items()},
+                    "columns": dict(prompts[prompt].columns),
+                }  # fmt: skip
 
-    def greedy(self, params: Any, interrupt: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """`eval/accuracy`: share of prompts whose greedy completion is right."""
+    def summarize(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """What all `records` of one kind or of both say, as `greedy` and `full` return it."""
+        greedy: list[Mapping[str, Any]] = []
+        sampled: list[Mapping[str, Any]] = []
+        for record in records:
+            (sampled if record["temperature"] > 0 else greedy).append(record)
         return {
-            "eval/accuracy": float(self._correct(self._greedy, params, self._config.prompts, 0.0, interrupt).mean())
+            **(self._of_greedy(greedy) if greedy else {}),
+            **(self._of_samples(sampled) if sampled else {}),
         }
 
+    def greedy(self, params: Any, interrupt: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """`eval/accuracy`: share of prompts whose greedy completion is right; `eval/{name}`: mean of another reward.
+
+        Means are over the completions to which a reward applies; `eval/{name}/not_applicable` counts the others,
+        where there are any.
+        """
+        return self.summarize(self.records(params, sampled=False, interrupt=interrupt))
+
     def full(self, params: Any, interrupt: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Greedy accuracy, and `eval/pass@k` for k = 1, 4, 16, ... up to the number of samples."""
-        c = self._config
-        correct = self._correct(self._sampled, params, c.sampled_prompts, c.temperature, interrupt)
-        ks: Sequence[int] = sorted({4**i for i in range(10) if 4**i < c.samples} | {c.samples})
-        return {**self.greedy(params, interrupt), **{f"eval/pass@{k}": pass_at_k(correct, k) for k in ks}}
+        """What `greedy` measures, and what n samples of each prompt say.
+
+        `eval/pass@k` and, where the evaluator was given `answer`, `eval/maj@k`, each for k = 1, 4, 16, ... up to n;
+        `eval/mean@n`, the mean of the reward that judges, None as 0; `eval/{name}/mean@n`, that of another.
+        """
+        sampled = list(self.records(params, sampled=True, interrupt=interrupt))
+        return self.summarize([*sampled, *self.records(params, sampled=False, interrupt=interrupt)])
+
+    def _of_greedy(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        accuracy = float((_values(records, self._rewards[0]) > 0.5).mean())
+        others = [_mean(f"eval/{r.name}", "", _values(records, r)) for r in self._rewards[1:]]
+        return {"eval/accuracy": accuracy} | {name: value for means in others for name, value in means.items()}
+
+    def _of_samples(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        n = self._config.samples
+        judged = _values(records, self._rewards[0]).reshape(-1, n)
+        correct = judged > 0.5
+        ks: Sequence[int] = sorted({4**i for i in range(10) if 4**i < n} | {n})
+        metrics = {f"eval/pass@{k}": pass_at_k(correct, k) for k in ks}
+        metrics[f"eval/mean@{n}"] = float(np.nan_to_num(judged).mean())
+        for reward in self._rewards[1:]:
+            metrics |= _mean(f"eval/{reward.name}", f"/mean@{n}", _values(records, reward))
+        if self._answer is not None:
+            answers = [self._answer(record["completion"]) for record in records]
+            grouped = [answers[i : i + n] for i in range(0, len(answers), n)]
+            metrics |= {f"eval/maj@{k}": maj_at_k(grouped, correct, k) for k in ks}
+        return metrics
+
+
+def _batch_size(prompts: int, samples: int, completions: int, shards: int) -> int:
+    """Prompts at a time: a multiple of the devices, as few batches as fit, and those as small as they can be."""
+    largest = completions // (samples * shards) * shards
+    if not largest:
+        raise ValueError(
+            f"evaluation.completions={completions} is less than one prompt's {samples} on each of {shards} devices "
+            f"(data x fsdp): make it at least {samples * shards}."
+        )
+    batches = math.ceil(prompts / largest)
+    return math.ceil(prompts / (batches * shards)) * shards
+
+
+def _values(records: Sequence[Mapping[str, Any]], reward: Reward) -> np.ndarray:
+    """[B] float64, NaN where the reward does not apply."""
+    return np.array([record["rewards"][reward.name] for record in records], np.float64)
+
+
+def _mean(name: str, kind: str, values: np.ndarray) -> dict[str, float]:
+    applicable = values[~np.isnan(values)]
+    metrics = {f"{name}{kind}": float(applicable.mean())} if applicable.size else {}
+    missing = values.size - applicable.size
+    return metrics | ({f"{name}{kind}/not_applicable": float(missing)} if missing else {})

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from grpo_jax import sampling, sharding
 from grpo_jax.advantages import constant_groups, group_advantages
 from grpo_jax.data.sources import Prompt, Source
-from grpo_jax.rewards import Reward, Scores, score
+from grpo_jax.data.stops import stop_table
+from grpo_jax.data.tokenizer import Tokenizer, pad
+from grpo_jax.rewards import Item, Reward, RewardError, Scores, score
 from grpo_jax.training import train_batch
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, TrainBatch, TrainState
 
@@ -26,32 +28,9 @@ __all__ = [
     "Journal",
     "RolloutConfig",
     "Sampler",
-    "Tokenizer",
-    "pad_right",
+    "completion_texts",
     "score_rollout",
 ]
-
-
-class Tokenizer(Protocol):
-    """What the shell needs of a tokenizer."""
-
-    @property
-    def pad_id(self) -> int:
-        """What follows the end; may be one of `eos_ids`."""
-        ...
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Any of them ends a completion."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids, without an end."""
-        ...
-
-    def decode(self, ids: Any) -> str:
-        """Text, without padding and ends."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +43,7 @@ class RolloutConfig:
     temperature: float = 1.0  # of sampling; the trainer's log-probabilities are at it too
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the likeliest tokens of this mass; 1: all
+    stop: tuple[str, ...] = ()  # strings that end a completion too, as a Python tuple: ('Question:',)
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -77,6 +57,8 @@ class RolloutConfig:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0: a greedy group has no spread to learn from."
             )
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop={self.stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be 0 or more, top_p={self.top_p} in (0, 1].")
 
@@ -93,22 +75,17 @@ class AdvantageConfig:
             raise ValueError(f"ddof={self.ddof} must be 0 or 1, epsilon={self.epsilon} 0 or more.")
 
 
-def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged token lists -> ([n, width] int32, mask [n, width] bool)."""
-    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], mask[i, : len(row)] = row, True
-    return tokens, mask
-
-
 class Sampler:
     """`sampling.generate`, compiled for a mesh, in chunks of tokens so that the host has a turn between them."""
 
     def __init__(
         self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, *, group_size: int, max_tokens: int,
-        max_prompt_tokens: int, key: jax.Array, chunk: int = 64,
+        max_prompt_tokens: int, key: jax.Array, stop: Sequence[str] = (), chunk: int = 64,
     ):  # fmt: skip
-        """`key` is the root of all randomness: with prompt id, member and token index it gives a token's."""
+        """`key` is the root of all randomness: with prompt id, member and token index it gives a token's.
+
+        `stop`: strings that end a completion as an EOS does.
+        """
         if not tokenizer.eos_ids or tokenizer.pad_id is None:
             raise ValueError(
                 f"the tokenizer has eos_ids={tokenizer.eos_ids!r} and pad_id={tokenizer.pad_id!r}: sampling needs at "
@@ -118,6 +95,7 @@ class Sampler:
             raise ValueError(f"max_tokens={max_tokens} must be 1 or more.")
         self.tokenizer, self.group_size, self.max_prompt_tokens = tokenizer, group_size, max_prompt_tokens
         self._mesh, self._key = mesh, key
+        self._stop_table = stop_table(tokenizer.token_bytes, stop) if stop else None
 
         def constrained(tree, axes, rules):
             return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, rules))
@@ -160,12 +138,12 @@ class Sampler:
             raise ValueError(
                 f"{len(prompts)} prompts do not divide over {shards} devices (data x fsdp); use a multiple of {shards}."
             )
-        tokens, mask = pad_right(self.encode(prompts), self.max_prompt_tokens)
+        tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
         ids = np.asarray(prompt_ids, np.uint32)
         tokens, mask, ids = jax.device_put((tokens, mask, ids), sharding.batch_sharding(self._mesh))
         prefilled, state = self._start(
             params, tokens, mask, ids, self._key, eos_ids=np.asarray(self.tokenizer.eos_ids, np.int32),
-            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params,
+            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params, stop_table=self._stop_table,
         )  # fmt: skip
         while True:
             interrupt()
@@ -177,11 +155,11 @@ class Sampler:
 class Journal(Protocol):
     """Where a step's rewards are written durably before they are used, and read when the step is replayed."""
 
-    def read(self, step: int, digest: str) -> Mapping[str, Sequence[float | None]] | None:
+    def read(self, step: int, digest: str) -> Mapping[str, Sequence[Item]] | None:
         """The recorded scores of these completions at this step, or None."""
         ...
 
-    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[float | None]]) -> None:
+    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[Item]]) -> None:
         """Returns when the scores are durable."""
         ...
 
@@ -251,7 +229,8 @@ class GroupRollouts:
         )
 
 
-def _texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
+def completion_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
+    """Token ids and texts of the completions of a rollout that lies on the host."""
     ids = [row[keep].tolist() for row, keep in zip(rollout.completion_tokens, rollout.mask, strict=True)]
     return ids, [tokenizer.decode(row) for row in ids]
 
@@ -259,8 +238,18 @@ def _texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[list[int]], lis
 def score_rollout(
     rewards: Sequence[Reward], prompts: Sequence[Prompt], rollout: Rollout, tokenizer: Tokenizer, group_size: int
 ) -> Scores:
-    """Rewards of a rollout that lies on the host; every prompt has the same columns."""
-    ids, texts = _texts(rollout, tokenizer)
+    """Rewards of a rollout that lies on the host.
+
+    Raises:
+      RewardError: a reward function did something wrong, or the prompts do not all have the same columns.
+    """
+    for prompt in prompts:
+        if prompt.columns.keys() != prompts[0].columns.keys():
+            raise RewardError(
+                f"prompt {prompt.text!r} has the columns {sorted(prompt.columns)}, and prompt {prompts[0].text!r} has "
+                f"{sorted(prompts[0].columns)}: give all the same, with None where one has no value."
+            )
+    ids, texts = completion_texts(rollout, tokenizer)
     each = [prompt for prompt in prompts for _ in range(group_size)]
     columns = {name: [p.columns[name] for p in each] for name in prompts[0].columns}
     return score(rewards, prompts=[p.text for p in each], completions=texts, completion_ids=ids, columns=columns)
@@ -271,10 +260,9 @@ def _journaled_scores(rewards, prompts, rollout, tokenizer, group_size, journal,
     recorded = journal.read(step, digest)
     if recorded is None:
         scores = score_rollout(rewards, prompts, rollout, tokenizer, group_size)
-        plain = {name: [None if np.isnan(v) else v for v in values.tolist()] for name, values in scores.by_name.items()}
-        journal.write(step, digest, plain)
+        journal.write(step, digest, scores.items())
         return scores
-    return Scores(by_name={name: np.array(values, np.float64) for name, values in recorded.items()})
+    return Scores.of(recorded)
 
 
 def _rollout_metrics(rewards, scores: Scores, grouped: np.ndarray, rollout: Rollout) -> dict[str, float]:
@@ -309,7 +297,7 @@ def _samples(prompts, rollout, tokenizer, group_size, scores, total, advantages)
     spread = np.ptp(total.reshape(-1, group_size), axis=1) > 0
     group = int(np.argmax(spread))
     members = range(group * group_size, (group + 1) * group_size)
-    _, texts = _texts(jax.tree.map(lambda x: x[members.start : members.stop], rollout), tokenizer)
+    _, texts = completion_texts(jax.tree.map(lambda x: x[members.start : members.stop], rollout), tokenizer)
     return [
         {
             "prompt": prompts[group].text, "completion": text, "finished": bool(rollout.finished[i]),

@@ -31,6 +31,7 @@ class Prefilled:
     sampling: SamplingParams
     eos_ids: jax.Array  # [E] int32
     pad_id: jax.Array  # [] int32
+    stop_table: jax.Array | None  # [states, ids] int32, see `data.stops`; None: no stop strings
 
 
 @record
@@ -38,7 +39,8 @@ class Decoding:
     """What the decode loop carries. Token `t` of every slot is written into column t of the cache."""
 
     length: jax.Array  # [] int32, tokens chosen so far by slots that are alive
-    alive: jax.Array  # [P, G] bool, no EOS yet
+    alive: jax.Array  # [P, G] bool, no EOS yet and no stop string
+    stop_state: jax.Array  # [P, G] int32, row of the stop table
     tokens: jax.Array  # [P, G, T] int32
     mask: jax.Array  # [P, G, T] bool
     logprobs: jax.Array  # [P, G, T] float32
@@ -120,6 +122,7 @@ def start(
     eos_ids: jax.Array,
     pad_id: jax.Array | int,
     sampling: SamplingParams,
+    stop_table: jax.Array | None = None,
 ) -> tuple[Prefilled, Decoding]:
     """Prefills every prompt once and chooses the first token of each completion. Arguments as `generate`."""
     chex.assert_rank([prompt_tokens, prompt_mask, prompt_ids], [2, 2, 1])
@@ -139,11 +142,13 @@ def start(
     prefilled = Prefilled(
         params=sampler_params, prefix=prefix, prefix_positions=positions, keys=keys, sampling=sampling,
         eos_ids=jnp.asarray(eos_ids, jnp.int32), pad_id=jnp.asarray(pad_id, jnp.int32),
+        stop_table=None if stop_table is None else jnp.asarray(stop_table, jnp.int32),
     )  # fmt: skip
     shape = (prompts, group_size, max_tokens)
     empty = Decoding(
         length=jnp.zeros((), jnp.int32),
         alive=jnp.ones(shape[:2], bool),
+        stop_state=jnp.zeros(shape[:2], jnp.int32),
         tokens=jnp.full(shape, prefilled.pad_id),
         mask=jnp.zeros(shape, bool),
         logprobs=jnp.zeros(shape),
@@ -163,9 +168,15 @@ def _append(prefilled: Prefilled, state: Decoding, logits: jax.Array) -> Decodin
     def write(values, new):
         return jax.lax.dynamic_update_index_in_dim(values, new, state.length, axis=2)
 
+    ended, stop_state = jnp.isin(tokens, prefilled.eos_ids), state.stop_state
+    if (table := prefilled.stop_table) is not None:
+        # Ids that the tokenizer does not know write nothing that a stop string could continue.
+        stop_state = table.at[stop_state, tokens].get(mode="fill", fill_value=0)
+        ended |= stop_state == table.shape[0] - 1
     return Decoding(
         length=state.length + 1,
-        alive=state.alive & ~jnp.isin(tokens, prefilled.eos_ids),
+        alive=state.alive & ~ended,
+        stop_state=stop_state,
         tokens=write(state.tokens, tokens),
         mask=write(state.mask, state.alive),
         logprobs=write(state.logprobs, jnp.where(state.alive, logprobs, 0)),
@@ -223,6 +234,7 @@ def generate(
     eos_ids: jax.Array,
     pad_id: jax.Array | int,
     sampling: SamplingParams = SamplingParams(),
+    stop_table: jax.Array | None = None,
 ) -> Rollout:
     """Samples `group_size` completions of every prompt. Pure: jit it with the first and the sizes static.
 
@@ -238,12 +250,14 @@ def generate(
       eos_ids: [E] int32; any of them ends a completion, also as its first token.
       pad_id: [] int32, written after the end; may be one of eos_ids, since masks never look at it.
       sampling: traced; changing it does not recompile.
+      stop_table: [states, ids] int32, what `data.stops.stop_table` makes of stop strings: a completion ends with the
+        token whose bytes complete one, inclusive.
 
     Returns:
       Rollout, with completion b that of prompt b // G.
     """
     prefilled, state = start(
         policy, params, prompt_tokens, prompt_mask, prompt_ids, key, group_size=group_size,
-        max_tokens=max_tokens, eos_ids=eos_ids, pad_id=pad_id, sampling=sampling,
+        max_tokens=max_tokens, eos_ids=eos_ids, pad_id=pad_id, sampling=sampling, stop_table=stop_table,
     )  # fmt: skip
     return collect(decode(policy, prefilled, state, max_tokens), prompt_tokens, prompt_mask)

@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from grpo_jax.rewards import Item
+
 __all__ = ["RewardJournal", "RunLog", "WorkdirError", "diagnose", "read_jsonl", "write_atomically"]
 
 Metrics = Mapping[str, float]
@@ -137,7 +139,7 @@ class RewardJournal:
         self._recorded = {row["step"]: row for row in self._lines.rows}
         self._say = say
 
-    def read(self, step: int, digest: str) -> Mapping[str, Sequence[float | None]] | None:
+    def read(self, step: int, digest: str) -> Mapping[str, Sequence[Item]] | None:
         """The recorded scores of these completions at this step, or None."""
         row = self._recorded.get(step)
         if row is None:
@@ -147,7 +149,7 @@ class RewardJournal:
             return None
         return row["scores"]
 
-    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[float | None]]) -> None:
+    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[Item]]) -> None:
         """Returns when the scores are on disk."""
         self._lines.append({"step": step, "digest": digest, "scores": scores}, durable=True)
 

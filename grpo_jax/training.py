@@ -184,11 +184,25 @@ def make_train_step(
             policy, params, b.prompt_tokens, b.prompt_mask, b.completion_tokens, b.mask, b.temperature[:, None, None]
         )
 
+    def over_data(function, params, batch):
+        """`function(params, shard)` for each data shard of a batch, as an axis of the arrays: [data, b / data, ...].
+
+        So nothing is reduced over data inside of `function`, and only rows over fsdp are left for it to split.
+        """
+        data = mesh.shape["data"]
+        parts = jax.tree.map(lambda x: x.reshape(data, x.shape[0] // data, *x.shape[1:]), batch)
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec("data", "fsdp")))
+        return jax.vmap(function, (None, 0), spmd_axis_name="data")(params, parts)
+
     def frozen_logprobs(params, batch: TrainBatch):
         """[B, T] under fixed parameters, a microbatch at a time."""
-        parts = _split(batch, update.minibatches * update.microbatches)
-        logprobs = jax.lax.map(lambda b: logprobs_of(params, b)[0], parts)
-        return jax.lax.stop_gradient(logprobs.swapaxes(0, 1).reshape(batch.mask.shape))
+
+        def of_shard(params, shard):
+            parts = _split(shard, update.minibatches * update.microbatches)
+            logprobs = jax.lax.map(lambda b: logprobs_of(params, b)[0], parts)
+            return logprobs.swapaxes(0, 1).reshape(shard.mask.shape)
+
+        return jax.lax.stop_gradient(over_data(of_shard, params, batch).reshape(batch.mask.shape))
 
     def loss_of(params, part):
         b, old, ref, weights = part
@@ -218,21 +232,12 @@ def make_train_step(
         grads, (losses, metrics) = jax.lax.scan(add, zeros, _split(minibatch, update.microbatches))
         return losses.sum(), metrics_lib.merge(metrics), grads
 
-    def gradients_over_data(params, minibatch):
-        """Each data shard sums over its own microbatches; then one reduction over data, not one a microbatch.
-
-        The shards are an axis of the arrays, [data, b / data, ...], so that the partial sums are too.
-        """
-        data = mesh.shape["data"]
-        parts = jax.tree.map(lambda x: x.reshape(data, x.shape[0] // data, *x.shape[1:]), minibatch)
-        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec("data", "fsdp")))
-        loss, metrics, grads = jax.vmap(gradients, (None, 0), spmd_axis_name="data")(params, parts)
-        return loss.sum(), metrics_lib.merge(metrics), jax.tree.map(lambda x: x.sum(0), grads)
-
     def optimizer_step(params, opt_state, minibatch):
         b, old, ref = minibatch
         weights = objective.token_weights(b.mask)
-        loss, metrics, grads = gradients_over_data(params, (b, old, ref, weights))
+        # Each data shard sums over its own microbatches; then one reduction over data, and not one a microbatch.
+        loss, metrics, grads = over_data(gradients, params, (b, old, ref, weights))
+        loss, metrics, grads = loss.sum(), metrics_lib.merge(metrics), jax.tree.map(lambda x: x.sum(0), grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         once = lambda x: metrics_lib.Mean(total=x, count=jnp.ones(()))
         metrics = {**metrics, "loss": once(loss), "grad_norm": once(optax.tree.norm(grads))}

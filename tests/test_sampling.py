@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from grpo_jax import sampling, sharding
+from grpo_jax.data.stops import stop_table
 from grpo_jax.logprobs import completion_logprobs, unembed
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.packing import pack
@@ -105,6 +106,26 @@ def test_every_token_is_the_argmax_of_logits_and_noise(rollout, scores):
     assert rollout.mask.sum() > 60
     assert (chosen >= scores.max(axis=-1) - 1e-3)[rollout.mask].all()
     assert len({tuple(row) for row in rollout.completion_tokens.tolist()}) > 20
+
+
+def test_stop_strings_end_where_they_are_completed(policy, flat_params):
+    """A completion of random tokens is the one without stop strings, cut behind the token that completes one."""
+    letters = [None, None, *(bytes([97 + i % 3]) * (1 + i % 2) for i in range(V - 4))]  # two ids the table lacks
+    free = generate(policy, flat_params, eos=NEVER)
+    stopped = generate(policy, flat_params, eos=NEVER, stop_table=stop_table(letters, ["ab", "cca"]))
+    cut = 0
+    for i, row in enumerate(np.asarray(free.completion_tokens)):
+        text, end = b"", T
+        for t, token in enumerate(row):
+            written = letters[token] if token < len(letters) else None
+            text = b"" if written is None else text + written
+            if b"ab" in text or b"cca" in text:
+                end, cut = t + 1, cut + 1
+                break
+        np.testing.assert_array_equal(stopped.mask[i], np.arange(T) < end)
+        np.testing.assert_array_equal(stopped.completion_tokens[i, :end], row[:end])
+        assert stopped.finished[i] == (end < T or b"ab" in text or b"cca" in text)
+    assert 8 < cut < len(free.mask)
 
 
 def test_greedy_is_the_argmax_roll_out(policy, params):

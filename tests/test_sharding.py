@@ -88,21 +88,21 @@ def test_batches_lie_over_data_and_fsdp(mesh):
 def test_optimizer_moments_lie_where_parameters_lie(config, policy, params, mesh):
     state = init_train_state(policy, params, optax.adamw(1e-3), grpo(), mesh)
     where = jax.tree.map(lambda x: x.sharding.spec, state)
-    assert where.params["layers"]["query"] == P(None, "fsdp", "tensor", None)
+    assert where.params["layers"][0]["query"] == P(None, "fsdp", "tensor", None)
     assert where.params["embedding"] == P("tensor", "fsdp")
     adam = where.opt_state[0]
     assert where.params == adam.mu == adam.nu == where.reference
     assert state.opt_state[0].count.is_fully_replicated
     assert state.step.is_fully_replicated
     assert state.cursor.is_fully_replicated
-    query = state.params["layers"]["query"]
+    query = state.params["layers"][0]["query"]
     assert query.addressable_shards[0].data.size == query.size // 4
 
 
 def test_a_model_that_does_not_divide_still_trains(config, params, mesh, caplog):
     odd = make_policy(dataclasses.replace(config, kv_heads=1))
-    key = params["layers"]["key"]
-    params = {**params, "layers": {**params["layers"], "key": key[:, :, :1], "value": key[:, :, 1:]}}
+    (layers,) = params["layers"]
+    params = {**params, "layers": [{**layers, "key": layers["key"][:, :, :1], "value": layers["key"][:, :, 1:]}]}
     state = init_train_state(odd, params, optax.sgd(1.0), grpo(LossConfig(kl_coef=0.0)), mesh)
-    assert state.params["layers"]["key"].sharding.spec == P(None, "fsdp", None, None)
+    assert state.params["layers"][0]["key"].sharding.spec == P(None, "fsdp", None, None)
     assert "kv_heads of size 1" in caplog.text

@@ -383,7 +383,7 @@ def test_gradients_are_reduced_over_data_once_and_not_in_the_loop_of_microbatche
     assert " while(" in text
     outside, inside = collectives(text)
     assert not inside
-    gradient = "f32[" + ",".join(map(str, params["layers"]["gate"].shape)) + "]"
+    gradient = "f32[" + ",".join(map(str, params["layers"][0]["gate"].shape)) + "]"
     assert sum(gradient in line.split(" all-")[0] for line in outside) == 1
     assert len(outside) <= 5
 

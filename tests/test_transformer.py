@@ -41,7 +41,7 @@ def numpy_decoder(config, params, line):
 
     xs = [params["embedding"][token] * config.width**0.5 for token in line]
     for n in range(config.layers):
-        layer = {name: leaf[n] for name, leaf in params["layers"].items()}
+        layer = {name: leaf[n] for name, leaf in params["layers"][0].items()}
         project = lambda x, name, head, layer=layer: norm(x, layer["attention_norm"]) @ layer[name][:, head]
         mixed = [np.zeros(config.width) for _ in line]
         for head in range(config.heads):
@@ -175,8 +175,8 @@ def test_parameters_depend_on_the_key(config):
     first, second, again = (init(config, jax.random.key(seed)) for seed in (0, 1, 0))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     for name in ("query", "key", "value", "output", "gate", "up", "down"):
-        leaf = first["layers"][name]
-        assert np.abs(leaf - second["layers"][name]).max() > 0.1
+        leaf = first["layers"][0][name]
+        assert np.abs(leaf - second["layers"][0][name]).max() > 0.1
         assert np.abs(leaf[0] - leaf[1]).max() > 0.1, f"{name}: two layers with the same weights"
 
 
@@ -199,7 +199,7 @@ def test_sampler_parameters(config, params, dtype):
     assert prepared["layers"][0]["query"].dtype == dtype
     layers = jax.tree.map(lambda *xs: np.stack(xs).astype(np.float32), *prepared["layers"])
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0 if dtype == "float32" else 2**-8)
-    jax.tree.map(close, {**jax.tree.map(np.float32, prepared), "layers": layers}, params)
+    jax.tree.map(close, {**jax.tree.map(np.float32, prepared), "layers": [layers]}, params)
 
 
 def test_project():

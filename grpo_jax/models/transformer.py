@@ -1,30 +1,37 @@
-"""One decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+"""One decoder-only transformer for many families: Llama 3, Qwen 2 and 3, Gemma 2 and 3, and small ones of one's own.
 
-Linen defines a block and its parameters; the functions of the `Policy` below run it. Parameters are a
-plain tree: `{'embedding': [V, D], 'layers': {... leaves [N, ...]}, 'norm': [D]}`. Layers are stacked, so
-that training scans over them, and `prepare` takes them apart for decoding, because indexing a stack
-inside the decode loop makes XLA copy all of it at every token.
+RMSNorm, rotary positions, grouped-query attention, gated MLP; `TransformerConfig` says in what the families
+differ, and `pretrained.py` reads it from a Hugging Face directory. Linen defines a block and its parameters;
+the functions of the `Policy` below run it. Parameters are a plain tree,
+
+    {'embedding': [V, D], 'norm': [D], 'head': [D, V] where untied, 'layers': [stack, ...], 'tail': [layer, ...]}
+
+with a stack for each place in the pattern of windows, leaves [N // places, ...], so that training scans over
+the pattern, and the layers that are left over in `tail`. `prepare` takes the stacks apart for decoding, because
+indexing a stack inside the decode loop makes XLA copy all of it at every token.
 """
 
 import dataclasses
 import functools
-import operator
+import math
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grpo_jax.models.attention import attend_slots, make_attention
 from grpo_jax.types import Policy
 
-__all__ = ["TransformerConfig", "init_params", "make_policy", "project"]
+__all__ = ["TransformerConfig", "abstract_params", "init_params", "make_policy", "project"]
 
-_MASKED = -1e30  # finite, so that a row without any key gives a uniform softmax and not NaN
+_ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Shape and precision of the decoder."""
+    """Shape, family and precision of the decoder."""
 
     vocab_size: int  # V, tokens there are
     layers: int = 4  # N, blocks
@@ -35,7 +42,26 @@ class TransformerConfig:
     mlp_width: int = 192  # hidden units of a block
     rope_base: float = 10_000.0  # longest wavelength of the rotary positions, over 2 pi
     norm_epsilon: float = 1e-6  # added to the mean square in RMSNorm
-    compute_dtype: str = "float32"  # of activations and products; parameters stay float32
+    compute_dtype: str = "float32"  # of activations and products; parameters stay as they are
+    attention: str = "xla"  # implementation of the training pass: xla, cudnn (GPU) or splash (TPU)
+    remat: bool = False  # compute a layer's activations again in the backward pass; saves memory for a third more work
+    # In what families differ.
+    tied: bool = True  # the unembedding is the embedding
+    scale_embedding: bool = True  # embeddings are multiplied by sqrt(width)
+    qkv_bias: bool = False  # queries, keys and values have biases
+    qk_norm: bool = False  # queries and keys go through an RMSNorm per head, before the rotary positions
+    post_norms: bool = False  # what attention and MLP add goes through an RMSNorm of its own
+    unit_offset: bool = False  # RMSNorm multiplies by 1 + its scale
+    activation: str = "silu"  # of the MLP's gate: silu, or gelu (its tanh approximation)
+    query_scale: int = 0  # scores are divided by its square root; 0: head_width
+    attention_cap: float = 0.0  # scores s become cap * tanh(s / cap); 0: off
+    logit_cap: float = 0.0  # the same of the logits
+    windows: tuple[int, ...] = (0,)  # how many tokens back each layer sees, itself included; repeats; 0: all
+    window_rope_base: float = 0.0  # rope_base of the layers with a window, whose positions are not scaled; 0: as all
+    rope_factor: float = 1.0  # wavelengths are stretched by this (position interpolation)
+    rope_low_factor: float = 0.0  # Llama 3: only those above rope_length / this are stretched in full; 0: all are
+    rope_high_factor: float = 0.0  # Llama 3: those below rope_length / this stay
+    rope_length: int = 0  # Llama 3: context length before stretching
 
     def __post_init__(self) -> None:
         sizes = (self.vocab_size, self.layers, self.width, self.heads, self.kv_heads, self.head_width, self.mlp_width)
@@ -47,6 +73,20 @@ class TransformerConfig:
             raise ValueError(f"head_width={self.head_width} must be even: rotary positions turn pairs.")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} must be 'float32' or 'bfloat16'.")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} must be one of {sorted(_ACTIVATIONS)}.")
+        if not self.windows or min(self.windows) < 0:
+            raise ValueError(f"windows={self.windows} must be numbers of tokens, 0 for all.")
+        if self.rope_low_factor and not (self.rope_high_factor > self.rope_low_factor and self.rope_length):
+            raise ValueError(
+                f"rope_low_factor={self.rope_low_factor} needs rope_high_factor={self.rope_high_factor} above it "
+                f"and rope_length={self.rope_length} above 0."
+            )
+
+    @property
+    def pattern(self) -> tuple[int, ...]:
+        """The windows that the training pass scans over; no longer than the layers."""
+        return self.windows[: self.layers]
 
 
 def project(x: jax.Array, leaf: jax.Array, axes: int = 1) -> jax.Array:
@@ -54,16 +94,32 @@ def project(x: jax.Array, leaf: jax.Array, axes: int = 1) -> jax.Array:
     return jnp.tensordot(x, leaf.astype(x.dtype), axes=axes)
 
 
-def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+def _rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
+    x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
+    scale = 1 + scale if config.unit_offset else scale
     return (x32 * inverse * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
-def _rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+def _frequencies(config: TransformerConfig, window: int) -> jax.Array:
+    """[C / 2] radians a position: base ** (-2i / C), stretched for long contexts (Llama 3, arXiv 2407.21783, 3.4)."""
+    half = config.head_width // 2
+    local = window and config.window_rope_base
+    frequencies = (config.window_rope_base if local else config.rope_base) ** (
+        -jnp.arange(half, dtype=jnp.float32) / half
+    )
+    if local or config.rope_factor == 1:
+        return frequencies
+    if not config.rope_low_factor:
+        return frequencies / config.rope_factor
+    low, high = config.rope_low_factor, config.rope_high_factor
+    turns = config.rope_length * frequencies / (2 * math.pi)  # within the old context
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)  # 1: a short wavelength, which stays
+    return frequencies * (keep + (1 - keep) / config.rope_factor)
+
+
+def _rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Rotary positions (RoFormer, arXiv 2104.09864): x [..., heads, C], positions [...]."""
-    half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.multiply.outer(positions[..., None].astype(jnp.float32), frequencies)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -77,150 +133,183 @@ class _Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, positions, attend):
+    def __call__(self, x, positions, frequencies, attend):
         c = self.config
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         small = nn.initializers.variance_scaling(1.0 / c.layers, "fan_in", "truncated_normal")
 
         def weight(name, shape, axes, init=normal, inputs=1) -> Any:
             # Linen's fan_in of a [D, H, C] kernel would be D*H; initialize it as the matrix it is.
-            rows = functools.reduce(lambda a, b: a * b, shape[:inputs])
-            matrix = lambda key: init(key, (rows, -(-_size(shape) // rows))).reshape(shape)
+            rows = math.prod(shape[:inputs])
+            matrix = lambda key: init(key, (rows, math.prod(shape) // rows)).reshape(shape)
             return self.param(name, nn.with_partitioning(matrix, axes))
 
-        def norm(name, x) -> jax.Array:
-            ones = nn.with_partitioning(lambda key: jnp.ones(c.width), ("embed",))
-            return _rms_norm(x, cast(jax.Array, self.param(name, ones)), c.norm_epsilon)
+        def norm(name, x, axis="embed") -> jax.Array:
+            start = nn.with_partitioning(lambda key: jnp.full(x.shape[-1], 1.0 - c.unit_offset), (axis,))
+            return _rms_norm(x, cast(jax.Array, self.param(name, start)), c)
 
-        heads, kv_heads = ("embed", "heads", "head"), ("embed", "kv_heads", "head")
+        def heads(name, count) -> jax.Array:
+            axis = "heads" if name == "query" else "kv_heads"
+            out = project(y, weight(name, (c.width, count, c.head_width), ("embed", axis, "head")))
+            if c.qkv_bias:
+                zeros = nn.with_partitioning(lambda key: jnp.zeros((count, c.head_width)), (axis, "head"))
+                bias = cast(jax.Array, self.param(f"{name}_bias", zeros)).astype(out.dtype)
+                out = out + jnp.broadcast_to(bias, out.shape)
+            if c.qk_norm and name != "value":
+                out = norm(f"{name}_norm", out, "head")
+            return out if name == "value" else _rotate(out, positions, frequencies)
+
         y = norm("attention_norm", x)
-        query = project(y, weight("query", (c.width, c.heads, c.head_width), heads))
-        key = project(y, weight("key", (c.width, c.kv_heads, c.head_width), kv_heads))
-        value = project(y, weight("value", (c.width, c.kv_heads, c.head_width), kv_heads))
-        mixed, cache = attend(_rotate(query, positions, c.rope_base), _rotate(key, positions, c.rope_base), value)
+        mixed, cache = attend(heads("query", c.heads), heads("key", c.kv_heads), heads("value", c.kv_heads))
         output = weight("output", (c.heads, c.head_width, c.width), ("heads", "head", "embed"), small, 2)
-        x = x + project(mixed, output, axes=2)
+        y = project(mixed, output, axes=2)
+        x = x + (norm("attention_post_norm", y) if c.post_norms else y)
 
         y = norm("mlp_norm", x)
         gate = project(y, weight("gate", (c.width, c.mlp_width), ("embed", "mlp")))
         up = project(y, weight("up", (c.width, c.mlp_width), ("embed", "mlp")))
-        x = x + project(nn.silu(gate) * up, weight("down", (c.mlp_width, c.width), ("mlp", "embed"), small))
-        return x, cache
-
-
-def _size(shape):
-    return functools.reduce(lambda a, b: a * b, shape)
-
-
-def _attend_row(query, key, value, visible):
-    """Attention inside rows: query [R, S, H, C], key/value [R, S, K, C], visible [R, S, S] bool."""
-    r, s, _, c = query.shape
-    grouped = query.reshape(r, s, key.shape[2], -1, c)
-    scores = jnp.einsum("rskgc,rtkc->rkgst", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * c**-0.5, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("rkgst,rtkc->rskgc", weights, value).reshape(query.shape), None
-
-
-def _attend_slots(query, key, value, cache, column, visible, prefix, prefix_visible):
-    """Writes key/value at `column`, then attends to the slot's own columns and the row's prefix.
-
-    query [R, W, J, H, C], key/value [R, W, J, K, C], cache leaves [R, W, columns, K, C], prefix leaves
-    [R, 1, L, K, C], visible [R, W, J, columns], prefix_visible [R, W, J, L]. The prefix is read once for
-    all W slots of a row: one product, no copy of it per slot; both score blocks share one softmax.
-    """
-    r, w, j, _, c = query.shape
-    cache = {
-        "key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), (0, 0, column, 0, 0)),
-        "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), (0, 0, column, 0, 0)),
-    }
-    grouped = query.reshape(r, w, j, key.shape[3], -1, c)
-    scores = jnp.einsum("rwjkgc,rwtkc->rwkgjt", grouped, cache["key"], preferred_element_type=jnp.float32)
-    masks = [visible]
-    if prefix is not None:
-        shared = jnp.einsum("rwjkgc,rlkc->rwkgjl", grouped, prefix["key"][:, 0], preferred_element_type=jnp.float32)
-        scores, masks = jnp.concatenate([shared, scores], axis=-1), [prefix_visible, visible]
-    mask = jnp.concatenate(masks, axis=-1)[:, :, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores * c**-0.5, _MASKED), axis=-1).astype(value.dtype)
-    own = weights[..., -cache["key"].shape[2] :]
-    mixed = jnp.einsum("rwkgjt,rwtkc->rwjkgc", own, cache["value"])
-    if prefix is not None:
-        length = prefix["value"].shape[2]
-        mixed += jnp.einsum("rwkgjl,rlkc->rwjkgc", weights[..., :length], prefix["value"][:, 0])
-    return mixed.reshape(query.shape), cache
+        down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"), small)
+        y = project(_ACTIVATIONS[c.activation](gate) * up, down)
+        return x + (norm("mlp_post_norm", y) if c.post_norms else y), cache
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
-    """Random float32 parameters; the key is consumed. Unembedding is the embedding (tied)."""
+    """Random float32 parameters; the key is consumed."""
     return nn.unbox(_init_boxed(config, key))
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.Partitioned)
 
 
 def _init_boxed(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
     embedding_key, layers_key = jax.random.split(key)
     block, x = _Block(config), jnp.zeros((1, 1, config.width))
     attend = lambda q, k, v: (q, None)
-    init_layer = lambda key: block.init(key, x, jnp.zeros((1, 1), jnp.int32), attend)["params"]
+    frequencies = _frequencies(config, 0)
+    init_layer = lambda key: block.init(key, x, jnp.zeros((1, 1), jnp.int32), frequencies, attend)["params"]
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.layers))
-    add_layer_axis = lambda box: box.replace(names=("layers", *box.names))
-    boxed = lambda x: isinstance(x, nn.Partitioned)
+    of = lambda function: jax.tree.map(function, layers, is_leaf=_is_box)
+    places = len(config.pattern)
+    whole = config.layers // places * places
+    stack = lambda place: of(lambda box: box.replace(value=box.value[place:whole:places], names=("layers", *box.names)))
     embedding = jax.random.normal(embedding_key, (config.vocab_size, config.width)) * config.width**-0.5
-    return {
+    boxed = {
         "embedding": nn.Partitioned(embedding, ("vocab", "embed")),
-        "layers": jax.tree.map(add_layer_axis, layers, is_leaf=boxed),
-        "norm": nn.Partitioned(jnp.ones(config.width), ("embed",)),
+        "layers": [stack(place) for place in range(places)],
+        "norm": nn.Partitioned(jnp.full(config.width, 1.0 - config.unit_offset), ("embed",)),
     }
+    if whole < config.layers:
+        boxed["tail"] = [of(lambda box, i=i: box.replace(value=box.value[i])) for i in range(whole, config.layers)]
+    if not config.tied:
+        boxed["head"] = nn.Partitioned(embedding.T, ("embed", "vocab"))
+    return boxed
 
 
-def make_policy(config: TransformerConfig) -> Policy:
-    """The decoder as a `Policy`: build it once, since jit caches by its identity."""
-    block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
+def abstract_params(config: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes of the parameters, as ShapeDtypeStructs, and the same tree of their logical axes."""
     boxes = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
-    param_axes = jax.tree.map(lambda box: box.names, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return nn.unbox(boxes), jax.tree.map(lambda box: box.names, boxes, is_leaf=_is_box)
+
+
+def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
+    """The decoder as a `Policy`: build it once, since jit caches by its identity.
+
+    Args:
+      config: the model.
+      mesh: where the training pass runs, with axes data, fsdp and tensor: keeps XLA from splitting activations
+        along the model's width, as it does with the parameters. Splash attention needs one on more than one device.
+
+    Raises:
+      ValueError: the attention implementation cannot do what the model asks for.
+    """
+    block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
+    _, param_axes = abstract_params(config)
+    scale, pattern = (config.query_scale or config.head_width) ** -0.5, config.pattern
+    attention = {
+        window: make_attention(
+            config.attention, heads=config.heads, kv_heads=config.kv_heads, head_width=config.head_width, scale=scale,
+            soft_cap=config.attention_cap, window=window, mesh=mesh,
+        )
+        for window in set(pattern)
+    }  # fmt: skip
+    windows = [pattern[i % len(pattern)] for i in range(config.layers)]
+
+    def whole(x, *axes):
+        """The array with its later dimensions split over `axes` alone; the first is left as it is."""
+        if mesh is None:
+            return x
+        spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, *axes)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def embed(params, tokens):
-        # The embedding has rows of norm 1 (so that tied logits start small); activations start at variance 1.
-        return params["embedding"][tokens].astype(dtype) * dtype.type(config.width**0.5)
+        x = params["embedding"][tokens].astype(dtype)
+        # Small models of our own have embeddings of norm 1 (so that tied logits start small), as Gemma does.
+        return x * dtype.type(config.width**0.5) if config.scale_embedding else x
+
+    def final_norm(params, x):
+        return _rms_norm(x, params["norm"], config)
 
     def hidden(params, tokens, positions, segments):
-        same = segments[:, :, None] == segments[:, None, :]
-        visible = same & (positions[:, :, None] >= positions[:, None, :]) & (segments[:, None, :] > 0)
-        attend = functools.partial(_attend_row, visible=visible)
+        def layer(window, x, layer_params):
+            attend = lambda q, k, v: (attention[window](q, k, v, positions, segments), None)
+            x, _ = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
+            return whole(x, None, None)
 
-        def layer(x, layer_params):
-            return block.apply({"params": layer_params}, x, positions, attend)
+        layers = {
+            w: functools.partial(jax.checkpoint(layer, static_argnums=0) if config.remat else layer, w) for w in pattern
+        }
 
-        x, _ = jax.lax.scan(layer, embed(params, tokens), params["layers"])
-        return _rms_norm(x, params["norm"], config.norm_epsilon), {}
+        def body(x, stacks):
+            for window, layer_params in zip(pattern, stacks, strict=True):
+                x = layers[window](x, layer_params)
+            return x, None
+
+        x, _ = jax.lax.scan(body, whole(embed(params, tokens), None, None), params["layers"])
+        for window, layer_params in zip(pattern, params.get("tail", ()), strict=False):
+            x = layers[window](x, layer_params)
+        return final_norm(params, x), {}
 
     def head(params):
-        return params["embedding"].T, None, None
+        kernel = params["embedding"].T if config.tied else params["head"]
+        return kernel, None, config.logit_cap or None
+
+    def unstacked(layers, tail, take):
+        return [take(layers[i % len(pattern)], i // len(pattern)) for i in range(config.layers - len(tail))] + tail
 
     def prepare(params):
-        layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(config.layers)]
-        # The scales of norms stay float32, as the trainer uses them.
-        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, {**params, "layers": layers})
+        take = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
+        rest = {name: leaf for name, leaf in params.items() if name not in ("layers", "tail")}
+        layers = unstacked(params["layers"], params.get("tail", []), take)
+        # The scales of norms stay as they are, as the trainer uses them.
+        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, {**rest, "layers": layers})
 
     def init_cache(rows, width, columns):
         shape = (rows, width, columns, config.kv_heads, config.head_width)
         return [{"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)} for _ in range(config.layers)]
 
     def extend(params, tokens, positions, cache, column, key_positions, prefix=None, prefix_positions=None):
-        def sees(keys):  # [R, W or 1, columns] -> [R, W, J, columns]
-            return (keys[:, :, None, :] >= 0) & (keys[:, :, None, :] <= positions[..., None])
+        def sees(keys, window):  # [R, W or 1, columns] -> [R, W, J, columns]
+            back = positions[..., None] - keys[:, :, None, :]
+            seen = (keys[:, :, None, :] >= 0) & (back >= 0)
+            return seen & (back < window) if window else seen
 
-        visible = sees(key_positions)
-        prefix_visible = None if prefix is None else sees(prefix_positions)
+        visible = {w: sees(key_positions, w) for w in set(pattern)}
+        prefix_visible = {w: None if prefix is None else sees(prefix_positions, w) for w in set(pattern)}
         x, new_cache = embed(params, tokens), []
-        for i, layer_params in enumerate(params["layers"]):
+        for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
             attend = functools.partial(
-                _attend_slots, cache=cache[i], column=column, visible=visible,
-                prefix=None if prefix is None else prefix[i], prefix_visible=prefix_visible,
+                attend_slots, cache=cache[i], column=column, visible=visible[window], scale=scale,
+                soft_cap=config.attention_cap, prefix=None if prefix is None else prefix[i],
+                prefix_visible=prefix_visible[window],
             )  # fmt: skip
-            x, layer_cache = block.apply({"params": layer_params}, x, positions, attend)
+            x, layer_cache = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
             new_cache.append(layer_cache)
-        return _rms_norm(x, params["norm"], config.norm_epsilon), new_cache
+        return final_norm(params, x), new_cache
 
-    layer_axes = jax.tree.map(lambda axes: axes[1:], param_axes["layers"], is_leaf=lambda x: isinstance(x, tuple))
+    is_axes = lambda x: isinstance(x, tuple)
+    layer_axes = lambda stack, i: jax.tree.map(lambda axes: axes[1:], stack, is_leaf=is_axes)
+    rest = {name: axes for name, axes in param_axes.items() if name not in ("layers", "tail")}
     leaf_axes = ("batch", None, None, "kv_heads", "head")
     return Policy(
         hidden=hidden,
@@ -229,6 +318,6 @@ def make_policy(config: TransformerConfig) -> Policy:
         init_cache=init_cache,
         extend=extend,
         param_axes=param_axes,
-        sampler_axes={**param_axes, "layers": [layer_axes] * config.layers},
+        sampler_axes={**rest, "layers": unstacked(param_axes["layers"], param_axes.get("tail", []), layer_axes)},
         cache_axes=[{"key": leaf_axes, "value": leaf_axes}] * config.layers,
     )

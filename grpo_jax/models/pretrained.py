@@ -1,0 +1,467 @@
+"""Hugging Face directories in and out: config.json and safetensors; no PyTorch, and never a pickle.
+
+    config = read_config("Qwen2.5-0.5B", compute_dtype="bfloat16")
+    params = load("Qwen2.5-0.5B", mesh)
+    save("out", params, config, source="Qwen2.5-0.5B")
+
+Theirs are matrices (out, in), a tensor a layer; ours are (in, out) with heads apart, a stack for each place in
+the pattern of layers. `_NAMES` is the whole mapping. Nothing is rounded on the way but by `dtype`.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from grpo_jax import sharding
+from grpo_jax.models.families import PretrainedError, parse_config, write_config
+from grpo_jax.models.transformer import TransformerConfig, abstract_params
+from grpo_jax.types import PyTree
+
+__all__ = ["PretrainedError", "load", "read_config", "save", "saved_dtype"]
+
+Path = str | os.PathLike[str]
+
+# Ours -> theirs within a layer, and the order of our axes in theirs, where heads x head is one axis.
+_NAMES = {
+    "query": ("self_attn.q_proj.weight", (1, 2, 0)),
+    "key": ("self_attn.k_proj.weight", (1, 2, 0)),
+    "value": ("self_attn.v_proj.weight", (1, 2, 0)),
+    "query_bias": ("self_attn.q_proj.bias", (0, 1)),
+    "key_bias": ("self_attn.k_proj.bias", (0, 1)),
+    "value_bias": ("self_attn.v_proj.bias", (0, 1)),
+    "query_norm": ("self_attn.q_norm.weight", (0,)),
+    "key_norm": ("self_attn.k_norm.weight", (0,)),
+    "output": ("self_attn.o_proj.weight", (2, 0, 1)),
+    "gate": ("mlp.gate_proj.weight", (1, 0)),
+    "up": ("mlp.up_proj.weight", (1, 0)),
+    "down": ("mlp.down_proj.weight", (1, 0)),
+    "attention_norm": ("input_layernorm.weight", (0,)),
+    "mlp_norm": ("post_attention_layernorm.weight", (0,)),
+}
+_POST_NORM_NAMES = {
+    "attention_post_norm": ("post_attention_layernorm.weight", (0,)),
+    "mlp_norm": ("pre_feedforward_layernorm.weight", (0,)),
+    "mlp_post_norm": ("post_feedforward_layernorm.weight", (0,)),
+}
+_OUTER_NAMES = {
+    "embedding": ("model.embed_tokens.weight", (0, 1)),
+    "norm": ("model.norm.weight", (0,)),
+    "head": ("lm_head.weight", (1, 0)),
+}
+_HEAD = _OUTER_NAMES["head"][0]
+_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions, and computed from the configuration
+_CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """One of their tensors, and what it is of ours."""
+
+    name: str
+    order: tuple[int, ...]  # our axes in theirs
+    shape: tuple[int, ...]  # ours
+    axes: tuple[str, ...]  # ours, logical names
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Their shape with heads and head apart."""
+        return tuple(self.shape[i] for i in self.order)
+
+    @property
+    def merged(self) -> int | None:
+        """Which of their axes is heads x head."""
+        names = [self.axes[i] for i in self.order]
+        return names.index("head") - 1 if len(names) > 1 and "head" in names else None
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Shape in the file."""
+        m, apart = self.merged, self.apart
+        return apart if m is None else (*apart[:m], apart[m] * apart[m + 1], *apart[m + 2 :])
+
+    def read(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of ours out of an open tensor of theirs, reading no more than that."""
+        ranges = [slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)]
+        theirs, m = [ranges[i] for i in self.order], self.merged
+        if m is None:
+            return tensor[tuple(theirs)].transpose(np.argsort(self.order))
+        heads, within, width = theirs[m], theirs[m + 1], self.apart[m + 1]
+        values = tensor[(*theirs[:m], slice(heads.start * width, heads.stop * width), *theirs[m + 2 :])]
+        values = values.reshape(*values.shape[:m], -1, width, *values.shape[m + 1 :])
+        return values[(slice(None),) * (m + 1) + (within,)].transpose(np.argsort(self.order))
+
+    def write(self, ours: np.ndarray) -> np.ndarray:
+        """Theirs, contiguous."""
+        return np.ascontiguousarray(ours.transpose(self.order).reshape(self.their_shape))
+
+
+def _tensors(config: TransformerConfig) -> tuple[dict[str, Any], PyTree]:
+    """Our tree, each leaf of which is a `_Tensor`, or a list of them where the leaf is a stack; and its shapes."""
+    shapes, axes = abstract_params(config)
+    names = _NAMES | (_POST_NORM_NAMES if config.post_norms else {})
+    places, tail = len(config.pattern), len(shapes.get("tail", ()))
+
+    def in_layer(i, leaf_name, shape, leaf_axes):
+        name, order = names[leaf_name]
+        return _Tensor(name=f"model.layers.{i}.{name}", order=order, shape=shape, axes=leaf_axes)
+
+    def stack(place):
+        return {
+            k: [in_layer(place + places * i, k, x.shape[1:], axes["layers"][place][k][1:]) for i in range(x.shape[0])]
+            for k, x in shapes["layers"][place].items()
+        }
+
+    def outer(k):
+        name, order = _OUTER_NAMES[k]
+        return _Tensor(name=name, order=order, shape=shapes[k].shape, axes=axes[k])
+
+    tree: dict[str, Any] = {k: outer(k) for k in shapes if k in _OUTER_NAMES}
+    tree["layers"] = [stack(place) for place in range(places)]
+    if tail:
+        first = config.layers - tail
+        tree["tail"] = [
+            {k: in_layer(first + i, k, x.shape, axes["tail"][i][k]) for k, x in shapes["tail"][i].items()}
+            for i in range(tail)
+        ]
+    return tree, shapes
+
+
+def _flat(tree: Any) -> list[_Tensor]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _Tensor))
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PretrainedError(
+            f"there is no {path.name} in {path.parent}: expected a directory as downloaded from the Hugging Face hub."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise PretrainedError(f"cannot read {path}: {error}. Download it again.") from error
+    if not isinstance(value, dict):
+        raise PretrainedError(f"{path} holds a {type(value).__name__}; expected an object.")
+    return value
+
+
+def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
+    """The decoder's configuration, from config.json in the old spelling or the new.
+
+    Args:
+      directory: as downloaded from the hub.
+      **overrides: fields of TransformerConfig that are not the model's but the run's: compute_dtype, attention, remat.
+
+    Raises:
+      PretrainedError: there is no such file, or it describes something that this decoder is not.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    try:
+        return dataclasses.replace(parse_config(_read_json(path)), **overrides)
+    except PretrainedError as error:
+        raise error if str(path.parent) in str(error) else PretrainedError(f"{path}: {error}") from None
+
+
+def saved_dtype(directory: Path) -> str:
+    """In what a checkpoint says that it is saved (`dtype`, formerly `torch_dtype`): float32 where it does not say."""
+    raw = _read_json(pathlib.Path(directory) / "config.json")
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+class _Files:
+    """The open safetensors files of a directory, and which tensor is in which."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        index = directory / "model.safetensors.index.json"
+        single = sorted(directory.glob("*.safetensors"))
+        if index.exists():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            if not names:
+                raise PretrainedError(f"{index} has no weight_map: download it again.")
+        elif len(single) == 1:
+            names = [single[0].name]
+        elif single:
+            raise PretrainedError(
+                f"{directory} holds {len(single)} safetensors files and no model.safetensors.index.json, which says "
+                "what is in which: download it too."
+            )
+        else:
+            pickles = sorted(path.name for path in directory.glob("*.bin")) + sorted(
+                path.name for path in directory.glob("*.pt*")
+            )
+            raise PretrainedError(
+                f"there are no safetensors files in {directory}"
+                + (f", only {', '.join(pickles)}: pickles can run code and are not read. " if pickles else ". ")
+                + "Download or convert the weights as safetensors."
+            )
+        self._handles = {name: self._open(directory / name) for name in names}
+        self.file_of = {tensor: name for name, handle in self._handles.items() for tensor in tuple(handle.keys())}
+
+    @staticmethod
+    def _open(path: pathlib.Path) -> Any:
+        if not path.exists():
+            raise PretrainedError(f"{path} is missing, though model.safetensors.index.json names it: download it.")
+        try:
+            return safe_open(path, "numpy")
+        except (SafetensorError, OSError) as error:
+            raise PretrainedError(f"{path} is truncated or corrupt ({error}): download it again.") from error
+
+    def __getitem__(self, name: str) -> Any:
+        return self._handles[self.file_of[name]].get_slice(name)
+
+    def where(self, name: str) -> str:
+        return f"tensor {name} of {self.directory / self.file_of[name]}"
+
+    def check(self, wanted: list[_Tensor]) -> None:
+        """Raises PretrainedError unless exactly these tensors are there, in these shapes, as floating point."""
+        files = ", ".join(sorted(self._handles))
+        missing = [t.name for t in wanted if t.name not in self.file_of]
+        if missing:
+            raise PretrainedError(
+                f"{_listed(missing, 'tensor')} missing from {self.directory} ({files})"
+                + (
+                    "; config.json says tie_word_embeddings=false, so the head must be there"
+                    if _HEAD in missing
+                    else ""
+                )
+                + ". config.json and the weights do not belong together, or the download is not complete."
+            )
+        extra = [name for name in self.file_of.keys() - {t.name for t in wanted} if not _BUFFERS.fullmatch(name)]
+        if extra:
+            file = self.file_of[min(extra)]
+            raise PretrainedError(
+                f"{_listed(sorted(extra), 'tensor')} in {self.directory / file} unexpected: a model as config.json "
+                "describes it has none such, and leaving it out would give another model."
+            )
+        for tensor in wanted:
+            found = self[tensor.name]
+            if tuple(found.get_shape()) != tensor.their_shape:
+                raise PretrainedError(
+                    f"{self.where(tensor.name)} has shape {tuple(found.get_shape())}; config.json makes it "
+                    f"{tensor.their_shape}."
+                )
+            if found.get_dtype() not in _DTYPES:
+                raise PretrainedError(
+                    f"{self.where(tensor.name)} is of type {found.get_dtype()}; expected one of {sorted(_DTYPES)}. "
+                    "Quantized checkpoints cannot be trained: take the original."
+                )
+
+
+def _listed(names: list[str], what: str) -> str:
+    many = len(names) > 1
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{what}{'s' if many else ''} {shown} {'are' if many else 'is'}"
+
+
+def load(
+    directory: Path,
+    mesh: Mesh,
+    rules: sharding.Rules = sharding.RULES,
+    dtype: str | None = "float32",
+) -> dict[str, Any]:
+    """Parameters from a Hugging Face directory, each slice straight to its place on the mesh.
+
+    What the host holds beyond the arrays themselves is about one tensor of the checkpoint.
+
+    Args:
+      directory: config.json, and *.safetensors with an index where there are several.
+      mesh: where the parameters go.
+      rules: logical axis -> mesh axes.
+      dtype: of the parameters; float32 to train them, None for what config.json says.
+
+    Returns:
+      Parameters for `make_policy(read_config(directory))`.
+
+    Raises:
+      PretrainedError: an architecture we do not have, a tensor missing, unexpected or of another shape, a
+        corrupt file, a head that is tied and yet another: naming file and tensor, before anything is loaded.
+    """
+    directory = pathlib.Path(directory)
+    config, to = read_config(directory), jnp.dtype(dtype or saved_dtype(directory))
+    files, (tree, shapes) = _Files(directory), _tensors(config)
+    wanted = _flat(tree)
+    if config.tied and _HEAD in files.file_of:  # some write it all the same
+        _check_tied(files)
+        del files.file_of[_HEAD]
+    files.check(wanted)
+    _, axes = abstract_params(config)
+    where = sharding.shardings(shapes, axes, mesh, rules)
+
+    def one(tensor: _Tensor, place: NamedSharding) -> jax.Array:
+        opened, read = files[tensor.name], {}
+
+        def callback(index):
+            key = str(index)  # devices that hold the same slice read it once
+            if key not in read:
+                read[key] = tensor.read(opened, index)
+            return read[key]
+
+        try:
+            return jax.make_array_from_callback(tensor.shape, place, callback)
+        except (SafetensorError, OSError) as error:
+            raise PretrainedError(f"cannot read {files.where(tensor.name)}: {error}") from error
+
+    def leaf(tensors: _Tensor | list[_Tensor], shape: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
+        if isinstance(tensors, _Tensor):
+            return _cast(to, place)(one(tensors, place)).block_until_ready()
+        stack = jax.jit(lambda: jnp.zeros(shape.shape, to), out_shardings=place)()
+        layer_place = NamedSharding(mesh, PartitionSpec(*place.spec[1:]))
+        for i, tensor in enumerate(tensors):  # wait, or a fast disk fills the host's memory in front of a slow device
+            stack = _put(place)(stack, one(tensor, layer_place), i).block_until_ready()
+        return stack
+
+    is_leaf = lambda x: isinstance(x, _Tensor) or (isinstance(x, list) and isinstance(x[0], _Tensor))
+    return jax.tree.map(leaf, tree, shapes, where, is_leaf=is_leaf)
+
+
+@functools.cache
+def _cast(dtype: Any, place: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=place)
+
+
+@functools.cache
+def _put(place: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    put = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), i, 0)
+    return jax.jit(put, donate_argnums=0, out_shardings=place)
+
+
+def _check_tied(files: _Files) -> None:
+    embedding, head = files[_OUTER_NAMES["embedding"][0]], files[_HEAD]
+    same = embedding.get_shape() == head.get_shape()
+    for i in range(0, head.get_shape()[0] if same else 0, 4096):
+        same = same and np.array_equal(embedding[i : i + 4096], head[i : i + 4096])
+    if not same:
+        raise PretrainedError(
+            f"{files.where(_HEAD)} differs from {_OUTER_NAMES['embedding'][0]}, though config.json ties them "
+            "(tie_word_embeddings): set it to false to use this head, or take the tensor out."
+        )
+
+
+def save(
+    directory: Path,
+    params: PyTree,
+    config: TransformerConfig,
+    *,
+    source: Path | None = None,
+    dtype: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    shard_bytes: int = 2 * 2**30,
+) -> None:
+    """Writes a Hugging Face directory that `transformers` and all that reads such directories can load.
+
+    All of it or nothing: it is written beside its place and then renamed.
+
+    Args:
+      directory: to be made; must not exist, or be empty.
+      params: of `make_policy(config)`.
+      config: their configuration.
+      source: a directory whose config.json, tokenizer and template files are carried along; it may also hold a
+        tokenizer alone.
+      dtype: of the tensors written; None for the parameters' own.
+      extra: entries of config.json beyond the decoder's, such as eos_token_id and max_position_embeddings.
+      shard_bytes: weights above this are split over several files with an index; the host holds this much.
+
+    Raises:
+      PretrainedError: the directory is in use, `source` is of another model, no family of Hugging Face's
+        describes this one, or the disk is full.
+    """
+    directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
+    raw = _config_of(config, source)
+    first = jax.tree.leaves(params)[0]
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(jnp.dtype(dtype or first.dtype))
+    raw |= extra or {}
+    part = directory.with_name(directory.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write_weights(part, _named(params, config, dtype), shard_bytes)
+        for pattern in _CARRIED if source else ():
+            for path in sorted(source.glob(pattern)):  # pyright: ignore[reportOptionalMemberAccess]
+                shutil.copyfile(path, part / path.name)
+        (part / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+        for path in part.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        part.replace(directory)  # an empty directory gives way
+    except (OSError, SafetensorError) as error:
+        raise PretrainedError(f"cannot write {directory}: {error}. Nothing of it is left.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[str, Any]:
+    """config.json: the source's own where it has one, which must describe this model; else written anew."""
+    if source is None or not (source / "config.json").exists():
+        return write_config(config)
+    run = {name: getattr(config, name) for name in ("compute_dtype", "attention", "remat")}
+    theirs, ours = dataclasses.asdict(read_config(source, **run)), dataclasses.asdict(config)
+    differ = [f"{name}: there {theirs[name]!r}, here {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    if differ:
+        raise PretrainedError(f"{source / 'config.json'} is of another model: {'; '.join(differ)}.")
+    return _read_json(source / "config.json")
+
+
+def _named(params: PyTree, config: TransformerConfig, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors one by one, on the host."""
+    tree, _ = _tensors(config)
+    on_host = lambda x: np.asarray(jax.device_get(x)).astype(jnp.dtype(dtype or x.dtype))
+
+    def walk(tensors, ours):
+        if isinstance(tensors, _Tensor):
+            yield tensors.name, tensors.write(on_host(ours))
+        elif isinstance(tensors, dict):
+            for name in tensors:
+                yield from walk(tensors[name], ours[name])
+        else:  # a stack, or a list of layers or stacks
+            for i, tensor in enumerate(tensors):
+                yield from walk(tensor, ours[i])
+
+    return walk(tree, params)
+
+
+def _write_weights(part: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    total = parameters = 0
+
+    def flush():
+        if held:
+            save_file(held, part / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            shards.append(list(held))
+            held.clear()
+
+    for name, tensor in tensors:
+        if sum(x.nbytes for x in held.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        held[name] = tensor
+        total, parameters = total + tensor.nbytes, parameters + tensor.size
+    flush()
+    if len(shards) == 1:
+        (part / "0.safetensors").rename(part / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (part / f"{i}.safetensors").rename(part / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map}
+    (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
