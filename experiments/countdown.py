@@ -7,36 +7,28 @@ import dataclasses
 import functools
 import json
 import pathlib
-import platform
-import resource
 import sys
 import tempfile
-import time
-import traceback
-from importlib import metadata
 from typing import Any
 
-_STARTED = time.perf_counter()
+import flax.serialization
+import jax
+import numpy as np
+from absl import app, flags
 
-import flax.serialization  # noqa: E402
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from absl import app, flags, logging  # noqa: E402
-
-from experiments import flags as sections  # noqa: E402
-from experiments import plots  # noqa: E402
-from experiments.flags import section  # noqa: E402
-from grpo_jax import loop, objectives, sharding, training  # noqa: E402
-from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
-from grpo_jax.data.countdown import Countdown, CountdownConfig  # noqa: E402
-from grpo_jax.data.tokenizer import pad  # noqa: E402
-from grpo_jax.evaluation import EvaluationConfig, Evaluator  # noqa: E402
-from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy  # noqa: E402
-from grpo_jax.rewards import Reward, RewardError  # noqa: E402
-from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format  # noqa: E402
-from grpo_jax.rollouts import AdvantageConfig, Experience, GroupRollouts, RolloutConfig, Sampler  # noqa: E402
-from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
-from grpo_jax.types import TrainBatch, TrainState  # noqa: E402
+from experiments import flags as sections
+from experiments import plots, runs
+from experiments.flags import section
+from grpo_jax import loop, objectives, sharding, training
+from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.data.countdown import Countdown, CountdownConfig
+from grpo_jax.evaluation import EvaluationConfig, Evaluator
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
+from grpo_jax.rewards import Reward
+from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
+from grpo_jax.rollouts import AdvantageConfig, Demonstrations, GroupRollouts, RolloutConfig, Sampler
+from grpo_jax.telemetry import write_atomically
+from grpo_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,17 +121,12 @@ ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
 
 def configuration(workdir: pathlib.Path) -> dict[str, Any]:
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated."""
-    values = {name: flag.value for name, flag in FLAGS_OF.items()}
-    values["model"] = functools.partial(values["model"], vocab_size=Countdown.tokenizer.vocab_size)
-    if EVAL_ONLY.value:
-        try:
-            saved = json.loads((workdir / "config.json").read_text())
-        except OSError as error:
-            raise WorkdirError(f"--eval_only needs the workdir of a run, and {workdir} is none: {error}") from error
-        values |= {
-            name: functools.partial(values[name], **saved[name]) for name in saved if name not in ("evaluation", "mesh")
-        }
-    return {name: make() for name, make in values.items()}
+    makers = {name: flag.value for name, flag in FLAGS_OF.items()}
+    makers["model"] = functools.partial(makers["model"], vocab_size=Countdown.tokenizer.vocab_size)
+    if not EVAL_ONLY.value:
+        return runs.configured(makers)
+    saved = runs.saved_configuration(workdir)
+    return runs.configured(makers, {name: saved[name] for name in saved if name not in ("evaluation", "mesh")})
 
 
 class Experiment:
@@ -194,43 +181,23 @@ class Experiment:
             config=self.config["rollout"], advantages=self.config["advantages"], **changes,
         )  # fmt: skip
 
-    def run(
-        self, params: Any, objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
-        optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, **options: Any,
-    ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
-        """One phase: `loop.train` from `params`."""
-        transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
-        state = training.init_train_state(self.policy, params, transformation, objective, self.mesh)
-        step = training.make_train_step(
-            self.policy, transformation, objective, update, like=state, key=jax.random.fold_in(self.key, 1)
-        )
-        return loop.train(
-            state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
-            learning_rate=schedule, **{"checkpoints": self.config["checkpoints"], **options},
-        )  # fmt: skip
+    def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
+        """One phase from `params`, with the options of `runs.phase`."""
+        shared = {"policy": self.policy, "mesh": self.mesh, "key": self.key, "checkpoints": self.config["checkpoints"]}
+        return runs.phase(lambda: params, **{**shared, **options})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Demonstrations:
-    """Supervised experience: a batch of demonstrations at the state's cursor."""
+def demonstrations(task: Countdown, batch: int) -> Demonstrations:
+    """Supervised experience from a task's imperfect demonstrator."""
 
-    task: Countdown
-    batch: int
+    def source(cursor: int) -> tuple[str, str]:
+        problem, text = task.demonstration(cursor)
+        return problem.prompt, text
 
-    def __call__(self, state: TrainState, journal: Any, interrupt: Any) -> Experience:
-        """The next demonstrations; nothing is sampled and nothing scored."""
-        del journal, interrupt
-        encode, cursor = self.task.tokenizer.encode, int(state.cursor)
-        pairs = [self.task.demonstration(i) for i in range(cursor, cursor + self.batch)]
-        end = list(self.task.tokenizer.eos_ids[:1])
-        prompts, prompt_mask = pad([encode(p.prompt) for p, _ in pairs], self.task.max_prompt_tokens)
-        texts, mask = pad([encode(text) + end for _, text in pairs], self.task.max_completion_tokens)
-        batch = TrainBatch(
-            prompt_tokens=prompts, prompt_mask=prompt_mask, completion_tokens=texts, mask=mask,
-            advantages=np.ones(self.batch, np.float32), sampler_logprobs=None,
-            temperature=np.ones(self.batch, np.float32),
-        )  # fmt: skip
-        return Experience(batch=batch, prompts_consumed=self.batch, train_tokens=int(prompt_mask.sum() + mask.sum()))
+    return Demonstrations(
+        source=source, tokenizer=task.tokenizer, batch=batch, max_prompt_tokens=task.max_prompt_tokens,
+        max_tokens=task.max_completion_tokens,
+    )  # fmt: skip
 
 
 def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
@@ -251,11 +218,11 @@ def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
         "repository was made with other --task, --model or --warm_start flags (--warm_start.steps makes it shorter)",
         flush=True,
     )
-    demonstrations = Demonstrations(task=Countdown(experiment.config["task"], config.seed), batch=config.batch)
     state, _ = experiment.run(
-        fresh, objectives.supervised(), demonstrations, workdir / "warm_start", "warm start",
-        _supervised_optimizer(config, "cosine"), training.UpdateConfig(), config.steps,
-                checkpoints=CheckpointConfig(every=1000),
+        fresh, objective=objectives.supervised(),
+        experience=demonstrations(Countdown(experiment.config["task"], config.seed), config.batch),
+        workdir=workdir / "warm_start", title="warm start", optimizer=_supervised_optimizer(config, "cosine"),
+        update=training.UpdateConfig(), steps=config.steps, checkpoints=CheckpointConfig(every=1000),
     )  # fmt: skip
     packed = {
         "params": flax.serialization.to_state_dict(jax.device_get(state.params)),
@@ -275,16 +242,14 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
     Each gets the optimizer of GRPO, its decay too, over as many steps as fit into `seconds`, by a short trial.
     """
     config = experiment.config
-    more = Demonstrations(
-        task=Countdown(config["task"], config["train"].seed + 1_000_003), batch=config["warm_start"].batch
-    )
+    more = demonstrations(Countdown(config["task"], config["train"].seed + 1_000_003), config["warm_start"].batch)
     # Completions of the warm start itself, of which only the right ones train.
     own = experiment.rollouts(params_of=lambda state: params, select=lambda s: s.by_name[ACCURACY.name] > 0.5)
     curves = {}
     for name, experience in (("continued supervision", more), ("supervision on own correct samples", own)):
         run = functools.partial(
-            experiment.run, params, objectives.supervised(), experience, title=name, optimizer=config["optimizer"],
-            update=config["update"],
+            experiment.run, params, objective=objectives.supervised(), experience=experience, title=name,
+            optimizer=config["optimizer"], update=config["update"],
         )  # fmt: skip
         directory = workdir / "baselines" / name.replace(" ", "_")
         if not (directory / "steps").exists():
@@ -300,63 +265,14 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
     return curves
 
 
-def summarize(rows: list[dict[str, Any]], seed: int, parameters: int) -> dict[str, Any]:
-    """`summary.json`: what came out, and what it took."""
-    after = [row for row in rows if row["step"] > 0]
-    # The first step compiles, and a median does not mind.
-    median = lambda name: float(np.median([row[name] for row in after]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    evaluations = lambda row: {name: value for name, value in row.items() if name.startswith("eval/")}
-    packages = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
-    return {
-        "accuracy_before": rows[0]["eval/accuracy"],
-        "accuracy_after": rows[-1]["eval/accuracy"],
-        "before": evaluations(rows[0]),
-        "after": evaluations(rows[-1]),
-        "steps": rows[-1]["step"],
-        "training_seconds": rows[-1]["time/elapsed_seconds"],
-        "wall_seconds": time.perf_counter() - _STARTED,
-        "rollout_tokens_per_second": median("time/rollout_tokens_per_second"),
-        "train_tokens_per_second": median("time/train_tokens_per_second"),
-        "peak_rss_bytes": peak,
-        "seed": seed,
-        "parameters": parameters,
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _print_plan(experiment: Experiment, parameters: int) -> None:
-    c, task = experiment.config["rollout"], experiment.config["task"]
-    u, m = experiment.config["update"], experiment.config["mesh"]
-    shards, completions = m.data * m.fsdp, c.prompts * c.group_size
-    print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
-        f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
-        f"a step: {c.prompts} prompts x {c.group_size} = {completions} completions of up to {experiment.max_tokens} "
-        "tokens; "
-        f"{u.epochs} epochs x {u.minibatches} minibatches = {u.epochs * u.minibatches} optimizer steps of "
-        f"{completions // u.minibatches} completions, {completions // (u.minibatches * u.microbatches * shards)} "
-        f"at a time on each of {shards} data shards\n"
-        "compiling, once: it takes some 20 seconds until the first step",
-        flush=True,
-    )
-
-
 def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Evaluates a checkpoint of the workdir in full and prints the result as JSON."""
     config = experiment.config
-    objective = objectives.grpo(config["loss"])
     transformation, _ = training.make_optimizer(config["optimizer"], 1)
-    params = init_params(config["model"], jax.random.key(0))  # for their shapes
-    like = training.init_train_state(experiment.policy, params, transformation, objective, experiment.mesh)
+    like = training.abstract_train_state(
+        experiment.policy, abstract_params(config["model"])[0], transformation, objectives.grpo(config["loss"]),
+        experiment.mesh,
+    )  # fmt: skip
     store = Checkpoints(workdir / "checkpoints", config["checkpoints"], read_only=True)
     try:
         state = store.restore(like, EVAL_STEP.value)
@@ -367,15 +283,9 @@ def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs, goes on with, or evaluates the run in --workdir."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
-    if not WORKDIR.value.strip():
-        raise app.UsageError("--workdir is empty: name a directory.")
+    workdir = runs.workdir_of(argv, WORKDIR.value)
     if EVAL_STEP.value is not None and not EVAL_ONLY.value:
         raise app.UsageError("--eval_step needs --eval_only.")
-    workdir = pathlib.Path(WORKDIR.value)
     try:
         config = configuration(workdir)
         experiment = Experiment(config)
@@ -385,43 +295,38 @@ def main(argv: list[str]) -> None:
     if EVAL_ONLY.value:
         evaluate_only(experiment, workdir)
         return
-    loop.open_workdir(workdir, {name: dataclasses.asdict(section) for name, section in config.items()})
+    loop.open_workdir(workdir, runs.as_json(config))
     params = warm_start(experiment, workdir)
     if WARM_START_ONLY.value:
         return
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    _print_plan(experiment, parameters)
-    _, rows = experiment.run(
-        params, objectives.grpo(config["loss"]), experiment.rollouts(), workdir, "grpo", config["optimizer"],
-        config["update"], config["train"].steps, evaluator=experiment.evaluator,
-        evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
-    )  # fmt: skip
-    finished = workdir / "summary.json"  # a run that was complete before keeps the times it took then
-    summary = (
-        json.loads(finished.read_text()) if finished.exists() else summarize(rows, config["train"].seed, parameters)
+    task = config["task"]
+    print(
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
+        f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
+        f"{runs.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
+        "compiling, once: it takes some 20 seconds until the first step",
+        flush=True,
     )
+    _, rows = experiment.run(
+        params, objective=objectives.grpo(config["loss"]), experience=experiment.rollouts(), workdir=workdir,
+        title="grpo", optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
+        evaluator=experiment.evaluator, evaluate_every=config["evaluation"].every,
+        samples_every=config["train"].samples_every,
+    )  # fmt: skip
+    summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     curves = {"GRPO": rows}
     if BASELINES.value:
         curves |= run_baselines(experiment, params, workdir, summary["training_seconds"])
         summary["baselines"] = {name: curves[name][-1] for name in curves if name != "GRPO"}
         plots.comparison({name: [rows] for name, rows in curves.items()}, workdir / "comparison.png")
     plots.curve(rows, workdir / "curve.png", f"Countdown, seed {summary['seed']}")
-    write_atomically(finished, json.dumps(summary, indent=2) + "\n")
+    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(
         f"held-out greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} in "
         f"{summary['wall_seconds']:.0f} s; everything is in {workdir}"
     )
 
 
-def run() -> None:
-    """The command: absl's `app.run`, with the errors that a user can mend as one line instead of a traceback."""
-    try:
-        app.run(main)
-    except (WorkdirError, RewardError, OSError) as error:
-        if error.__cause__ is not None and isinstance(error, RewardError):
-            traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    run()
+    runs.command(main)

@@ -23,6 +23,7 @@ from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, TrainBatch, 
 
 __all__ = [
     "AdvantageConfig",
+    "Demonstrations",
     "Experience",
     "GroupRollouts",
     "Journal",
@@ -227,6 +228,36 @@ class GroupRollouts:
             rollout_seconds=sampled - started,
             reward_seconds=scored - sampled,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demonstrations:
+    """Supervised experience: prompts with the completions to learn, from the state's cursor on; nothing is sampled."""
+
+    source: Callable[[int], tuple[str, str]]  # prompt and completion at a cursor
+    tokenizer: Tokenizer
+    batch: int  # demonstrations a step
+    max_prompt_tokens: int
+    max_tokens: int  # of a completion, its end included
+
+    def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
+        """The next demonstrations.
+
+        Raises:
+          ValueError: one is too long.
+        """
+        del journal, interrupt
+        encode, cursor = self.tokenizer.encode, int(state.cursor)
+        pairs = [self.source(i) for i in range(cursor, cursor + self.batch)]
+        end = list(self.tokenizer.eos_ids[:1])
+        prompts, prompt_mask = pad([encode(prompt) for prompt, _ in pairs], self.max_prompt_tokens)
+        texts, mask = pad([encode(text, continues=True) + end for _, text in pairs], self.max_tokens)
+        batch = TrainBatch(
+            prompt_tokens=prompts, prompt_mask=prompt_mask, completion_tokens=texts, mask=mask,
+            advantages=np.ones(self.batch, np.float32), sampler_logprobs=None,
+            temperature=np.ones(self.batch, np.float32),
+        )  # fmt: skip
+        return Experience(batch=batch, prompts_consumed=self.batch, train_tokens=int(prompt_mask.sum() + mask.sum()))
 
 
 def completion_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:

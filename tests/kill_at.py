@@ -10,7 +10,7 @@ the background writer is at work).
 import os
 import signal
 
-from experiments import countdown
+from experiments import countdown, runs
 from grpo_jax import checkpoints, rollouts, telemetry
 
 MOMENT, _, STEP = os.environ.get("KILL_AT", "").partition(":")
@@ -39,4 +39,4 @@ kill("journal", telemetry.RewardJournal, "write", lambda self, step, *_: step, a
 kill("update", telemetry.RunLog, "write", lambda self, step, *_: step - 1)
 kill("log", telemetry.RunLog, "write", lambda self, step, *_: step - 1, after=True)
 kill("save", checkpoints.Checkpoints, "save", lambda self, state, *_: int(state.step) - 1, after=True)
-countdown.run()
+runs.command(countdown.main)

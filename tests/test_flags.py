@@ -147,8 +147,9 @@ def observe_run(config, tmp_path):
         patch.setattr(Checkpoints, "save", lambda store, state, metric=None: save(store, state, -float(state.step)))
         patch.setattr(loop, "_optimizer_count", lambda state: 0)
         _, rows = experiment.run(
-            fresh_params(config), objectives.supervised(), experiment.rollouts(), tmp_path, "test", config["optimizer"],
-            config["update"], config["train"].steps, evaluator=experiment.evaluator,
+            fresh_params(config), objective=objectives.supervised(), experience=experiment.rollouts(),
+            workdir=tmp_path, title="test", optimizer=config["optimizer"], update=config["update"],
+            steps=config["train"].steps, evaluator=experiment.evaluator,
             evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
         )  # fmt: skip
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())

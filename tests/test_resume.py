@@ -129,7 +129,7 @@ def test_help_is_for_people():
         (["--mesh.expert=2"], "Unknown command line flag 'mesh.expert'"),
         (["--train.samples_every=0"], "samples_every must be 1 or more"),
         (["--advantages.ddof=2"], "ddof=2 must be 0 or 1"),
-        (["--eval_only"], "needs the workdir of a run"),
+        (["--eval_only"], "is not the workdir of a run"),
     ],
 )
 def test_bad_flags_are_one_clear_line_before_anything_is_written(tmp_path, flags, message):

@@ -1,0 +1,211 @@
+"""What the experiments share: a phase of training, the summary, batch arithmetic and memory, errors as one line."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import platform
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+_STARTED = time.perf_counter()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
+
+from grpo_jax import loop, objectives, sharding, training  # noqa: E402
+from grpo_jax.checkpoints import CheckpointConfig  # noqa: E402
+from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
+from grpo_jax.rewards import RewardError  # noqa: E402
+from grpo_jax.rollouts import RolloutConfig  # noqa: E402
+from grpo_jax.telemetry import WorkdirError  # noqa: E402
+from grpo_jax.types import Policy, TrainState  # noqa: E402
+
+__all__ = [
+    "as_json",
+    "batch_arithmetic",
+    "command",
+    "configured",
+    "memory",
+    "memory_line",
+    "phase",
+    "saved_configuration",
+    "summary",
+    "workdir_of",
+]
+
+
+def phase(
+    params: Callable[[], Any], *, policy: Policy, mesh: Mesh, key: jax.Array, objective: objectives.Objective,
+    experience: Any, workdir: pathlib.Path, title: str, optimizer: training.OptimizerConfig,
+    update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig, **options: Any,
+) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
+    """One phase of a run: `loop.train` from what `params()` gives, which nothing else holds then."""
+    transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
+    state = training.init_train_state(policy, params(), transformation, objective, mesh)
+    step = training.make_train_step(
+        policy, transformation, objective, update, like=state, key=jax.random.fold_in(key, 1)
+    )
+    return loop.train(
+        state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
+        learning_rate=schedule, checkpoints=checkpoints, **options,
+    )  # fmt: skip
+
+
+def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh: Mesh, max_tokens: int) -> str:
+    """A step in numbers: prompts x group -> completions -> microbatches per device -> optimizer steps."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    completions = rollout.prompts * rollout.group_size
+    each = completions // update.minibatches
+    return (
+        f"a step: {rollout.prompts} prompts x {rollout.group_size} = {completions} completions of up to {max_tokens} "
+        f"tokens; {update.epochs} epochs x {update.minibatches} minibatches = {update.epochs * update.minibatches} "
+        f"optimizer steps of {each} completions, {each // (update.microbatches * shards)} at a time on each of "
+        f"{shards} data shards"
+    )
+
+
+def memory(
+    config: TransformerConfig, policy: Policy, mesh: Mesh, *, rollout: RolloutConfig, update: training.UpdateConfig,
+    max_prompt_tokens: int, max_tokens: int, needs_reference: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes a device needs at most, estimated from shapes: `state` all the time, beside it `update` or `rollout`."""
+    shapes, axes = abstract_params(config)
+    place = sharding.shardings(shapes, axes, mesh)
+    per_device = lambda tree, places: sum(
+        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+    )
+    params = per_device(shapes, place)
+    sampler = jax.eval_shape(policy.prepare, shapes)
+    weights = per_device(sampler, sharding.shardings(sampler, policy.sampler_axes, mesh, sharding.SAMPLER_RULES))
+
+    def cache(*shape):
+        tree = jax.eval_shape(lambda: policy.init_cache(*shape))
+        return per_device(tree, sharding.shardings(tree, policy.cache_axes, mesh, sharding.SAMPLER_RULES))
+
+    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    columns = max_prompt_tokens + max_tokens
+    layer = rows * columns * config.width * width
+    inner = rows * columns * (2 * config.heads * config.head_width + 3 * config.mlp_width // tensor) * width
+    scores = 0 if config.attention != "xla" else 2 * rows * config.heads * columns**2 * 4
+    kept = config.layers * layer + inner + scores if config.remat else config.layers * (4 * layer + inner + scores)
+    logits = 3 * rows * max_tokens * config.vocab_size // tensor * 4  # logits, their softmax and its gradient
+    return {
+        "state": params * (3 + needs_reference),  # parameters, two moments of Adam's, the reference
+        "update": params + kept + logits,  # gradients, activations, logits
+        "rollout": weights
+        + cache(rollout.prompts, 1, max_prompt_tokens)
+        + cache(rollout.prompts, rollout.group_size, max_tokens),
+    }
+
+
+def memory_line(bytes_of: Mapping[str, int]) -> str:
+    """`memory` in words, beside what the device has, where it says."""
+    gib = lambda n: f"{n / 2**30:.2f} GiB"
+    total = bytes_of["state"] + max(bytes_of["update"], bytes_of["rollout"])
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    parts = ", ".join(f"{name} {gib(n)}" for name, n in bytes_of.items())
+    line = f"memory a device, estimated: {gib(total)} ({parts})"
+    if limit is None:
+        return line
+    return f"{line} of {gib(limit)}" + (
+        "; this will hardly fit: more --update.microbatches, fewer --rollout.prompts, or more devices along --mesh.fsdp"
+        if total > limit
+        else ""
+    )
+
+
+def _peak_rss() -> int:
+    """The most bytes of the host's memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def summary(workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parameters: int) -> dict[str, Any]:
+    """`summary.json`: what came out, and what it took; a run that was complete before keeps what it took then."""
+    if (workdir / "summary.json").exists():
+        return json.loads((workdir / "summary.json").read_text())
+    after = [row for row in rows if row["step"] > 0]
+    # The first step compiles, and a median does not mind.
+    median = lambda name: float(np.median([row[name] for row in after]))
+    evaluations = lambda row: {name: value for name, value in row.items() if name.startswith("eval/")}
+    packages = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
+    return {
+        "accuracy_before": rows[0]["eval/accuracy"],
+        "accuracy_after": rows[-1]["eval/accuracy"],
+        "before": evaluations(rows[0]),
+        "after": evaluations(rows[-1]),
+        "steps": rows[-1]["step"],
+        "training_seconds": rows[-1]["time/elapsed_seconds"],
+        "wall_seconds": time.perf_counter() - _STARTED,
+        "rollout_tokens_per_second": median("time/rollout_tokens_per_second"),
+        "train_tokens_per_second": median("time/train_tokens_per_second"),
+        "peak_rss_bytes": _peak_rss(),
+        "seed": seed,
+        "parameters": parameters,
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def workdir_of(argv: list[str], workdir: str) -> pathlib.Path:
+    """--workdir as a path, once the command line is what it should be."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
+    if not workdir.strip():
+        raise app.UsageError("--workdir is empty: name a directory.")
+    return pathlib.Path(workdir)
+
+
+def configured(makers: Mapping[str, Callable[..., Any]], saved: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Every section, as its flags make it, or as it was saved.
+
+    Raises:
+      ValueError: a value that a section refuses.
+    """
+    return {name: make(**saved.get(name, {})) for name, make in makers.items()}
+
+
+def saved_configuration(workdir: pathlib.Path) -> dict[str, Any]:
+    """`config.json` of a workdir.
+
+    Raises:
+      WorkdirError: there is none.
+    """
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except OSError as error:
+        raise WorkdirError(f"{workdir} is not the workdir of a run: {error}") from error
+
+
+def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections as plain values, for `loop.open_workdir`."""
+    return {name: dataclasses.asdict(section) for name, section in config.items()}
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """absl's `app.run`, with the errors that a user can mend as one line instead of a traceback."""
+    try:
+        app.run(main)
+    except (WorkdirError, RewardError, OSError) as error:
+        if error.__cause__ is not None and isinstance(error, RewardError):
+            traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
+        sys.exit(f"error: {error}")
