@@ -27,12 +27,13 @@ class EvaluationConfig:
     sampled_prompts: int = 128  # prompts for pass@k, which is measured before and after training only
     samples: int = 64  # completions of each prompt for pass@k; k goes up to this
     temperature: float = 1.0  # of the samples for pass@k
+    top_p: float = 1.0  # they are drawn among the likeliest tokens of this mass; 1: all
     completions: int = 8192  # sampled at a time at most, which bounds the memory; it does not change what is measured
 
     def __post_init__(self) -> None:
         sizes = (self.every, self.prompts, self.sampled_prompts, self.samples, self.completions)
-        if min(sizes) < 1 or self.temperature <= 0:
-            raise ValueError(f"{self}: every number must be above 0.")
+        if min(sizes) < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: every number must be above 0, top_p at most 1.")
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
@@ -90,11 +91,12 @@ class Evaluator:
     def __init__(
         self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, source: Source, rewards: Sequence[Reward],
         config: EvaluationConfig, *, max_tokens: int, max_prompt_tokens: int, key: jax.Array,
-        answer: Callable[[str], str | None] | None = None,
+        answer: Callable[[str], str | None] | None = None, stop: Sequence[str] = (),
     ):  # fmt: skip
         """The first of `rewards` judges: above 0.5 is right, anything else, None too, wrong. The others are reported.
 
         `answer`: what a completion answers, for maj@k; equal answers are equal strings (`rewards.answers.extract_*`).
+        `stop`: strings that end a completion.
 
         Raises:
           ValueError: there is no reward, two have the same name, or one that does not judge is named `accuracy`;
@@ -117,6 +119,7 @@ class Evaluator:
             max_tokens=max_tokens,
             max_prompt_tokens=max_prompt_tokens,
             key=key,
+            stop=stop,
         )
         self._greedy, self._sampled = sampler(1), sampler(config.samples)
         self._greedy_batch = _batch_size(config.prompts, 1, config.completions, shards)
@@ -134,7 +137,7 @@ class Evaluator:
         c = self._config
         total, temperature = (c.sampled_prompts, c.temperature) if sampled else (c.prompts, 0.0)
         sampler, size = (self._sampled, self._sampled_batch) if sampled else (self._greedy, self._greedy_batch)
-        group, choice = sampler.group_size, SamplingParams(temperature=temperature)
+        group, choice = sampler.group_size, SamplingParams(temperature=temperature, top_p=c.top_p)
         for start in range(0, total, size):
             ids = range(start, min(start + size, total))
             prompts = [self._source(i) for i in ids]

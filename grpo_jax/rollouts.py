@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from grpo_jax import sampling, sharding
 from grpo_jax.advantages import constant_groups, group_advantages
@@ -142,15 +143,33 @@ class Sampler:
         tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
         ids = np.asarray(prompt_ids, np.uint32)
         tokens, mask, ids = jax.device_put((tokens, mask, ids), sharding.batch_sharding(self._mesh))
-        prefilled, state = self._start(
-            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self.tokenizer.eos_ids, np.int32),
-            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params, stop_table=self._stop_table,
-        )  # fmt: skip
+        prefilled, state = self._prefill(self._start, params, tokens, mask, ids, sampling_params)
         while True:
             interrupt()
             if state.done():
                 return self._collect(state, tokens, mask)
             state = self._decode(prefilled, state)
+
+    def compile(self, params: PyTree, prompts: int) -> tuple[Compiled, Compiled]:
+        """Prefill and a chunk of decoding, compiled ahead: to see what they need, on devices that are not here too.
+
+        Args:
+          params: ShapeDtypeStructs with shardings.
+          prompts: P, a multiple of data x fsdp.
+        """
+        rows = sharding.batch_sharding(self._mesh)
+        shape = lambda dtype, *columns: jax.ShapeDtypeStruct((prompts, *columns), dtype, sharding=rows)
+        tokens, mask = (shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool))
+        lowered = self._prefill(self._start.lower, params, tokens, mask, shape(np.uint32), SamplingParams())
+        start = lowered.compile()
+        abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        return start, self._decode.lower(*jax.tree.map(abstract, lowered.out_info, start.output_shardings)).compile()
+
+    def _prefill(self, run, params, tokens, mask, ids, sampling_params):
+        return run(
+            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self.tokenizer.eos_ids, np.int32),
+            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params, stop_table=self._stop_table,
+        )  # fmt: skip
 
 
 class Journal(Protocol):

@@ -21,6 +21,7 @@ from grpo_jax.types import Policy, PyTree, Rollout, TrainBatch, TrainState
 __all__ = [
     "OptimizerConfig",
     "UpdateConfig",
+    "abstract_train_state",
     "check_divides",
     "init_train_state",
     "make_optimizer",
@@ -95,22 +96,32 @@ def state_shardings(
     )
 
 
+def _initial(params: PyTree, optimizer: optax.GradientTransformation, objective: Objective) -> TrainState:
+    return TrainState(
+        params=params,
+        reference=params if objective.needs_reference else None,
+        opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        cursor=jnp.zeros((), jnp.int32),
+    )
+
+
+def abstract_train_state(
+    policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh
+) -> TrainState:
+    """Shapes and places of a state, from the shapes of its parameters: to compile for, or to restore; no memory."""
+    abstract = jax.eval_shape(lambda p: _initial(p, optimizer, objective), params)
+    where = state_shardings(policy, optimizer, abstract, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
+
+
 def init_train_state(
     policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh
 ) -> TrainState:
     """The state before step 0, sharded over the mesh; `params` are copied, and become the reference too."""
-
-    def init(params):
-        return TrainState(
-            params=params,
-            reference=params if objective.needs_reference else None,
-            opt_state=optimizer.init(params),
-            step=jnp.zeros((), jnp.int32),
-            cursor=jnp.zeros((), jnp.int32),
-        )
-
-    where = state_shardings(policy, optimizer, jax.eval_shape(init, params), mesh)
-    return jax.jit(init, out_shardings=where)(params)
+    abstract = abstract_train_state(policy, params, optimizer, objective, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda p: _initial(p, optimizer, objective), out_shardings=where)(params)
 
 
 def train_batch(

@@ -31,7 +31,7 @@ OTHER = {
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2},
     "train": {"steps": 7, "seed": 1, "format_reward": 0.5, "samples_every": 1},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-    "evaluation": {"every": 3, "prompts": 6, "sampled_prompts": 5, "samples": 3, "temperature": 2.0,
+    "evaluation": {"every": 3, "prompts": 6, "sampled_prompts": 5, "samples": 3, "temperature": 2.0, "top_p": 0.5,
                    "completions": 4},
     "checkpoints": {"every": 1, "keep_latest": 1, "keep_best": 0},
 }  # fmt: skip
@@ -129,7 +129,9 @@ def observe_run(config, tmp_path):
     said, asked = [], []
 
     def silent(sampler, params, prompts, prompt_ids, sampling_params, interrupt=None):
-        asked.append((len(prompts), sampler.group_size, float(sampling_params.temperature)))
+        asked.append(
+            (len(prompts), sampler.group_size, float(sampling_params.temperature), float(sampling_params.top_p))
+        )
         said.extend(prompts)
         rows = (len(prompts) * sampler.group_size, 4)
         return Rollout(

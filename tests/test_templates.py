@@ -1,6 +1,6 @@
 import pytest
 
-from grpo_jax.data.templates import GSM8K_INSTRUCTION, chat, make_template, plain, qa, r1
+from grpo_jax.data.templates import INSTRUCTIONS, chat, make_template, plain, qa, r1
 from grpo_jax.data.tokenizer import ByteTokenizer
 
 QUESTION = "What is {1} + {}?"  # braces are text
@@ -42,7 +42,7 @@ def test_by_name():
 
 def test_instruction_follows_the_question():
     verl = 'How many? Let\'s think step by step and output the final answer after "####".'
-    assert make_template("plain", instruction=GSM8K_INSTRUCTION)("How many?") == verl
+    assert make_template("plain", instruction="gsm8k")("How many?") == verl
     assert make_template("qa", instruction="Think.")("?") == "Question:\n? Think.\nAnswer:\nLet's think step by step.\n"
 
 

@@ -1,13 +1,31 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy, project
+from grpo_jax.logprobs import unembed
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy, project
 from tests import oracle
 
+SIZES = {"vocab_size": 24, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 8, "mlp_width": 24}
+GEMMA = {"post_norms": True, "unit_offset": True, "activation": "gelu", "query_scale": 11}
+# What the models of a family have, in small: Llama 3's stretched positions reach from those that stay to those that
+# are stretched in full, and 5 and 8 layers of Gemma's patterns leave 1 and 2 for the tail.
+FAMILIES = {
+    name: TransformerConfig(**{**SIZES, **fields})
+    for name, fields in {
+        "llama": {"layers": 3, "scale_embedding": False, "tied": False, "rope_base": 500.0, "rope_factor": 8.0,
+                  "rope_low_factor": 1.0, "rope_high_factor": 4.0, "rope_length": 64},
+        "qwen2": {"layers": 2, "scale_embedding": False, "qkv_bias": True, "rope_base": 1e6},
+        "qwen3": {"layers": 2, "scale_embedding": False, "qk_norm": True, "rope_base": 1e6, "tied": False},
+        "gemma2": {**GEMMA, "layers": 5, "windows": (4, 0), "attention_cap": 2.0, "logit_cap": 3.0},
+        "gemma3": {**GEMMA, "layers": 8, "windows": (4,) * 5 + (0,), "qk_norm": True, "rope_base": 1e4,
+                   "window_rope_base": 100.0, "rope_factor": 8.0},
+    }.items()
+}  # fmt: skip
 LINES = [[3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 
 
@@ -26,44 +44,117 @@ def rows(lines, width):
     return tokens, np.where(real, np.arange(width), 0), real.astype(np.int32)
 
 
-def numpy_decoder(config, params, line):
-    """The decoder on one line of tokens, token by token and head by head."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+def random_params(config, seed=0):
+    """Random in every leaf: what norms and biases begin with hides whether they are used."""
+    rng, (shapes, _) = np.random.default_rng(seed), abstract_params(config)
 
-    def norm(x, scale):
-        return x / np.sqrt((x**2).mean() + config.norm_epsilon) * scale
+    def fill(path, leaf):
+        around = 1.0 - config.unit_offset if "norm" in path[-1].key else 0.0
+        return jnp.asarray(rng.normal(around, 0.25, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def numpy_frequency(config, i, window):
+    """Of pair i of a head, in radians a position. Llama 3's stretching as its authors wrote it, by wavelengths."""
+    if window and config.window_rope_base:
+        return config.window_rope_base ** (-2 * i / config.head_width)
+    frequency = config.rope_base ** (-2 * i / config.head_width)
+    if not config.rope_low_factor:
+        return frequency / config.rope_factor
+    wavelength = 2 * math.pi / frequency
+    if wavelength < config.rope_length / config.rope_high_factor:
+        return frequency
+    if wavelength > config.rope_length / config.rope_low_factor:
+        return frequency / config.rope_factor
+    smooth = (config.rope_length / wavelength - config.rope_low_factor) / (
+        config.rope_high_factor - config.rope_low_factor
+    )
+    return (1 - smooth) * frequency / config.rope_factor + smooth * frequency
+
+
+def numpy_cap(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+NUMPY_ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
+
+
+def numpy_layer(config, layer, window, xs):
+    """One layer on a line of residuals, token by token and head by head."""
+
+    def norm(x, name):
+        return numpy_norm(config, x, layer[name])
+
+    def project(x, name, head):
+        out = norm(x, "attention_norm") @ layer[name][:, head]
+        out = out + layer[f"{name}_bias"][head] if config.qkv_bias else out
+        return norm(out, f"{name}_norm") if config.qk_norm and name != "value" else out
 
     def rotate(x, position):
         half = config.head_width // 2
-        angles = [position * config.rope_base ** (-i / half) for i in range(half)]
+        angles = [position * numpy_frequency(config, i, window) for i in range(half)]
         z = (x[:half] + 1j * x[half:]) * np.exp(1j * np.array(angles))
         return np.concatenate([z.real, z.imag])
 
-    xs = [params["embedding"][token] * config.width**0.5 for token in line]
-    for n in range(config.layers):
-        layer = {name: leaf[n] for name, leaf in params["layers"][0].items()}
-        project = lambda x, name, head, layer=layer: norm(x, layer["attention_norm"]) @ layer[name][:, head]
-        mixed = [np.zeros(config.width) for _ in line]
-        for head in range(config.heads):
-            group = head * config.kv_heads // config.heads
-            keys = [rotate(project(x, "key", group), t) for t, x in enumerate(xs)]
-            values = [project(x, "value", group) for x in xs]
-            for t, x in enumerate(xs):
-                query = rotate(project(x, "query", head), t)
-                weights = oracle.softmax([query @ key / config.head_width**0.5 for key in keys[: t + 1]])
-                mixed[t] += sum(w * v for w, v in zip(weights, values, strict=False)) @ layer["output"][head]
-        xs = [x + m for x, m in zip(xs, mixed, strict=True)]
+    mixed = [np.zeros(config.width) for _ in xs]
+    for head in range(config.heads):
+        group = head * config.kv_heads // config.heads
+        keys = [rotate(project(x, "key", group), t) for t, x in enumerate(xs)]
+        values = [project(x, "value", group) for x in xs]
         for t, x in enumerate(xs):
-            y = norm(x, layer["mlp_norm"])
-            gate = y @ layer["gate"]
-            xs[t] = x + (gate / (1 + np.exp(-gate)) * (y @ layer["up"])) @ layer["down"]
-    return np.stack([norm(x, params["norm"]) for x in xs])
+            query, first = rotate(project(x, "query", head), t), max(0, t + 1 - window) if window else 0
+            scale = math.sqrt(config.query_scale or config.head_width)
+            scores = [numpy_cap(query @ key / scale, config.attention_cap) for key in keys[first : t + 1]]
+            seen = zip(oracle.softmax(scores), values[first : t + 1], strict=True)
+            mixed[t] += sum(w * v for w, v in seen) @ layer["output"][head]
+    xs = [x + (norm(m, "attention_post_norm") if config.post_norms else m) for x, m in zip(xs, mixed, strict=True)]
+    for t, x in enumerate(xs):
+        y = norm(x, "mlp_norm")
+        y = (NUMPY_ACTIVATIONS[config.activation](y @ layer["gate"]) * (y @ layer["up"])) @ layer["down"]
+        xs[t] = x + (norm(y, "mlp_post_norm") if config.post_norms else y)
+    return xs
+
+
+def numpy_norm(config, x, scale):
+    return x / np.sqrt((x**2).mean() + config.norm_epsilon) * (config.unit_offset + scale)
+
+
+def numpy_decoder(config, params, line):
+    """The decoder on one line of tokens: hidden states and logits."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    xs = [params["embedding"][token] * (config.width**0.5 if config.scale_embedding else 1.0) for token in line]
+    places = len(params["layers"])
+    stacked = places * len(params["layers"][0]["query"])
+    for n in range(config.layers):
+        if n < stacked:
+            layer = {name: leaf[n // places] for name, leaf in params["layers"][n % places].items()}
+        else:
+            layer = params["tail"][n - stacked]
+        xs = numpy_layer(config, layer, config.windows[n % len(config.windows)], xs)
+    hidden = np.stack([numpy_norm(config, x, params["norm"]) for x in xs])
+    kernel = params["embedding"].T if config.tied else params["head"]
+    return hidden, numpy_cap(hidden @ kernel, config.logit_cap)
 
 
 def test_hidden_is_the_decoder_written_in_numpy(config, params, hidden_of):
     got = hidden_of(params, *rows(LINES, 8))
     for line, hidden in zip(LINES, got, strict=True):
-        np.testing.assert_allclose(hidden[: len(line)], numpy_decoder(config, params, line), atol=1e-4)
+        np.testing.assert_allclose(hidden[: len(line)], numpy_decoder(config, params, line)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_decoder_written_in_numpy(family):
+    config = FAMILIES[family]
+    policy, params = make_policy(config), random_params(config)
+    line = np.random.default_rng(1).integers(0, config.vocab_size, 11)
+    hidden, _ = jax.jit(policy.hidden)(params, *rows([line], 12))
+    expected, expected_logits = numpy_decoder(config, params, line)
+    np.testing.assert_allclose(hidden[0, :11], expected, atol=2e-4)
+    np.testing.assert_allclose(unembed(hidden, policy.head(params))[0, :11], expected_logits, atol=2e-4)
 
 
 def test_causality(params, hidden_of):
@@ -140,6 +231,27 @@ def test_cached_is_uncached(policy, params, extend, hidden_of, chunk, steps):
             np.testing.assert_allclose(hidden[i, w], expected[3 * i + w, first : first + steps], atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_sampler_says_is_what_the_trainer_says(family):
+    """Far beyond the windows, with prompts in chunks, several tokens a call and two slots of a row."""
+    config = FAMILIES[family]
+    policy, params = make_policy(config), random_params(config)
+    rng = np.random.default_rng(0)
+    prompt, ends = rng.integers(0, config.vocab_size, 8), rng.integers(0, config.vocab_size, (2, 12))
+    expected, _ = jax.jit(policy.hidden)(params, *rows([[*prompt, *end] for end in ends], 20))
+    extend = jax.jit(lambda params, *args: policy.extend(policy.prepare(params), *args))
+    hidden, prefix, prefix_positions = prefill(policy, params, extend, [prompt], 9, 3)
+    np.testing.assert_allclose(hidden[0, 0, 1:], expected[0, :8], atol=2e-4)
+    cache, seen = policy.init_cache(1, 2, 12), np.full((1, 2, 12), -1)
+    for t in range(0, 12, 3):
+        now = slice(t, t + 3)
+        seen[:, :, now] = positions = np.broadcast_to(8 + np.arange(12)[now], (1, 2, 3))
+        hidden, cache = extend(
+            params, ends[None, :, now], positions, cache, t, jnp.array(seen), prefix, prefix_positions
+        )
+        np.testing.assert_allclose(hidden[0], expected[:, 8:][:, now], atol=2e-4)
+
+
 def test_a_slot_given_to_another_completion_forgets(policy, params, extend):
     """The same calls on a used cache and on a fresh one give the same bits."""
     tokens, positions = np.array([[[5]], [[6]]]), np.zeros((2, 1, 1), int)
@@ -209,12 +321,84 @@ def test_project():
     assert project(x.astype(jnp.bfloat16), leaf[0]).dtype == jnp.bfloat16
 
 
+# Every field of the configuration -------------------------------------------------------------------
+
+EVERYTHING = TransformerConfig(
+    **{**SIZES, **GEMMA}, layers=2, windows=(4, 0), qkv_bias=True, qk_norm=True, tied=False, attention_cap=2.0,
+    logit_cap=3.0, window_rope_base=100.0, rope_factor=8.0, rope_low_factor=1.0, rope_high_factor=4.0, rope_length=64,
+)  # fmt: skip
+OTHER = {
+    "vocab_size": 25, "layers": 4, "width": 24, "heads": 2, "kv_heads": 4, "head_width": 4, "mlp_width": 16,
+    "rope_base": 100.0, "norm_epsilon": 1e-3, "compute_dtype": "bfloat16", "attention": "splash", "remat": True,
+    "tied": True, "scale_embedding": False, "qkv_bias": False, "qk_norm": False, "post_norms": False,
+    "unit_offset": False, "activation": "silu", "query_scale": 0, "attention_cap": 0.0, "logit_cap": 0.0,
+    "windows": (3, 0), "window_rope_base": 0.0, "rope_factor": 4.0, "rope_low_factor": 0.5, "rope_high_factor": 8.0,
+    "rope_length": 32,
+}  # fmt: skip
+
+
+def traced(config):
+    """The logits of a batch, which nothing computes."""
+    policy, (shapes, _) = make_policy(config), abstract_params(config)
+    logits = lambda params, *batch: unembed(policy.hidden(params, *batch)[0], policy.head(params))
+    return jax.jit(logits).trace(shapes, *[jax.ShapeDtypeStruct((2, 128), jnp.int32)] * 3)
+
+
+def program(config):
+    return traced(config).lower().as_text()
+
+
+def test_every_field_changes_the_program():
+    before = program(EVERYTHING)
+    assert program(dataclasses.replace(EVERYTHING)) == before  # and nothing else does
+    for field, value in OTHER.items():
+        after = dataclasses.replace(EVERYTHING, **{field: value})
+        if field in ("attention", "remat"):  # splash is lowered for TPUs alone; remat is of gradients, see below
+            assert str(traced(after).jaxpr) != str(traced(EVERYTHING).jaxpr), field
+        else:
+            assert program(after) != before, field
+    assert set(OTHER) == {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+@pytest.mark.parametrize("layers", [12, 14])
+def test_deep_models_compile_as_shallow_ones(layers):
+    """A program holds each layer of the pattern once, and the tail."""
+    config = dataclasses.replace(EVERYTHING, windows=(4,) * 5 + (0,), layers=layers)
+    products = program(config).count("stablehlo.dot_general")
+    deeper = program(dataclasses.replace(config, layers=layers + 12)).count("stablehlo.dot_general")
+    shallow = program(dataclasses.replace(config, layers=12)).count("stablehlo.dot_general")
+    assert products == deeper
+    each = 7 + 2  # seven matrices and two products of attention
+    assert shallow == 6 * each + 1
+    assert products - shallow == (layers - 12) * each
+
+
+def test_remat_changes_no_value_but_the_memory():
+    kept = dataclasses.replace(EVERYTHING, layers=8, width=32, mlp_width=128)
+    params, batch = random_params(kept), rows(np.random.default_rng(0).integers(0, 24, (4, 64)), 64)
+    results, memory = [], []
+    for config in (kept, dataclasses.replace(kept, remat=True)):
+        policy = make_policy(config)
+        total = lambda p, policy=policy: jnp.square(policy.hidden(p, *batch)[0]).mean()
+        compiled = jax.jit(jax.value_and_grad(total)).lower(params).compile()
+        results.append(compiled(params))
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)  # pyright: ignore[reportOptionalMemberAccess]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *results)
+    assert memory[1] < 0.6 * memory[0]
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"heads": 4, "kv_heads": 3}, "multiple of kv_heads=3"),
         ({"head_width": 5}, "head_width=5 must be even"),
         ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
+        ({"layers": 0}, "every size must be 1 or more"),
+        ({"activation": "relu"}, r"activation='relu' must be one of \['gelu', 'silu'\]"),
+        ({"windows": ()}, r"windows=\(\) must be numbers of tokens"),
+        ({"windows": (4, -1)}, r"windows=\(4, -1\) must be"),
+        ({"rope_low_factor": 4.0, "rope_high_factor": 1.0, "rope_length": 8}, "rope_high_factor=1.0 above it"),
+        ({"rope_low_factor": 1.0, "rope_high_factor": 4.0}, "rope_length=0 above 0"),
     ],
 )
 def test_config_errors(options, match):

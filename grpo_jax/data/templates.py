@@ -3,12 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-__all__ = ["GSM8K_INSTRUCTION", "Renderer", "Template", "chat", "make_template", "plain", "qa", "r1"]
+__all__ = ["INSTRUCTIONS", "Renderer", "Template", "chat", "make_template", "plain", "qa", "r1"]
 
 Template = Callable[[str], str]
 
-# What verl appends to GSM8K's questions (examples/data_preprocess/gsm8k.py); the answer format of the data set itself.
-GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+# What may follow a question, by name.
+INSTRUCTIONS = {
+    # verl's for GSM8K (examples/data_preprocess/gsm8k.py): the answer format of the data set itself.
+    "gsm8k": 'Let\'s think step by step and output the final answer after "####".',
+    # Qwen2.5-Math's, for rewards that look for a box.
+    "boxed": "Please reason step by step, and put your final answer within \\boxed{}.",
+}
 
 
 class Renderer(Protocol):
@@ -91,7 +96,7 @@ def make_template(
     Args:
       name: plain, qa, r1 or chat.
       tokenizer: `chat` needs one with a chat template.
-      instruction: follows the question after a space, in every template.
+      instruction: follows the question after a space, in every template; a name among INSTRUCTIONS, or a text.
       system: a system message, for `chat`.
       **variables: of the chat template, for `chat`.
 
@@ -103,4 +108,5 @@ def make_template(
     template = _TEMPLATES[name](tokenizer, system=system, **variables)
     if not instruction:
         return template
-    return lambda question: template(f"{question} {instruction}")
+    text = INSTRUCTIONS.get(instruction, instruction)
+    return lambda question: template(f"{question} {text}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_jax.models.transformer import TransformerConfig
 
-__all__ = ["PretrainedError", "parse_config", "write_config"]
+__all__ = ["PretrainedError", "differences", "parse_config", "write_config"]
 
 Raw = Mapping[str, Any]
 
@@ -104,6 +104,8 @@ def parse_config(raw: Raw) -> TransformerConfig:
         raise PretrainedError(f"activation {activation!r} is not supported: {sorted(_ACTIVATIONS.values())} are.")
     # A cap that is null is off where it is written so, and the family's where it is not written.
     cap = lambda key: float((raw[key] if key in raw else get(key)) or 0)
+    if name == "gemma3_text" and cap("attn_logit_softcapping"):
+        raise PretrainedError("attn_logit_softcapping is not supported for gemma3_text: transformers ignores it there.")
     heads = raw["num_attention_heads"]
     try:
         return TransformerConfig(
@@ -114,7 +116,7 @@ def parse_config(raw: Raw) -> TransformerConfig:
             kv_heads=get("num_key_value_heads") or heads,
             head_width=get("head_dim") or raw["hidden_size"] // heads,
             mlp_width=raw["intermediate_size"],
-            norm_epsilon=get("rms_norm_eps"),
+            norm_epsilon=float(get("rms_norm_eps")),
             tied=get("tie_word_embeddings"),
             activation=next(ours for ours, theirs in _ACTIVATIONS.items() if theirs == activation),
             query_scale=int(get("query_pre_attn_scalar") or 0),
@@ -176,6 +178,20 @@ def _rope(raw: Raw, get: Callable[[str], Any], name: str) -> dict[str, Any]:
     return rope
 
 
+def differences(ours: TransformerConfig, theirs: TransformerConfig) -> list[str]:
+    """In what two configurations are not the same model; how it runs, and how its windows are written, do not count."""
+
+    def model(config: TransformerConfig) -> dict[str, Any]:
+        fields = dataclasses.asdict(config)
+        for name in ("compute_dtype", "attention", "remat"):
+            del fields[name]
+        windows = tuple(config.windows[i % len(config.windows)] for i in range(config.layers))
+        return {**fields, "windows": windows, "query_scale": config.query_scale or config.head_width}
+
+    here, there = model(ours), model(theirs)
+    return [f"{name}: here {here[name]!r}, there {there[name]!r}" for name in here if here[name] != there[name]]
+
+
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """config.json of the family that has such models, in the new spelling and, beside it, the old.
 
@@ -188,8 +204,7 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
             again = parse_config(raw)
         except PretrainedError:
             continue
-        run = {field: getattr(config, field) for field in ("compute_dtype", "attention", "remat", "windows")}
-        if dataclasses.replace(again, **run) == config and again.pattern == config.pattern:
+        if not differences(config, again):
             return raw
     raise PretrainedError(
         f"no family among {', '.join(FAMILIES)} has models like {config}; a model that is to be saved for others has "
@@ -237,7 +252,7 @@ def _write(config: TransformerConfig, name: str) -> dict[str, Any]:
     if gemma:
         raw |= {
             "hidden_activation": _ACTIVATIONS[config.activation],
-            "query_pre_attn_scalar": config.query_scale,
+            "query_pre_attn_scalar": config.query_scale or config.head_width,
             "attn_logit_softcapping": config.attention_cap or None,
             "final_logit_softcapping": config.logit_cap or None,
         }

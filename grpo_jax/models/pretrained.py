@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax import sharding
-from grpo_jax.models.families import PretrainedError, parse_config, write_config
+from grpo_jax.models.families import PretrainedError, differences, parse_config, write_config
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.types import PyTree
 
@@ -61,13 +61,13 @@ _OUTER_NAMES = {
     "norm": ("model.norm.weight", (0,)),
     "head": ("lm_head.weight", (1, 0)),
 }
-_HEAD = _OUTER_NAMES["head"][0]
+_HEAD, _EMBEDDING = _OUTER_NAMES["head"][0], _OUTER_NAMES["embedding"][0]
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions, and computed from the configuration
 _CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
     "generation_config.json",
 )  # fmt: skip
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,10 +172,12 @@ def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
       PretrainedError: there is no such file, or it describes something that this decoder is not.
     """
     path = pathlib.Path(directory) / "config.json"
+    raw = _read_json(path)
     try:
-        return dataclasses.replace(parse_config(_read_json(path)), **overrides)
+        config = parse_config(raw)
     except PretrainedError as error:
-        raise error if str(path.parent) in str(error) else PretrainedError(f"{path}: {error}") from None
+        raise PretrainedError(f"{path}: {error}") from None
+    return dataclasses.replace(config, **overrides)
 
 
 def saved_dtype(directory: Path) -> str:
@@ -184,17 +186,27 @@ def saved_dtype(directory: Path) -> str:
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
+def _dtype(name: str) -> np.dtype[Any]:
+    if name not in _DTYPES.values():
+        raise PretrainedError(f"dtype {name!r} of weights must be one of {sorted(_DTYPES.values())}.")
+    return jnp.dtype(name)
+
+
 class _Files:
-    """The open safetensors files of a directory, and which tensor is in which."""
+    """The safetensors files of a directory, and which tensor is in which.
+
+    A file is opened for each tensor anew: what stays open stays mapped, and counts as the host's memory once read.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
         index = directory / "model.safetensors.index.json"
-        single = sorted(directory.glob("*.safetensors"))
+        single, weight_map = sorted(directory.glob("*.safetensors")), {}
         if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            if not names:
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise PretrainedError(f"{index} has no weight_map: download it again.")
+            names = sorted(set(weight_map.values()))
         elif len(single) == 1:
             names = [single[0].name]
         elif single:
@@ -211,8 +223,15 @@ class _Files:
                 + (f", only {', '.join(pickles)}: pickles can run code and are not read. " if pickles else ". ")
                 + "Download or convert the weights as safetensors."
             )
-        self._handles = {name: self._open(directory / name) for name in names}
-        self.file_of = {tensor: name for name, handle in self._handles.items() for tensor in tuple(handle.keys())}
+        self.names = names
+        held = {name: set(self._open(directory / name).keys()) for name in names}
+        self.file_of = {tensor: name for name, tensors in held.items() for tensor in tensors} | weight_map
+        for tensor, name in weight_map.items():
+            if tensor not in held[name]:
+                raise PretrainedError(
+                    f"tensor {tensor} is missing from {directory / name}, though {index.name} says that it is there: "
+                    "download both again."
+                )
 
     @staticmethod
     def _open(path: pathlib.Path) -> Any:
@@ -224,14 +243,14 @@ class _Files:
             raise PretrainedError(f"{path} is truncated or corrupt ({error}): download it again.") from error
 
     def __getitem__(self, name: str) -> Any:
-        return self._handles[self.file_of[name]].get_slice(name)
+        return self._open(self.directory / self.file_of[name]).get_slice(name)
 
     def where(self, name: str) -> str:
         return f"tensor {name} of {self.directory / self.file_of[name]}"
 
     def check(self, wanted: list[_Tensor]) -> None:
         """Raises PretrainedError unless exactly these tensors are there, in these shapes, as floating point."""
-        files = ", ".join(sorted(self._handles))
+        files = ", ".join(self.names)
         missing = [t.name for t in wanted if t.name not in self.file_of]
         if missing:
             raise PretrainedError(
@@ -247,7 +266,7 @@ class _Files:
         if extra:
             file = self.file_of[min(extra)]
             raise PretrainedError(
-                f"{_listed(sorted(extra), 'tensor')} in {self.directory / file} unexpected: a model as config.json "
+                f"{_listed(sorted(extra), 'tensor')} in {self.directory / file}, unexpected: a model as config.json "
                 "describes it has none such, and leaving it out would give another model."
             )
         for tensor in wanted:
@@ -294,10 +313,10 @@ def load(
         corrupt file, a head that is tied and yet another: naming file and tensor, before anything is loaded.
     """
     directory = pathlib.Path(directory)
-    config, to = read_config(directory), jnp.dtype(dtype or saved_dtype(directory))
+    config, to = read_config(directory), _dtype(dtype or saved_dtype(directory))
     files, (tree, shapes) = _Files(directory), _tensors(config)
     wanted = _flat(tree)
-    if config.tied and _HEAD in files.file_of:  # some write it all the same
+    if config.tied and {_HEAD, _EMBEDDING} <= files.file_of.keys():  # some write it all the same
         _check_tied(files)
         del files.file_of[_HEAD]
     files.check(wanted)
@@ -343,13 +362,15 @@ def _put(place: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Arra
 
 
 def _check_tied(files: _Files) -> None:
-    embedding, head = files[_OUTER_NAMES["embedding"][0]], files[_HEAD]
+    embedding, head = files[_EMBEDDING], files[_HEAD]
     same = embedding.get_shape() == head.get_shape()
-    for i in range(0, head.get_shape()[0] if same else 0, 4096):
-        same = same and np.array_equal(embedding[i : i + 4096], head[i : i + 4096])
+    rows = head.get_shape()[0]
+    for i in range(0, rows if same else 0, 4096):
+        some = slice(i, min(i + 4096, rows))  # slices of a file do not stop at its end by themselves
+        same = same and np.array_equal(embedding[some], head[some])
     if not same:
         raise PretrainedError(
-            f"{files.where(_HEAD)} differs from {_OUTER_NAMES['embedding'][0]}, though config.json ties them "
+            f"{files.where(_HEAD)} differs from {_EMBEDDING}, though config.json ties them "
             "(tie_word_embeddings): set it to false to use this head, or take the tensor out."
         )
 
@@ -379,16 +400,19 @@ def save(
       shard_bytes: weights above this are split over several files with an index; the host holds this much.
 
     Raises:
-      PretrainedError: the directory is in use, `source` is of another model, no family of Hugging Face's
-        describes this one, or the disk is full.
+      PretrainedError: the directory is in use, `source` is not there or of another model, no family of Hugging
+        Face's describes this one, `params` are not of `config`, or the disk is full.
     """
     directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
+    _check_params(params, config)
     raw = _config_of(config, source)
-    first = jax.tree.leaves(params)[0]
-    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(jnp.dtype(dtype or first.dtype))
+    written = _dtype(dtype or str(jax.tree.leaves(params)[0].dtype))
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(written)
     raw |= extra or {}
+    if differ := differences(config, parse_config(raw)):
+        raise PretrainedError(f"`extra` would make config.json that of another model: {'; '.join(differ)}.")
     part = directory.with_name(directory.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -399,6 +423,7 @@ def save(
                 shutil.copyfile(path, part / path.name)
         (part / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
         for path in part.iterdir():
+            shutil.copymode(part / "config.json", path)  # safetensors writes for its owner alone
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         part.replace(directory)  # an empty directory gives way
@@ -408,14 +433,23 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _check_params(params: PyTree, config: TransformerConfig) -> None:
+    shapes = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    found, wanted = shapes(params), shapes(abstract_params(config)[0])
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise PretrainedError(
+                f"params{name} has shape {found.get(name)}; a model of this configuration has {wanted.get(name)} there."
+            )
+
+
 def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[str, Any]:
     """config.json: the source's own where it has one, which must describe this model; else written anew."""
+    if source is not None and not source.is_dir():
+        raise PretrainedError(f"source {source} is not a directory: expected one with a tokenizer to carry along.")
     if source is None or not (source / "config.json").exists():
         return write_config(config)
-    run = {name: getattr(config, name) for name in ("compute_dtype", "attention", "remat")}
-    theirs, ours = dataclasses.asdict(read_config(source, **run)), dataclasses.asdict(config)
-    differ = [f"{name}: there {theirs[name]!r}, here {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
-    if differ:
+    if differ := differences(config, read_config(source)):
         raise PretrainedError(f"{source / 'config.json'} is of another model: {'; '.join(differ)}.")
     return _read_json(source / "config.json")
 

@@ -64,6 +64,7 @@ class TransformerConfig:
     rope_length: int = 0  # Llama 3: context length before stretching
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "windows", tuple(self.windows))  # JSON makes lists of them
         sizes = (self.vocab_size, self.layers, self.width, self.heads, self.kv_heads, self.head_width, self.mlp_width)
         if min(sizes) < 1:
             raise ValueError(f"{self}: every size must be 1 or more.")
@@ -217,8 +218,10 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
 
     Args:
       config: the model.
-      mesh: where the training pass runs, with axes data, fsdp and tensor: keeps XLA from splitting activations
-        along the model's width, as it does with the parameters. Splash attention needs one on more than one device.
+      mesh: where the training pass runs, with axes data, fsdp and tensor: splits activations over fsdp by rows, so
+        that XLA gathers a layer's weights when it comes to it. Left alone, it splits activations along the width, as
+        the weights are, and sums every product over fsdp, the logits too. Splash attention needs a mesh on more
+        than one device.
 
     Raises:
       ValueError: the attention implementation cannot do what the model asks for.
@@ -235,12 +238,9 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     }  # fmt: skip
     windows = [pattern[i % len(pattern)] for i in range(config.layers)]
 
-    def whole(x, *axes):
-        """The array with its later dimensions split over `axes` alone; the first is left as it is."""
-        if mesh is None:
-            return x
-        spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, *axes)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    def split(x, *axes):
+        """The array, split over these axes of the mesh; over data the train step's `vmap` splits it."""
+        return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     def embed(params, tokens):
         x = params["embedding"][tokens].astype(dtype)
@@ -254,7 +254,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         def layer(window, x, layer_params):
             attend = lambda q, k, v: (attention[window](q, k, v, positions, segments), None)
             x, _ = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
-            return whole(x, None, None)
+            return split(x, "fsdp", None, None)
 
         layers = {
             w: functools.partial(jax.checkpoint(layer, static_argnums=0) if config.remat else layer, w) for w in pattern
@@ -265,7 +265,9 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
                 x = layers[window](x, layer_params)
             return x, None
 
-        x, _ = jax.lax.scan(body, whole(embed(params, tokens), None, None), params["layers"])
+        # A device looks all rows up in its part of the table, split over fsdp by width, before they change places.
+        x = split(embed(params, split(tokens, None, None)), None, None, "fsdp")
+        x, _ = jax.lax.scan(body, split(x, "fsdp", None, None), params["layers"])
         for window, layer_params in zip(pattern, params.get("tail", ()), strict=False):
             x = layers[window](x, layer_params)
         return final_norm(params, x), {}

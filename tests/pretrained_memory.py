@@ -1,0 +1,107 @@
+"""What `load` holds of the host's memory beyond the arrays that it makes, over 8 CPU devices (Linux).
+
+    python -m tests.pretrained_memory make DIRECTORY MIB DTYPE
+    python -m tests.pretrained_memory load DIRECTORY data=2 fsdp=2 tensor=2
+
+`make` writes a random model of about so many MiB in several files. `load` prints JSON in bytes and seconds: `arrays`,
+what the arrays take; `peak_beyond_arrays`, by how much the process' anonymous memory grew beyond that at its highest;
+`rss_beyond_arrays`, the same with the pages of the mapped files, which the kernel drops when it needs them;
+`largest_tensor` of the files; `load` and `read`, seconds, the latter for reading the files and nothing else.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import threading
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+from safetensors import safe_open
+
+from grpo_jax.models.pretrained import load, save
+from grpo_jax.models.transformer import TransformerConfig, abstract_params
+from grpo_jax.sharding import MeshConfig, make_mesh
+
+MIB = 2**20
+FILES = 5
+
+
+def model(parameters: int) -> TransformerConfig:
+    """A model of about so many parameters: of small tensors, or, from 2**27 on, with an embedding of 2**27."""
+    width, mlp_width, vocab_size = (512, 2048, 2048) if parameters < 2**27 else (1024, 4096, 128 * 1024)
+    one = TransformerConfig(
+        vocab_size=vocab_size, layers=1, width=width, mlp_width=mlp_width, heads=8, kv_heads=2, head_width=width // 8,
+        scale_embedding=False,
+    )  # fmt: skip
+    layer = sum(x.size for x in jax.tree.leaves(abstract_params(one)[0]["layers"]))
+    return dataclasses.replace(one, layers=max(2, round((parameters - vocab_size * width) / layer)))
+
+
+def make(directory: pathlib.Path, mib: int, dtype: str) -> None:
+    config = model(mib * MIB // jnp.dtype(dtype).itemsize)
+    shapes, _ = abstract_params(config)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    params = [jax.random.normal(key, x.shape, dtype) for key, x in zip(keys, leaves, strict=True)]
+    save(directory, tree.unflatten(params), config, shard_bytes=mib * MIB // FILES)
+
+
+def memory() -> dict[str, int]:
+    lines = (line.split() for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[0] in ("RssAnon:", "VmRSS:")}
+
+
+def measured_load(directory: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    jnp.zeros(1).block_until_ready()  # the backend's own memory is there before
+    before, peak, done = memory(), memory(), threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            for name, now in memory().items():
+                peak[name] = max(peak[name], now)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    params = jax.block_until_ready(load(directory, mesh, dtype=None))
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    arrays = sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards)
+    return {
+        "arrays": arrays,
+        "peak_beyond_arrays": peak["RssAnon"] - before["RssAnon"] - arrays,
+        "rss_beyond_arrays": peak["VmRSS"] - before["VmRSS"] - arrays,
+        "load": seconds,
+    }
+
+
+def read(paths: list[pathlib.Path]) -> float:
+    start, buffer = time.perf_counter(), bytearray(64 * MIB)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def largest_tensor(paths: list[pathlib.Path]) -> int:
+    files = [safe_open(path, "numpy") for path in paths]
+    return max(file.get_tensor(name).nbytes for file in files for name in file.keys())  # noqa: SIM118
+
+
+if __name__ == "__main__":
+    command, directory = sys.argv[1], pathlib.Path(sys.argv[2])
+    if command == "make":
+        make(directory, int(sys.argv[3]), sys.argv[4])
+    else:
+        sizes = {name: int(size) for name, size in (word.split("=") for word in sys.argv[3:])}
+        measured = measured_load(directory, make_mesh(MeshConfig(**sizes)))
+        paths = sorted(directory.glob("*.safetensors"))
+        print(json.dumps({**measured, "read": read(paths), "largest_tensor": largest_tensor(paths)}))
