@@ -22,6 +22,7 @@ from jax.sharding import Mesh  # noqa: E402
 
 from grpo_jax import loop, objectives, sharding, training  # noqa: E402
 from grpo_jax.checkpoints import CheckpointConfig  # noqa: E402
+from grpo_jax.models import pretrained  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.rollouts import RolloutConfig  # noqa: E402
@@ -33,8 +34,12 @@ __all__ = [
     "batch_arithmetic",
     "command",
     "configured",
+    "devices",
+    "export",
+    "keep_description",
     "memory",
     "memory_line",
+    "parameters",
     "phase",
     "saved_configuration",
     "summary",
@@ -57,6 +62,16 @@ def phase(
         state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
         learning_rate=schedule, checkpoints=checkpoints, **options,
     )  # fmt: skip
+
+
+def devices() -> str:
+    """What runs, in words."""
+    return f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
+
+
+def parameters(config: TransformerConfig) -> int:
+    """How many a model has."""
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)[0]))
 
 
 def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh: Mesh, max_tokens: int) -> str:
@@ -199,6 +214,22 @@ def saved_configuration(workdir: pathlib.Path) -> dict[str, Any]:
 def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """Sections as plain values, for `loop.open_workdir`."""
     return {name: dataclasses.asdict(section) for name, section in config.items()}
+
+
+def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """Copies all but the weights of a Hugging Face directory into the workdir, which needs it no more then."""
+    place = workdir / "model"
+    if not place.exists():
+        pretrained.copy_description(model, place)
+    return place
+
+
+def export(workdir: pathlib.Path, params: Any, config: TransformerConfig) -> pathlib.Path:
+    """Writes parameters as a Hugging Face directory into the workdir, as the model that they came from was saved."""
+    place, source = workdir / "export", workdir / "model"
+    if not place.exists():  # a finished run that is started again has it
+        pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source))
+    return place
 
 
 def command(main: Callable[[list[str]], None]) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from grpo_jax.data.templates import INSTRUCTIONS, chat, make_template, plain, qa, r1
+from grpo_jax.data.templates import chat, make_template, plain, qa, r1
 from grpo_jax.data.tokenizer import ByteTokenizer
 
 QUESTION = "What is {1} + {}?"  # braces are text

@@ -166,8 +166,13 @@ class PretrainedTokenizer:
         variables = {**self.special_tokens, **variables}
         return render_chat(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **variables)
 
-    @functools.cached_property
+    @property
     def token_bytes(self) -> Sequence[bytes | None]:
+        """What each id writes; None: nothing, a special token."""
+        return self._token_bytes
+
+    @functools.cached_property
+    def _token_bytes(self) -> Sequence[bytes | None]:
         """What each id writes (not always whole characters); None: a special token, or no token.
 
         Raises:

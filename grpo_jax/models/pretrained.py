@@ -30,7 +30,7 @@ from grpo_jax.models.families import PretrainedError, differences, parse_config,
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.types import PyTree
 
-__all__ = ["PretrainedError", "load", "read_config", "save", "saved_dtype"]
+__all__ = ["PretrainedError", "copy_description", "load", "read_config", "save", "saved_dtype"]
 
 Path = str | os.PathLike[str]
 
@@ -418,9 +418,8 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         _write_weights(part, _named(params, config, dtype), shard_bytes)
-        for pattern in _CARRIED if source else ():
-            for path in sorted(source.glob(pattern)):  # pyright: ignore[reportOptionalMemberAccess]
-                shutil.copyfile(path, part / path.name)
+        if source is not None:
+            _carry(source, part)
         (part / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
         for path in part.iterdir():
             shutil.copymode(part / "config.json", path)  # safetensors writes for its owner alone
@@ -431,6 +430,31 @@ def save(
         raise PretrainedError(f"cannot write {directory}: {error}. Nothing of it is left.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def copy_description(source: Path, directory: Path) -> None:
+    """Copies what says how to use the weights of a Hugging Face directory: config.json, tokenizer and templates.
+
+    Raises:
+      PretrainedError: there is no config.json, or the disk is full.
+    """
+    source, directory = pathlib.Path(source), pathlib.Path(directory)
+    _read_json(source / "config.json")
+    part = directory.with_name(directory.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        shutil.copyfile(source / "config.json", part / "config.json")
+        _carry(source, part)
+        part.replace(directory)
+    except OSError as error:
+        raise PretrainedError(f"cannot copy {source} to {directory}: {error}.") from error
+
+
+def _carry(source: pathlib.Path, directory: pathlib.Path) -> None:
+    for pattern in _CARRIED:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, directory / path.name)
 
 
 def _check_params(params: PyTree, config: TransformerConfig) -> None:

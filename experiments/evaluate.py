@@ -1,0 +1,108 @@
+"""Evaluates a Hugging Face directory, or a checkpoint of a run of ours, on problems with checkable answers.
+
+python -m experiments.evaluate --model=Qwen2.5-0.5B --output=runs/evaluation
+python -m experiments.evaluate --model=runs/gsm8k --step=100 --output=runs/evaluation
+python -m experiments.evaluate --model=DIR --output=OUT --data.dataset=math500 --data.test_file=test.jsonl \\
+    --data.template=chat --data.instruction=boxed
+
+Writes `metrics.json` (greedy accuracy, pass@k, mean@k, maj@k) and `completions.jsonl`, each completion with its scores.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags
+
+from experiments import flags as sections
+from experiments import runs, tasks
+from experiments.flags import section
+from grpo_jax import objectives, sharding, training
+from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.data.tokenizer import PretrainedTokenizer
+from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
+from grpo_jax.telemetry import write_atomically
+from grpo_jax.types import Policy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """Where a completion ends."""
+
+    max_tokens: int = 512  # it is cut there
+    stop: tuple[str, ...] = ("\nQuestion:",)  # strings that end one, as a Python tuple: ('Question:',)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be 1 or more.")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop={self.stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
+
+
+MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory, or the workdir of a run.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Of a workdir, the checkpoint to evaluate; the latest by default.")
+OUTPUT = flags.DEFINE_string("output", None, "Where metrics.json and completions.jsonl are written.", required=True)
+SECTIONS: dict[str, type[Any]] = {
+    "policy": tasks.ModelConfig,
+    "data": tasks.DataConfig,
+    "completion": CompletionConfig,
+    "mesh": sharding.MeshConfig,
+    "evaluation": tasks.EvaluationConfig,
+}
+# Nothing trains here.
+_SKIPPED = {"policy": ("attention", "remat"), "data": ("train_file", "max_prompt_tokens"), "evaluation": ("every",)}
+FLAGS_OF = {name: section(name, cls, skip=_SKIPPED.get(name, ())) for name, cls in SECTIONS.items()}
+flags.adopt_module_key_flags(sections)  # so that --help shows them
+
+
+def checkpoint(workdir: pathlib.Path, step: int | None, policy: Policy, model: TransformerConfig, mesh: Any) -> Any:
+    """Parameters of a checkpoint of experiments.gsm8k or experiments.sft, and its step."""
+    saved = runs.saved_configuration(workdir)
+    objective = objectives.grpo(objectives.LossConfig(**saved["loss"])) if "loss" in saved else objectives.supervised()
+    optimizer, _ = training.make_optimizer(training.OptimizerConfig(**saved["optimizer"]), 1)
+    like = training.abstract_train_state(policy, abstract_params(model)[0], optimizer, objective, mesh)
+    state = Checkpoints(workdir / "checkpoints", read_only=True).restore(like, step)
+    return state.params, int(state.step)
+
+
+def main(argv: list[str]) -> None:
+    """Samples, scores, writes and prints."""
+    output, given = runs.workdir_of(argv, OUTPUT.value), pathlib.Path(MODEL.value)
+    ours = (given / "checkpoints").is_dir()
+    if STEP.value is not None and not ours:
+        raise app.UsageError(f"--step is for the workdir of a run, and {given} has no checkpoints.")
+    directory = given / "model" if ours else given
+    try:
+        config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
+        mesh = sharding.make_mesh(config["mesh"])
+        model = pretrained.read_config(directory, compute_dtype=config["policy"].compute_dtype)
+        policy, tokenizer = make_policy(model, mesh), PretrainedTokenizer.load(directory)
+        evaluator = tasks.Task(config["data"], tokenizer).evaluator(
+            policy, mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,
+            stop=config["completion"].stop,
+        )  # fmt: skip
+        params, step = (
+            checkpoint(given, STEP.value, policy, model, mesh) if ours else (pretrained.load(given, mesh), None)
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    output.mkdir(parents=True, exist_ok=True)
+    records = [record for sampled in (False, True) for record in evaluator.records(params, sampled=sampled)]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(output / "completions.jsonl", lines)
+    metrics = evaluator.summarize(records)
+    described = {"model": str(given), "step": step, **runs.as_json(config), "metrics": metrics}
+    write_atomically(output / "metrics.json", json.dumps(described, indent=2) + "\n")
+    print(f"{given}{'' if step is None else f' at step {step}'}: {len(records)} completions; {runs.devices()}")
+    for name, value in metrics.items():
+        count = name.endswith("not_applicable")
+        print(f"  {name.removeprefix('eval/'):<28}{value:8.0f}" if count else f"  {name[5:]:<28}{value:8.2%}")
+    lengths, cut = [r["tokens"] for r in records], sum(not r["finished"] for r in records)
+    print(f"  mean length {sum(lengths) / len(lengths):.0f} tokens; {cut} cut at the limit; everything is in {output}")
+
+
+if __name__ == "__main__":
+    runs.command(main)

@@ -1,0 +1,197 @@
+"""GRPO on GSM8K from a Hugging Face directory to a Hugging Face directory.
+
+python -m experiments.gsm8k --model=Qwen2.5-0.5B --workdir=runs/gsm8k
+
+The defaults follow SimpleRL-Zoo (arXiv 2503.18892) for base models from 0.5B to 14B: its simple prompt, groups of 8 at
+temperature 1, optimizer steps of 256 prompts, learning rate 5e-7, KL coefficient 1e-4, clipping at 0.2, and the right
+answer as the only reward. Departures: a rollout is 256 prompts and not 1,024, so that every optimizer step is
+on-policy; completions end at 512 tokens and not 8,192, and at a stop string; no entropy bonus; GSM8K alone, without the
+easiest of MATH; the last number is the answer. For instruct models, verl's recipe:
+
+    --data.template=chat --data.instruction=gsm8k --data.judge=strict --loss.kl_coef=1e-3 --optimizer.learning_rate=1e-6
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import flags as sections
+from experiments import plots, runs, tasks
+from experiments.flags import section
+from grpo_jax import loop, objectives, rollouts, sharding, training
+from grpo_jax.checkpoints import CheckpointConfig
+from grpo_jax.data import sources
+from grpo_jax.data.tokenizer import PretrainedTokenizer
+from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import make_policy
+from grpo_jax.telemetry import write_atomically
+
+# Defaults for pretrained models, where the library's are for any.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig(rollouts.RolloutConfig):
+    """What is sampled at every step: prompts x group_size completions."""
+
+    prompts: int = 256  # prompts a step
+    max_tokens: int = 512  # a completion is cut there
+    stop: tuple[str, ...] = ("\nQuestion:",)  # strings that end a completion too, as a Python tuple: ('Question:',)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(objectives.LossConfig):
+    """The objective of GRPO."""
+
+    kl_coef: float = 1e-4  # beta; 0: no reference is held and no reference pass runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(training.OptimizerConfig):
+    """AdamW with warm-up, a schedule, and clipping by global norm."""
+
+    learning_rate: float = 5e-7  # at its peak
+    b2: float = 0.999  # decay of Adam's mean of squares
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateConfig(training.UpdateConfig):
+    """How one rollout becomes optimizer steps: epochs x minibatches of them."""
+
+    microbatches: int = 64  # parts of a minibatch, one after the other; saves memory, changes nothing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 200  # rollout steps
+    seed: int = 0  # of the order of the problems and of all sampling
+    samples_every: int = 10  # steps between sampled completions on the screen
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.samples_every) < 1 or self.seed < 0:
+            raise ValueError(f"{self}: steps and samples_every must be 1 or more, seed 0 or more.")
+
+
+MODEL = flags.DEFINE_string(
+    "model", None, "A directory as downloaded from the Hugging Face hub: config, safetensors, tokenizer.", required=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
+)
+SECTIONS: dict[str, type[Any]] = {
+    "policy": tasks.ModelConfig,
+    "data": tasks.DataConfig,
+    "reward": tasks.RewardConfig,
+    "rollout": RolloutConfig,
+    "advantages": rollouts.AdvantageConfig,
+    "loss": LossConfig,
+    "optimizer": OptimizerConfig,
+    "update": UpdateConfig,
+    "train": TrainConfig,
+    "mesh": sharding.MeshConfig,
+    "evaluation": tasks.EvaluationConfig,
+    "checkpoints": CheckpointConfig,
+}
+FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}
+flags.adopt_module_key_flags(sections)  # so that --help shows them
+
+
+class Experiment:
+    """The pieces of one configuration, without the parameters."""
+
+    def __init__(self, model: pathlib.Path, config: dict[str, Any]):
+        """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
+        self.config, self.model_directory = config, model
+        self.mesh = sharding.make_mesh(config["mesh"])
+        self.model = pretrained.read_config(model, **dataclasses.asdict(config["policy"]))
+        self.policy = make_policy(self.model, self.mesh)
+        self.tokenizer = PretrainedTokenizer.load(model)
+        self.task = tasks.Task(config["data"], self.tokenizer)
+        self.key = jax.random.key(config["train"].seed)
+        rollout = config["rollout"]
+        if not rollout.max_tokens:
+            raise ValueError("rollout.max_tokens=0 must be 1 or more: GSM8K says nothing about how long answers are.")
+        training.check_divides(rollout.prompts * rollout.group_size, config["update"], self.mesh)
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if rollout.prompts % shards:
+            raise ValueError(
+                f"--rollout.prompts={rollout.prompts} does not divide over {shards} devices (data x fsdp): make it a "
+                "multiple."
+            )
+        self.evaluator = self.task.evaluator(
+            self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop
+        )
+
+    def rollouts(self) -> rollouts.GroupRollouts:
+        """GRPO's experience, from the training problems in their order by seed."""
+        rollout = self.config["rollout"]
+        sampler = rollouts.Sampler(
+            self.policy, self.mesh, self.tokenizer, group_size=rollout.group_size, max_tokens=rollout.max_tokens,
+            max_prompt_tokens=self.config["data"].max_prompt_tokens, key=jax.random.fold_in(self.key, 0),
+            stop=rollout.stop,
+        )  # fmt: skip
+        return rollouts.GroupRollouts(
+            sampler=sampler,
+            source=sources.shuffled(self.task.train, self.config["train"].seed),
+            rewards=self.task.rewards(self.config["reward"], rollout.max_tokens),
+            config=rollout,
+            advantages=self.config["advantages"],
+        )
+
+    def print_plan(self) -> int:
+        """Says what is about to happen; returns the number of parameters."""
+        config, rollout = self.config, self.config["rollout"]
+        parameters = runs.parameters(self.model)
+        estimate = runs.memory(
+            self.model, self.policy, self.mesh, rollout=rollout, update=config["update"],
+            max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens,
+            needs_reference=config["loss"].kl_coef > 0,
+        )  # fmt: skip
+        epoch = len(self.task.train) / rollout.prompts
+        print(
+            f"{runs.devices()}; {parameters:,} parameters of {self.model_directory}\n"
+            f"{runs.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
+            f"{len(self.task.train)} training problems, an epoch is {epoch:.1f} steps; {len(self.task.test)} test "
+            f"problems\n{runs.memory_line(estimate)}",
+            flush=True,
+        )
+        return parameters
+
+
+def main(argv: list[str]) -> None:
+    """Trains, or goes on with, the run in --workdir, and exports the final policy."""
+    workdir, model = runs.workdir_of(argv, WORKDIR.value), pathlib.Path(MODEL.value)
+    try:
+        config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
+        experiment = Experiment(model, config)
+        parameters = experiment.print_plan()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
+    runs.keep_description(model, workdir)
+    state, rows = runs.phase(
+        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, mesh=experiment.mesh,
+        key=experiment.key, objective=objectives.grpo(config["loss"]), experience=experiment.rollouts(),
+        workdir=workdir, title="grpo", optimizer=config["optimizer"], update=config["update"],
+        steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
+        evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
+    )  # fmt: skip
+    export = runs.export(workdir, state.params, experiment.model)
+    summary = runs.summary(workdir, rows, config["train"].seed, parameters)
+    plots.curve(rows, workdir / "curve.png", f"GSM8K, seed {summary['seed']}")
+    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(
+        f"test accuracy ({config['data'].judge}, greedy) {summary['accuracy_before']:.1%} -> "
+        f"{summary['accuracy_after']:.1%} in {summary['wall_seconds']:.0f} s; the policy is in {export}, everything "
+        f"else in {workdir}"
+    )
+
+
+if __name__ == "__main__":
+    runs.command(main)

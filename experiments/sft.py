@@ -1,0 +1,134 @@
+"""Supervised fine-tuning on the worked solutions of the same problems: a warm start for GRPO.
+
+python -m experiments.sft --model=Qwen2.5-0.5B --workdir=runs/sft
+
+The completion that is learned is the published solution, and the end; `--data.*` means what it means for
+experiments.gsm8k, so that both put problems to the model in the same words.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import flags as sections
+from experiments import plots, runs, tasks
+from experiments.flags import section
+from grpo_jax import loop, objectives, rollouts, sharding, training
+from grpo_jax.checkpoints import CheckpointConfig
+from grpo_jax.data import sources
+from grpo_jax.data.tokenizer import PretrainedTokenizer
+from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import make_policy
+from grpo_jax.telemetry import write_atomically
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(training.OptimizerConfig):
+    """AdamW with warm-up, a schedule, and clipping by global norm."""
+
+    learning_rate: float = 1e-5  # at its peak
+    decay: str = "cosine"  # after the warm-up: constant, linear or cosine to 0 at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 350  # optimizer steps
+    batch: int = 64  # demonstrations a step
+    max_tokens: int = 512  # longer solutions are dropped, and counted; completions in evaluations end there
+    seed: int = 0  # of the order of the problems
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.max_tokens) < 1 or self.seed < 0:
+            raise ValueError(f"{self}: steps, batch and max_tokens must be 1 or more, seed 0 or more.")
+
+
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
+)
+MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory: config, safetensors, tokenizer.", required=True)
+SECTIONS: dict[str, type[Any]] = {
+    "policy": tasks.ModelConfig,
+    "data": tasks.DataConfig,
+    "optimizer": OptimizerConfig,
+    "update": training.UpdateConfig,
+    "train": TrainConfig,
+    "mesh": sharding.MeshConfig,
+    "evaluation": tasks.EvaluationConfig,
+    "checkpoints": CheckpointConfig,
+}
+FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}
+flags.adopt_module_key_flags(sections)  # so that --help shows them
+
+
+class Experiment:
+    """The pieces of one configuration, without the parameters."""
+
+    def __init__(self, model: pathlib.Path, config: dict[str, Any]):
+        """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
+        self.config, train = config, config["train"]
+        self.mesh = sharding.make_mesh(config["mesh"])
+        self.model = pretrained.read_config(model, **dataclasses.asdict(config["policy"]))
+        self.policy = make_policy(self.model, self.mesh)
+        self.tokenizer = PretrainedTokenizer.load(model)
+        self.task = tasks.Task(config["data"], self.tokenizer)
+        training.check_divides(train.batch, config["update"], self.mesh)
+        self.evaluator = self.task.evaluator(
+            self.policy, self.mesh, config["evaluation"], max_tokens=train.max_tokens, stop=()
+        )
+        fits = lambda prompt: len(self.tokenizer.encode(prompt.columns["solution"], continues=True)) < train.max_tokens
+        self.prompts = [prompt for prompt in self.task.train if fits(prompt)]
+        if not self.prompts:
+            raise ValueError(f"no solution has fewer than train.max_tokens={train.max_tokens} tokens: raise it.")
+
+    def demonstrations(self) -> rollouts.Demonstrations:
+        """Problems and their published solutions, in their order by seed."""
+        train, source = self.config["train"], sources.shuffled(self.prompts, self.config["train"].seed)
+        return rollouts.Demonstrations(
+            source=lambda cursor: (source(cursor).text, source(cursor).columns["solution"]), tokenizer=self.tokenizer,
+            batch=train.batch, max_prompt_tokens=self.config["data"].max_prompt_tokens, max_tokens=train.max_tokens,
+        )  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """Trains, or goes on with, the run in --workdir, and exports the model."""
+    workdir, model = runs.workdir_of(argv, WORKDIR.value), pathlib.Path(MODEL.value)
+    try:
+        config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
+        experiment = Experiment(model, config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    train, parameters, count = config["train"], runs.parameters(experiment.model), len(experiment.prompts)
+    dropped = len(experiment.task.train) - count
+    print(
+        f"{runs.devices()}; {parameters:,} parameters of {model}\n"
+        f"{count} demonstrations ({dropped} more have solutions longer than {train.max_tokens} tokens); "
+        f"{train.batch} a step, an epoch is {count / train.batch:.1f} steps",
+        flush=True,
+    )
+    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
+    runs.keep_description(model, workdir)
+    state, rows = runs.phase(
+        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, mesh=experiment.mesh,
+        key=jax.random.key(train.seed), objective=objectives.supervised(), experience=experiment.demonstrations(),
+        workdir=workdir, title="sft", optimizer=config["optimizer"], update=config["update"], steps=train.steps,
+        checkpoints=config["checkpoints"], evaluator=experiment.evaluator, evaluate_every=config["evaluation"].every,
+    )  # fmt: skip
+    export = runs.export(workdir, state.params, experiment.model)
+    summary = runs.summary(workdir, rows, train.seed, parameters)
+    plots.curve(rows, workdir / "curve.png", f"supervised, seed {summary['seed']}")
+    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(
+        f"test accuracy ({config['data'].judge}, greedy) {summary['accuracy_before']:.1%} -> "
+        f"{summary['accuracy_after']:.1%} in {summary['wall_seconds']:.0f} s; the model is in {export}"
+    )
+
+
+if __name__ == "__main__":
+    runs.command(main)

@@ -1,0 +1,170 @@
+"""Problems with checkable answers as sources of prompts, with the rewards that judge them."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax import evaluation
+from grpo_jax.data import sources
+from grpo_jax.data.benchmarks import aime, math500
+from grpo_jax.data.gsm8k import gsm8k_record, gsm8k_records
+from grpo_jax.data.sources import Prompt, Record
+from grpo_jax.data.templates import make_template
+from grpo_jax.data.tokenizer import PretrainedTokenizer
+from grpo_jax.evaluation import Evaluator
+from grpo_jax.rewards import Reward
+from grpo_jax.rewards.answers import (
+    boxed,
+    extract_boxed,
+    extract_flexible,
+    extract_strict,
+    gsm8k_flexible,
+    gsm8k_strict,
+)
+from grpo_jax.rewards.style import repetition, soft_overlong, think_answer_format
+from grpo_jax.types import Policy
+
+__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "RewardConfig", "Task"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """How the model computes."""
+
+    compute_dtype: str = "bfloat16"  # of activations and products: bfloat16 or float32; parameters are float32
+    attention: str = "xla"  # of the training pass: xla (anywhere), cudnn (NVIDIA GPUs) or splash (TPUs)
+    remat: bool = True  # compute activations again in the backward pass; saves memory for a third more work
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(evaluation.EvaluationConfig):
+    """What is measured on the test problems."""
+
+    every: int = 20  # steps between greedy evaluations
+    prompts: int = 1319  # for greedy accuracy; all there are where there are fewer
+    sampled_prompts: int = 1319  # for mean@k, pass@k and maj@k, before and after training; all there are at most
+    samples: int = 4  # completions of each of them; k goes up to this
+    completions: int = 1024  # sampled at a time at most, which bounds the memory; it does not change what is measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The problems, and how they are put to the model."""
+
+    dataset: str = "gsm8k"  # gsm8k, or from --data.test_file, for evaluation alone: math500, aime
+    directory: str = ""  # where TFDS keeps data sets; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
+    train_file: str = ""  # GSM8K's train.jsonl, or a file like it, in place of TFDS
+    test_file: str = ""  # the same of test.jsonl; of math500 and aime, the published file
+    template: str = "qa"  # plain, qa (base models), r1 (think/answer), or chat (the tokenizer's)
+    instruction: str = ""  # follows the question: gsm8k (verl's, asks for ####), boxed, or a text
+    system: str = ""  # system message, for chat
+    judge: str = "flexible"  # of gsm8k: flexible (the last number) or strict (behind ####); both are reported
+    max_prompt_tokens: int = 256  # training prompts that are longer are dropped, and counted
+
+    def __post_init__(self) -> None:
+        if self.dataset not in _DATASETS:
+            raise ValueError(
+                f"dataset={self.dataset!r} must be one of {', '.join(_DATASETS)}: there is a judge for these."
+            )
+        if self.dataset != "gsm8k" and not self.test_file:
+            raise ValueError(f"dataset={self.dataset!r} is read from its published file: give --data.test_file.")
+        if self.judge not in _JUDGES:
+            raise ValueError(f"judge={self.judge!r} must be one of {', '.join(_JUDGES)}.")
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens} must be 1 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What is rewarded beside the right answer."""
+
+    format: float = 0.0  # weight of think/answer tags
+    overlong: int = 0  # the last tokens before the limit, over which a punishment grows to -1 (DAPO); 0: none
+    repetition: float = 0.0  # largest punishment of repeated 3-grams, 0 or below
+
+    def __post_init__(self) -> None:
+        if self.overlong < 0 or self.repetition > 0:
+            raise ValueError(f"overlong={self.overlong} must be 0 or more, repetition={self.repetition} 0 or below.")
+
+
+_JUDGES = {"flexible": (gsm8k_flexible, extract_flexible), "strict": (gsm8k_strict, extract_strict)}
+_DATASETS: dict[str, Callable[[os.PathLike[str]], Sequence[Record]]] = {
+    "gsm8k": lambda path: sources.json_records(path, gsm8k_record), "math500": math500, "aime": aime,
+}  # fmt: skip
+
+
+class Task:
+    """The problems of a configuration, tokenized by the model that is to solve them."""
+
+    def __init__(self, config: DataConfig, tokenizer: PretrainedTokenizer):
+        """Reads nothing yet."""
+        self._config, self._tokenizer = config, tokenizer
+        self._template = make_template(config.template, tokenizer, instruction=config.instruction, system=config.system)
+
+    def _records(self, split: str) -> Sequence[Record]:
+        c = self._config
+        file = c.train_file if split == "train" else c.test_file
+        if file:
+            return _DATASETS[c.dataset](pathlib.Path(file))
+        return gsm8k_records(split, c.directory or None)
+
+    @functools.cached_property
+    def train(self) -> Sequence[Prompt]:
+        """Training prompts that are not too long; how many are, is said."""
+        if self._config.dataset != "gsm8k":
+            raise ValueError(f"dataset={self._config.dataset!r} is for evaluation alone: train on gsm8k.")
+        prompts = sources.make_prompts(self._records("train"), self._template)
+        say = lambda text: print(f"training problems: {text}", flush=True)
+        return sources.drop_long(prompts, self._tokenizer, self._config.max_prompt_tokens, say)
+
+    @functools.cached_property
+    def test(self) -> Sequence[Prompt]:
+        """Every test prompt, however long."""
+        return list(sources.make_prompts(self._records("test"), self._template))
+
+    @functools.cached_property
+    def max_test_tokens(self) -> int:
+        """Of the longest test prompt, up to the next multiple of 32."""
+        return -(-max(len(self._tokenizer.encode(prompt.text)) for prompt in self.test) // 32) * 32
+
+    @property
+    def answer(self) -> Callable[[str], str | None]:
+        """What a completion answers, for maj@k."""
+        return _JUDGES[self._config.judge][1] if self._config.dataset == "gsm8k" else extract_boxed
+
+    def judges(self) -> list[Reward]:
+        """What says right or wrong: the first judges, another is reported beside it."""
+        if self._config.dataset != "gsm8k":
+            return [Reward(name="accuracy", function=boxed)]
+        chosen = self._config.judge
+        order = [chosen, *(name for name in _JUDGES if name != chosen)]
+        return [Reward(name=name, function=_JUDGES[name][0], weight=float(name == chosen)) for name in order]
+
+    def rewards(self, c: RewardConfig, max_tokens: int) -> list[Reward]:
+        """What trains: the judges, and what is rewarded beside them."""
+        beside = []
+        if c.format:
+            beside.append(Reward(name="format", function=think_answer_format, weight=c.format))
+        if c.overlong:
+            beside.append(Reward(name="overlong", function=soft_overlong(max_tokens, c.overlong)))
+        if c.repetition:
+            beside.append(Reward(name="repetition", function=repetition(3, c.repetition)))
+        return [*self.judges(), *beside]
+
+    def evaluator(
+        self, policy: Policy, mesh: Mesh, config: EvaluationConfig, *, max_tokens: int, stop: Sequence[str]
+    ) -> Evaluator:
+        """Measures on the test problems, on all of them where there are fewer than asked for."""
+        most = len(self.test)
+        config = dataclasses.replace(
+            config, prompts=min(config.prompts, most), sampled_prompts=min(config.sampled_prompts, most)
+        )
+        return Evaluator(
+            policy, mesh, self._tokenizer, sources.in_order(self.test), self.judges(), config, max_tokens=max_tokens,
+            max_prompt_tokens=self.max_test_tokens, key=jax.random.key(0), answer=self.answer, stop=stop,
+        )  # fmt: skip
