@@ -136,7 +136,7 @@ class Experiment:
         self.config = config
         train, rollout = self.config["train"], self.config["rollout"]
         self.mesh = sharding.make_mesh(self.config["mesh"])
-        self.policy = make_policy(self.config["model"])
+        self.policy = make_policy(self.config["model"], self.mesh)
         self.task = Countdown(self.config["task"], train.seed)
         self.key = jax.random.key(train.seed)
         self.max_tokens = rollout.max_tokens or self.task.max_completion_tokens

@@ -4,8 +4,8 @@
     params = load("Qwen2.5-0.5B", mesh)
     save("out", params, config, source="Qwen2.5-0.5B")
 
-Theirs are matrices (out, in), a tensor a layer; ours are (in, out) with heads apart, a stack for each place in
-the pattern of layers. `_NAMES` is the whole mapping. Nothing is rounded on the way but by `dtype`.
+`families.py` says which configurations there are, `layout.py` which tensor is which parameter. Nothing is rounded on
+the way but by `dtype`.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from grpo_jax import sharding
 from grpo_jax.models.families import PretrainedError, differences, parse_config, write_config
+from grpo_jax.models.layout import EMBEDDING, HEAD, Tensor, flat, layout
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.types import PyTree
 
@@ -34,117 +35,12 @@ __all__ = ["PretrainedError", "copy_description", "load", "read_config", "save",
 
 Path = str | os.PathLike[str]
 
-# Ours -> theirs within a layer, and the order of our axes in theirs, where heads x head is one axis.
-_NAMES = {
-    "query": ("self_attn.q_proj.weight", (1, 2, 0)),
-    "key": ("self_attn.k_proj.weight", (1, 2, 0)),
-    "value": ("self_attn.v_proj.weight", (1, 2, 0)),
-    "query_bias": ("self_attn.q_proj.bias", (0, 1)),
-    "key_bias": ("self_attn.k_proj.bias", (0, 1)),
-    "value_bias": ("self_attn.v_proj.bias", (0, 1)),
-    "query_norm": ("self_attn.q_norm.weight", (0,)),
-    "key_norm": ("self_attn.k_norm.weight", (0,)),
-    "output": ("self_attn.o_proj.weight", (2, 0, 1)),
-    "gate": ("mlp.gate_proj.weight", (1, 0)),
-    "up": ("mlp.up_proj.weight", (1, 0)),
-    "down": ("mlp.down_proj.weight", (1, 0)),
-    "attention_norm": ("input_layernorm.weight", (0,)),
-    "mlp_norm": ("post_attention_layernorm.weight", (0,)),
-}
-_POST_NORM_NAMES = {
-    "attention_post_norm": ("post_attention_layernorm.weight", (0,)),
-    "mlp_norm": ("pre_feedforward_layernorm.weight", (0,)),
-    "mlp_post_norm": ("post_feedforward_layernorm.weight", (0,)),
-}
-_OUTER_NAMES = {
-    "embedding": ("model.embed_tokens.weight", (0, 1)),
-    "norm": ("model.norm.weight", (0,)),
-    "head": ("lm_head.weight", (1, 0)),
-}
-_HEAD, _EMBEDDING = _OUTER_NAMES["head"][0], _OUTER_NAMES["embedding"][0]
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions, and computed from the configuration
 _CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
     "generation_config.json",
 )  # fmt: skip
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """One of their tensors, and what it is of ours."""
-
-    name: str
-    order: tuple[int, ...]  # our axes in theirs
-    shape: tuple[int, ...]  # ours
-    axes: tuple[str, ...]  # ours, logical names
-
-    @property
-    def apart(self) -> tuple[int, ...]:
-        """Their shape with heads and head apart."""
-        return tuple(self.shape[i] for i in self.order)
-
-    @property
-    def merged(self) -> int | None:
-        """Which of their axes is heads x head."""
-        names = [self.axes[i] for i in self.order]
-        return names.index("head") - 1 if len(names) > 1 and "head" in names else None
-
-    @property
-    def their_shape(self) -> tuple[int, ...]:
-        """Shape in the file."""
-        m, apart = self.merged, self.apart
-        return apart if m is None else (*apart[:m], apart[m] * apart[m + 1], *apart[m + 2 :])
-
-    def read(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of ours out of an open tensor of theirs, reading no more than that."""
-        ranges = [slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)]
-        theirs, m = [ranges[i] for i in self.order], self.merged
-        if m is None:
-            return tensor[tuple(theirs)].transpose(np.argsort(self.order))
-        heads, within, width = theirs[m], theirs[m + 1], self.apart[m + 1]
-        values = tensor[(*theirs[:m], slice(heads.start * width, heads.stop * width), *theirs[m + 2 :])]
-        values = values.reshape(*values.shape[:m], -1, width, *values.shape[m + 1 :])
-        return values[(slice(None),) * (m + 1) + (within,)].transpose(np.argsort(self.order))
-
-    def write(self, ours: np.ndarray) -> np.ndarray:
-        """Theirs, contiguous."""
-        return np.ascontiguousarray(ours.transpose(self.order).reshape(self.their_shape))
-
-
-def _tensors(config: TransformerConfig) -> tuple[dict[str, Any], PyTree]:
-    """Our tree, each leaf of which is a `_Tensor`, or a list of them where the leaf is a stack; and its shapes."""
-    shapes, axes = abstract_params(config)
-    names = _NAMES | (_POST_NORM_NAMES if config.post_norms else {})
-    places, tail = len(config.pattern), len(shapes.get("tail", ()))
-
-    def in_layer(i, leaf_name, shape, leaf_axes):
-        name, order = names[leaf_name]
-        return _Tensor(name=f"model.layers.{i}.{name}", order=order, shape=shape, axes=leaf_axes)
-
-    def stack(place):
-        return {
-            k: [in_layer(place + places * i, k, x.shape[1:], axes["layers"][place][k][1:]) for i in range(x.shape[0])]
-            for k, x in shapes["layers"][place].items()
-        }
-
-    def outer(k):
-        name, order = _OUTER_NAMES[k]
-        return _Tensor(name=name, order=order, shape=shapes[k].shape, axes=axes[k])
-
-    tree: dict[str, Any] = {k: outer(k) for k in shapes if k in _OUTER_NAMES}
-    tree["layers"] = [stack(place) for place in range(places)]
-    if tail:
-        first = config.layers - tail
-        tree["tail"] = [
-            {k: in_layer(first + i, k, x.shape, axes["tail"][i][k]) for k, x in shapes["tail"][i].items()}
-            for i in range(tail)
-        ]
-    return tree, shapes
-
-
-def _flat(tree: Any) -> list[_Tensor]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _Tensor))
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -248,18 +144,14 @@ class _Files:
     def where(self, name: str) -> str:
         return f"tensor {name} of {self.directory / self.file_of[name]}"
 
-    def check(self, wanted: list[_Tensor]) -> None:
+    def check(self, wanted: list[Tensor]) -> None:
         """Raises PretrainedError unless exactly these tensors are there, in these shapes, as floating point."""
         files = ", ".join(self.names)
         missing = [t.name for t in wanted if t.name not in self.file_of]
         if missing:
             raise PretrainedError(
                 f"{_listed(missing, 'tensor')} missing from {self.directory} ({files})"
-                + (
-                    "; config.json says tie_word_embeddings=false, so the head must be there"
-                    if _HEAD in missing
-                    else ""
-                )
+                + ("; config.json says tie_word_embeddings=false, so the head must be there" if HEAD in missing else "")
                 + ". config.json and the weights do not belong together, or the download is not complete."
             )
         extra = [name for name in self.file_of.keys() - {t.name for t in wanted} if not _BUFFERS.fullmatch(name)]
@@ -314,16 +206,16 @@ def load(
     """
     directory = pathlib.Path(directory)
     config, to = read_config(directory), _dtype(dtype or saved_dtype(directory))
-    files, (tree, shapes) = _Files(directory), _tensors(config)
-    wanted = _flat(tree)
-    if config.tied and {_HEAD, _EMBEDDING} <= files.file_of.keys():  # some write it all the same
+    files, (tree, shapes) = _Files(directory), layout(config)
+    wanted = flat(tree)
+    if config.tied and {HEAD, EMBEDDING} <= files.file_of.keys():  # some write it all the same
         _check_tied(files)
-        del files.file_of[_HEAD]
+        del files.file_of[HEAD]
     files.check(wanted)
     _, axes = abstract_params(config)
     where = sharding.shardings(shapes, axes, mesh, rules)
 
-    def one(tensor: _Tensor, place: NamedSharding) -> jax.Array:
+    def one(tensor: Tensor, place: NamedSharding) -> jax.Array:
         opened, read = files[tensor.name], {}
 
         def callback(index):
@@ -337,8 +229,8 @@ def load(
         except (SafetensorError, OSError) as error:
             raise PretrainedError(f"cannot read {files.where(tensor.name)}: {error}") from error
 
-    def leaf(tensors: _Tensor | list[_Tensor], shape: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
-        if isinstance(tensors, _Tensor):
+    def leaf(tensors: Tensor | list[Tensor], shape: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
+        if isinstance(tensors, Tensor):
             return _cast(to, place)(one(tensors, place)).block_until_ready()
         stack = jax.jit(lambda: jnp.zeros(shape.shape, to), out_shardings=place)()
         layer_place = NamedSharding(mesh, PartitionSpec(*place.spec[1:]))
@@ -346,7 +238,7 @@ def load(
             stack = _put(place)(stack, one(tensor, layer_place), i).block_until_ready()
         return stack
 
-    is_leaf = lambda x: isinstance(x, _Tensor) or (isinstance(x, list) and isinstance(x[0], _Tensor))
+    is_leaf = lambda x: isinstance(x, Tensor) or (isinstance(x, list) and isinstance(x[0], Tensor))
     return jax.tree.map(leaf, tree, shapes, where, is_leaf=is_leaf)
 
 
@@ -362,7 +254,7 @@ def _put(place: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Arra
 
 
 def _check_tied(files: _Files) -> None:
-    embedding, head = files[_EMBEDDING], files[_HEAD]
+    embedding, head = files[EMBEDDING], files[HEAD]
     same = embedding.get_shape() == head.get_shape()
     rows = head.get_shape()[0]
     for i in range(0, rows if same else 0, 4096):
@@ -370,7 +262,7 @@ def _check_tied(files: _Files) -> None:
         same = same and np.array_equal(embedding[some], head[some])
     if not same:
         raise PretrainedError(
-            f"{files.where(_HEAD)} differs from {_EMBEDDING}, though config.json ties them "
+            f"{files.where(HEAD)} differs from {EMBEDDING}, though config.json ties them "
             "(tie_word_embeddings): set it to false to use this head, or take the tensor out."
         )
 
@@ -480,11 +372,11 @@ def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[s
 
 def _named(params: PyTree, config: TransformerConfig, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors one by one, on the host."""
-    tree, _ = _tensors(config)
+    tree, _ = layout(config)
     on_host = lambda x: np.asarray(jax.device_get(x)).astype(jnp.dtype(dtype or x.dtype))
 
     def walk(tensors, ours):
-        if isinstance(tensors, _Tensor):
+        if isinstance(tensors, Tensor):
             yield tensors.name, tensors.write(on_host(ours))
         elif isinstance(tensors, dict):
             for name in tensors:

@@ -226,6 +226,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     Raises:
       ValueError: the attention implementation cannot do what the model asks for.
     """
+    mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
     block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
     _, param_axes = abstract_params(config)
     scale, pattern = (config.query_scale or config.head_width) ** -0.5, config.pattern
