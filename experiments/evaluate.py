@@ -14,7 +14,7 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments import flags as sections
 from experiments import runs, tasks
@@ -73,13 +73,14 @@ def main(argv: list[str]) -> None:
     output, given = runs.workdir_of(argv, OUTPUT.value), pathlib.Path(MODEL.value)
     ours = (given / "checkpoints").is_dir()
     if STEP.value is not None and not ours:
-        raise app.UsageError(f"--step is for the workdir of a run, and {given} has no checkpoints.")
+        sys.exit(f"error: --step is for the workdir of a run, and {given} has no checkpoints.")
     directory = given / "model" if ours else given
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         mesh = sharding.make_mesh(config["mesh"])
         model = pretrained.read_config(directory, compute_dtype=config["policy"].compute_dtype)
         policy, tokenizer = make_policy(model, mesh), PretrainedTokenizer.load(directory)
+        tasks.check_vocabulary(tokenizer, model.vocab_size)
         evaluator = tasks.Task(config["data"], tokenizer).evaluator(
             policy, mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,
             stop=config["completion"].stop,

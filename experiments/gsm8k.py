@@ -112,6 +112,8 @@ class Experiment:
         self.model = pretrained.read_config(model, **dataclasses.asdict(config["policy"]))
         self.policy = make_policy(self.model, self.mesh)
         self.tokenizer = PretrainedTokenizer.load(model)
+        tasks.check_vocabulary(self.tokenizer, self.model.vocab_size)
+        runs.check_attention(self.model)
         self.task = tasks.Task(config["data"], self.tokenizer)
         self.key = jax.random.key(config["train"].seed)
         rollout = config["rollout"]
@@ -170,14 +172,14 @@ def main(argv: list[str]) -> None:
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         experiment = Experiment(model, config)
-        parameters = experiment.print_plan()
+        experience, parameters = experiment.rollouts(), experiment.print_plan()
     except ValueError as error:
         sys.exit(f"error: {error}")
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
     runs.keep_description(model, workdir)
     state, rows = runs.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, mesh=experiment.mesh,
-        key=experiment.key, objective=objectives.grpo(config["loss"]), experience=experiment.rollouts(),
+        key=experiment.key, objective=objectives.grpo(config["loss"]), experience=experience,
         workdir=workdir, title="grpo", optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,

@@ -32,6 +32,7 @@ from grpo_jax.types import Policy, TrainState  # noqa: E402
 __all__ = [
     "as_json",
     "batch_arithmetic",
+    "check_attention",
     "command",
     "configured",
     "devices",
@@ -74,6 +75,15 @@ def parameters(config: TransformerConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)[0]))
 
 
+def check_attention(config: TransformerConfig) -> None:
+    """Raises ValueError where the devices that are there cannot compute attention as configured."""
+    needed, platform = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention), jax.devices()[0].platform
+    if needed not in (None, platform):
+        raise ValueError(f"--policy.attention={config.attention} needs a {needed}, and this is a {platform}: use xla.")
+    if config.attention == "cudnn" and config.compute_dtype != "bfloat16":
+        raise ValueError(f"--policy.attention=cudnn computes in bfloat16, not {config.compute_dtype}: use xla.")
+
+
 def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh: Mesh, max_tokens: int) -> str:
     """A step in numbers: prompts x group -> completions -> microbatches per device -> optimizer steps."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -91,7 +101,10 @@ def memory(
     config: TransformerConfig, policy: Policy, mesh: Mesh, *, rollout: RolloutConfig, update: training.UpdateConfig,
     max_prompt_tokens: int, max_tokens: int, needs_reference: bool,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes a device needs at most, estimated from shapes: `state` all the time, beside it `update` or `rollout`."""
+    """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.
+
+    A compiler needs somewhat more or less: it fuses, and keeps copies.
+    """
     shapes, axes = abstract_params(config)
     place = sharding.shardings(shapes, axes, mesh)
     per_device = lambda tree, places: sum(
@@ -117,10 +130,13 @@ def memory(
     logits = 3 * rows * max_tokens * config.vocab_size // tensor * 4  # logits, their softmax and its gradient
     return {
         "state": params * (3 + needs_reference),  # parameters, two moments of Adam's, the reference
-        "update": params + kept + logits,  # gradients, activations, logits
+        # Gradients, summed up over microbatches; activations; logits.
+        "update": params * (1 + (update.microbatches > 1)) + kept + logits,
         "rollout": weights
         + cache(rollout.prompts, 1, max_prompt_tokens)
-        + cache(rollout.prompts, rollout.group_size, max_tokens),
+        + cache(rollout.prompts, rollout.group_size, max_tokens)
+        # Logits of a token, with what is drawn beside them.
+        + 3 * rollout.prompts * rollout.group_size * config.vocab_size // (shards * tensor) * 4,
     }
 
 
@@ -236,7 +252,7 @@ def command(main: Callable[[list[str]], None]) -> None:
     """absl's `app.run`, with the errors that a user can mend as one line instead of a traceback."""
     try:
         app.run(main)
-    except (WorkdirError, RewardError, OSError) as error:
+    except (WorkdirError, RewardError, pretrained.PretrainedError, OSError) as error:
         if error.__cause__ is not None and isinstance(error, RewardError):
             traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
         sys.exit(f"error: {error}")

@@ -77,6 +77,8 @@ class Experiment:
         self.model = pretrained.read_config(model, **dataclasses.asdict(config["policy"]))
         self.policy = make_policy(self.model, self.mesh)
         self.tokenizer = PretrainedTokenizer.load(model)
+        tasks.check_vocabulary(self.tokenizer, self.model.vocab_size)
+        runs.check_attention(self.model)
         self.task = tasks.Task(config["data"], self.tokenizer)
         training.check_divides(train.batch, config["update"], self.mesh)
         self.evaluator = self.task.evaluator(
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> None:
     dropped = len(experiment.task.train) - count
     print(
         f"{runs.devices()}; {parameters:,} parameters of {model}\n"
-        f"{count} demonstrations ({dropped} more have solutions longer than {train.max_tokens} tokens); "
+        f"{count} demonstrations ({dropped} more, the end included, have more than {train.max_tokens} tokens); "
         f"{train.batch} a step, an epoch is {count / train.batch:.1f} steps",
         flush=True,
     )

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -29,7 +31,7 @@ from grpo_jax.rewards.answers import (
 from grpo_jax.rewards.style import repetition, soft_overlong, think_answer_format
 from grpo_jax.types import Policy
 
-__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "RewardConfig", "Task"]
+__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "RewardConfig", "Task", "check_vocabulary"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class DataConfig:
     template: str = "qa"  # plain, qa (base models), r1 (think/answer), or chat (the tokenizer's)
     instruction: str = ""  # follows the question: gsm8k (verl's, asks for ####), boxed, or a text
     system: str = ""  # system message, for chat
+    variables: str = ""  # of the chat template, as JSON: {"enable_thinking": false}
     judge: str = "flexible"  # of gsm8k: flexible (the last number) or strict (behind ####); both are reported
     max_prompt_tokens: int = 256  # training prompts that are longer are dropped, and counted
 
@@ -92,6 +95,25 @@ class RewardConfig:
             raise ValueError(f"overlong={self.overlong} must be 0 or more, repetition={self.repetition} 0 or below.")
 
 
+def _variables(config: DataConfig) -> dict[str, Any]:
+    try:
+        variables = json.loads(config.variables or "{}")
+    except ValueError:
+        variables = None
+    if not isinstance(variables, dict):
+        raise ValueError(f'variables={config.variables!r} must be a JSON object: {{"enable_thinking": false}}.')
+    return variables
+
+
+def check_vocabulary(tokenizer: PretrainedTokenizer, vocab_size: int) -> None:
+    """Raises ValueError where a completion cannot end, because the model has no such token."""
+    if beyond := [i for i in (*tokenizer.eos_ids, tokenizer.pad_id) if i >= vocab_size]:
+        raise ValueError(
+            f"the tokenizer ends or pads with ids {beyond}, and the model has {vocab_size} tokens only: tokenizer and "
+            "weights do not belong together, or tokens were added without resizing the embedding."
+        )
+
+
 _JUDGES = {"flexible": (gsm8k_flexible, extract_flexible), "strict": (gsm8k_strict, extract_strict)}
 _DATASETS: dict[str, Callable[[os.PathLike[str]], Sequence[Record]]] = {
     "gsm8k": lambda path: sources.json_records(path, gsm8k_record), "math500": math500, "aime": aime,
@@ -104,12 +126,23 @@ class Task:
     def __init__(self, config: DataConfig, tokenizer: PretrainedTokenizer):
         """Reads nothing yet."""
         self._config, self._tokenizer = config, tokenizer
-        self._template = make_template(config.template, tokenizer, instruction=config.instruction, system=config.system)
+        variables = _variables(config)
+        self._template = make_template(
+            config.template, tokenizer, instruction=config.instruction, system=config.system, **variables
+        )
+        dated = "strftime_now" in (tokenizer.chat_template or "") and "date_string" not in variables
+        if config.template == "chat" and dated:
+            raise ValueError(
+                "this model's chat template writes today's date, so that a run would not repeat tomorrow: fix it, for "
+                'example --data.variables=\'{"date_string": "26 Jul 2024"}\'.'
+            )
 
     def _records(self, split: str) -> Sequence[Record]:
         c = self._config
         file = c.train_file if split == "train" else c.test_file
         if file:
+            if not pathlib.Path(file).is_file():
+                raise ValueError(f"--data.{split}_file={file} is not a file: give a path, or none to read from TFDS.")
             return _DATASETS[c.dataset](pathlib.Path(file))
         return gsm8k_records(split, c.directory or None)
 

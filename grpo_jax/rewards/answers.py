@@ -117,7 +117,7 @@ def gsm8k_strict(
     prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], *,
     answer: Sequence[str | None], **columns: object,
 ) -> list[float | None]:  # fmt: skip
-    """1 where `extract_strict` finds the number in the column `answer`, else 0; 18, 18.00 and $18 are equal.
+    """1 where `extract_strict` finds the number in the column `answer`, else 0; 18 and 18.00 are equal.
 
     None where the column is None.
     """
@@ -129,7 +129,7 @@ def gsm8k_flexible(
     prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], *,
     answer: Sequence[str | None], **columns: object,
 ) -> list[float | None]:  # fmt: skip
-    """1 where `extract_flexible` finds the number in the column `answer`, else 0; 18, 18.00 and $18 are equal.
+    """1 where `extract_flexible` finds the number in the column `answer`, else 0; 18 and 18.00 are equal.
 
     None where the column is None.
     """
