@@ -20,10 +20,10 @@ from experiments import flags as sections
 from experiments import plots, runs
 from experiments.flags import section
 from grpo_jax import loop, objectives, sharding, training
-from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
+from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
 from grpo_jax.rollouts import AdvantageConfig, Demonstrations, GroupRollouts, RolloutConfig, Sampler
@@ -162,16 +162,8 @@ class Experiment:
         """Raises ValueError where sizes do not fit together, before anything expensive starts."""
         rollout = self.config["rollout"]
         training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        sizes = {
-            "rollout.prompts": rollout.prompts,
-            "warm_start.batch": self.config["warm_start"].batch,
-        }
-        for name, size in sizes.items():
-            if size % shards:
-                raise ValueError(
-                    f"--{name}={size} does not divide over {shards} devices (data x fsdp): make it a multiple."
-                )
+        sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": self.config["warm_start"].batch}
+        runs.check_multiples(self.mesh, sizes)
         self.task.problem("held_out", 0)
 
     def rollouts(self, **changes: Any) -> GroupRollouts:
@@ -268,14 +260,11 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
 def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Evaluates a checkpoint of the workdir in full and prints the result as JSON."""
     config = experiment.config
-    transformation, _ = training.make_optimizer(config["optimizer"], 1)
-    like = training.abstract_train_state(
-        experiment.policy, abstract_params(config["model"])[0], transformation, objectives.grpo(config["loss"]),
-        experiment.mesh,
-    )  # fmt: skip
-    store = Checkpoints(workdir / "checkpoints", config["checkpoints"], read_only=True)
     try:
-        state = store.restore(like, EVAL_STEP.value)
+        state = runs.restored(
+            workdir, EVAL_STEP.value, policy=experiment.policy, model=config["model"], mesh=experiment.mesh,
+            optimizer=config["optimizer"], objective=objectives.grpo(config["loss"]),
+        )  # fmt: skip
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(json.dumps({"step": int(state.step), **experiment.evaluator.full(state.params)}))
@@ -299,7 +288,7 @@ def main(argv: list[str]) -> None:
     params = warm_start(experiment, workdir)
     if WARM_START_ONLY.value:
         return
-    parameters = sum(x.size for x in jax.tree.leaves(params))
+    parameters = runs.parameters(config["model"])
     task = config["task"]
     print(
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
@@ -320,8 +309,7 @@ def main(argv: list[str]) -> None:
         curves |= run_baselines(experiment, params, workdir, summary["training_seconds"])
         summary["baselines"] = {name: curves[name][-1] for name in curves if name != "GRPO"}
         plots.comparison({name: [rows] for name, rows in curves.items()}, workdir / "comparison.png")
-    plots.curve(rows, workdir / "curve.png", f"Countdown, seed {summary['seed']}")
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    runs.finish(workdir, rows, summary, "Countdown")
     print(
         f"held-out greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} in "
         f"{summary['wall_seconds']:.0f} s; everything is in {workdir}"

@@ -19,13 +19,9 @@ from absl import flags
 from experiments import flags as sections
 from experiments import runs, tasks
 from experiments.flags import section
-from grpo_jax import objectives, sharding, training
-from grpo_jax.checkpoints import Checkpoints
-from grpo_jax.data.tokenizer import PretrainedTokenizer
+from grpo_jax import objectives, rollouts, sharding, training
 from grpo_jax.models import pretrained
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
 from grpo_jax.telemetry import write_atomically
-from grpo_jax.types import Policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +34,7 @@ class CompletionConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be 1 or more.")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop={self.stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
+        rollouts.check_stop(self.stop)
 
 
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory, or the workdir of a run.", required=True)
@@ -58,13 +53,14 @@ FLAGS_OF = {name: section(name, cls, skip=_SKIPPED.get(name, ())) for name, cls 
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 
 
-def checkpoint(workdir: pathlib.Path, step: int | None, policy: Policy, model: TransformerConfig, mesh: Any) -> Any:
+def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) -> tuple[Any, int]:
     """Parameters of a checkpoint of experiments.gsm8k or experiments.sft, and its step."""
     saved = runs.saved_configuration(workdir)
     objective = objectives.grpo(objectives.LossConfig(**saved["loss"])) if "loss" in saved else objectives.supervised()
-    optimizer, _ = training.make_optimizer(training.OptimizerConfig(**saved["optimizer"]), 1)
-    like = training.abstract_train_state(policy, abstract_params(model)[0], optimizer, objective, mesh)
-    state = Checkpoints(workdir / "checkpoints", read_only=True).restore(like, step)
+    state = runs.restored(
+        workdir, step, policy=opened.policy, model=opened.model, mesh=opened.mesh,
+        optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objective,
+    )  # fmt: skip
     return state.params, int(state.step)
 
 
@@ -77,17 +73,12 @@ def main(argv: list[str]) -> None:
     directory = given / "model" if ours else given
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
-        mesh = sharding.make_mesh(config["mesh"])
-        model = pretrained.read_config(directory, compute_dtype=config["policy"].compute_dtype)
-        policy, tokenizer = make_policy(model, mesh), PretrainedTokenizer.load(directory)
-        tasks.check_vocabulary(tokenizer, model.vocab_size)
-        evaluator = tasks.Task(config["data"], tokenizer).evaluator(
-            policy, mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,
+        opened = tasks.Opened(directory, config)
+        evaluator = opened.task.evaluator(
+            opened.policy, opened.mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,
             stop=config["completion"].stop,
         )  # fmt: skip
-        params, step = (
-            checkpoint(given, STEP.value, policy, model, mesh) if ours else (pretrained.load(given, mesh), None)
-        )
+        params, step = checkpoint(given, STEP.value, opened) if ours else (pretrained.load(given, opened.mesh), None)
     except ValueError as error:
         sys.exit(f"error: {error}")
     output.mkdir(parents=True, exist_ok=True)

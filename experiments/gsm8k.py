@@ -12,7 +12,6 @@ easiest of MATH; the last number is the answer. For instruct models, verl's reci
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import Any
@@ -21,15 +20,12 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import plots, runs, tasks
+from experiments import runs, tasks
 from experiments.flags import section
 from grpo_jax import loop, objectives, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
-from grpo_jax.data.tokenizer import PretrainedTokenizer
 from grpo_jax.models import pretrained
-from grpo_jax.models.transformer import make_policy
-from grpo_jax.telemetry import write_atomically
 
 # Defaults for pretrained models, where the library's are for any.
 
@@ -102,30 +98,19 @@ FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 
 
-class Experiment:
+class Experiment(tasks.Opened):
     """The pieces of one configuration, without the parameters."""
 
     def __init__(self, model: pathlib.Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, self.model_directory = config, model
-        self.mesh = sharding.make_mesh(config["mesh"])
-        self.model = pretrained.read_config(model, **dataclasses.asdict(config["policy"]))
-        self.policy = make_policy(self.model, self.mesh)
-        self.tokenizer = PretrainedTokenizer.load(model)
-        tasks.check_vocabulary(self.tokenizer, self.model.vocab_size)
-        runs.check_attention(self.model)
-        self.task = tasks.Task(config["data"], self.tokenizer)
+        super().__init__(model, config)
         self.key = jax.random.key(config["train"].seed)
         rollout = config["rollout"]
         if not rollout.max_tokens:
             raise ValueError("rollout.max_tokens=0 must be 1 or more: GSM8K says nothing about how long answers are.")
         training.check_divides(rollout.prompts * rollout.group_size, config["update"], self.mesh)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if rollout.prompts % shards:
-            raise ValueError(
-                f"--rollout.prompts={rollout.prompts} does not divide over {shards} devices (data x fsdp): make it a "
-                "multiple."
-            )
+        runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
         self.evaluator = self.task.evaluator(
             self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop
         )
@@ -186,8 +171,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
-    plots.curve(rows, workdir / "curve.png", f"GSM8K, seed {summary['seed']}")
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    runs.finish(workdir, rows, summary, "GSM8K")
     print(
         f"test accuracy ({config['data'].judge}, greedy) {summary['accuracy_before']:.1%} -> "
         f"{summary['accuracy_after']:.1%} in {summary['wall_seconds']:.0f} s; the policy is in {export}, everything "

@@ -20,28 +20,32 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
+from experiments import plots  # noqa: E402
 from grpo_jax import loop, objectives, sharding, training  # noqa: E402
-from grpo_jax.checkpoints import CheckpointConfig  # noqa: E402
+from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
 from grpo_jax.models import pretrained  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.rollouts import RolloutConfig  # noqa: E402
-from grpo_jax.telemetry import WorkdirError  # noqa: E402
+from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 from grpo_jax.types import Policy, TrainState  # noqa: E402
 
 __all__ = [
     "as_json",
     "batch_arithmetic",
     "check_attention",
+    "check_multiples",
     "command",
     "configured",
     "devices",
     "export",
+    "finish",
     "keep_description",
     "memory",
     "memory_line",
     "parameters",
     "phase",
+    "restored",
     "saved_configuration",
     "summary",
     "workdir_of",
@@ -65,6 +69,20 @@ def phase(
     )  # fmt: skip
 
 
+def restored(
+    workdir: pathlib.Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
+    optimizer: training.OptimizerConfig, objective: objectives.Objective,
+) -> TrainState:  # fmt: skip
+    """The state of a checkpoint, the latest where no step is named; whoever writes there is left alone.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it is of another model, optimizer or objective.
+    """
+    transformation, _ = training.make_optimizer(optimizer, 1)
+    like = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh)
+    return Checkpoints(workdir / "checkpoints", read_only=True).restore(like, step)
+
+
 def devices() -> str:
     """What runs, in words."""
     return f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
@@ -82,6 +100,16 @@ def check_attention(config: TransformerConfig) -> None:
         raise ValueError(f"--policy.attention={config.attention} needs a {needed}, and this is a {platform}: use xla.")
     if config.attention == "cudnn" and config.compute_dtype != "bfloat16":
         raise ValueError(f"--policy.attention=cudnn computes in bfloat16, not {config.compute_dtype}: use xla.")
+
+
+def check_multiples(mesh: Mesh, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError where one of these sizes, by the name of its flag, does not divide over the devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, size in sizes.items():
+        if size % shards:
+            raise ValueError(
+                f"--{name}={size} does not divide over {shards} devices (data x fsdp): make it a multiple."
+            )
 
 
 def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh: Mesh, max_tokens: int) -> str:
@@ -188,6 +216,12 @@ def summary(workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parame
     }
 
 
+def finish(workdir: pathlib.Path, rows: list[dict[str, Any]], summary: Mapping[str, Any], title: str) -> None:
+    """Writes `curve.png` and `summary.json`."""
+    plots.curve(rows, workdir / "curve.png", f"{title}, seed {summary['seed']}")
+    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -206,13 +240,13 @@ def workdir_of(argv: list[str], workdir: str) -> pathlib.Path:
     return pathlib.Path(workdir)
 
 
-def configured(makers: Mapping[str, Callable[..., Any]], saved: Mapping[str, Any] = {}) -> dict[str, Any]:
+def configured(makers: Mapping[str, Callable[..., Any]], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every section, as its flags make it, or as it was saved.
 
     Raises:
       ValueError: a value that a section refuses.
     """
-    return {name: make(**saved.get(name, {})) for name, make in makers.items()}
+    return {name: make(**(saved or {}).get(name, {})) for name, make in makers.items()}
 
 
 def saved_configuration(workdir: pathlib.Path) -> dict[str, Any]:
@@ -232,12 +266,10 @@ def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(section) for name, section in config.items()}
 
 
-def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """Copies all but the weights of a Hugging Face directory into the workdir, which needs it no more then."""
-    place = workdir / "model"
-    if not place.exists():
-        pretrained.copy_description(model, place)
-    return place
+def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Copies all but the weights of a Hugging Face directory into the workdir, for exports and evaluations."""
+    if not (workdir / "model").exists():
+        pretrained.copy_description(model, workdir / "model")
 
 
 def export(workdir: pathlib.Path, params: Any, config: TransformerConfig) -> pathlib.Path:

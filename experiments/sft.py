@@ -7,7 +7,6 @@ experiments.gsm8k, so that both put problems to the model in the same words.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import Any
@@ -16,15 +15,12 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import plots, runs, tasks
+from experiments import runs, tasks
 from experiments.flags import section
 from grpo_jax import loop, objectives, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
-from grpo_jax.data.tokenizer import PretrainedTokenizer
 from grpo_jax.models import pretrained
-from grpo_jax.models.transformer import make_policy
-from grpo_jax.telemetry import write_atomically
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,19 +63,13 @@ FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 
 
-class Experiment:
+class Experiment(tasks.Opened):
     """The pieces of one configuration, without the parameters."""
 
     def __init__(self, model: pathlib.Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, train = config, config["train"]
-        self.mesh = sharding.make_mesh(config["mesh"])
-        self.model = pretrained.read_config(model, **dataclasses.asdict(config["policy"]))
-        self.policy = make_policy(self.model, self.mesh)
-        self.tokenizer = PretrainedTokenizer.load(model)
-        tasks.check_vocabulary(self.tokenizer, self.model.vocab_size)
-        runs.check_attention(self.model)
-        self.task = tasks.Task(config["data"], self.tokenizer)
+        super().__init__(model, config)
         training.check_divides(train.batch, config["update"], self.mesh)
         self.evaluator = self.task.evaluator(
             self.policy, self.mesh, config["evaluation"], max_tokens=train.max_tokens, stop=()
@@ -124,8 +114,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, train.seed, parameters)
-    plots.curve(rows, workdir / "curve.png", f"supervised, seed {summary['seed']}")
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    runs.finish(workdir, rows, summary, "supervised")
     print(
         f"test accuracy ({config['data'].judge}, greedy) {summary['accuracy_before']:.1%} -> "
         f"{summary['accuracy_after']:.1%} in {summary['wall_seconds']:.0f} s; the model is in {export}"

@@ -5,13 +5,14 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from grpo_jax import evaluation
+from experiments import runs
+from grpo_jax import evaluation, sharding
 from grpo_jax.data import sources
 from grpo_jax.data.benchmarks import aime, math500
 from grpo_jax.data.gsm8k import gsm8k_record, gsm8k_records
@@ -19,6 +20,8 @@ from grpo_jax.data.sources import Prompt, Record
 from grpo_jax.data.templates import make_template
 from grpo_jax.data.tokenizer import PretrainedTokenizer
 from grpo_jax.evaluation import Evaluator
+from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import make_policy
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.answers import (
     boxed,
@@ -31,7 +34,7 @@ from grpo_jax.rewards.answers import (
 from grpo_jax.rewards.style import repetition, soft_overlong, think_answer_format
 from grpo_jax.types import Policy
 
-__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "RewardConfig", "Task", "check_vocabulary"]
+__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "Opened", "RewardConfig", "Task", "check_vocabulary"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,20 @@ _JUDGES = {"flexible": (gsm8k_flexible, extract_flexible), "strict": (gsm8k_stri
 _DATASETS: dict[str, Callable[[os.PathLike[str]], Sequence[Record]]] = {
     "gsm8k": lambda path: sources.json_records(path, gsm8k_record), "math500": math500, "aime": aime,
 }  # fmt: skip
+
+
+class Opened:
+    """A Hugging Face directory and the problems that its model is to solve, without the parameters."""
+
+    def __init__(self, directory: pathlib.Path, config: Mapping[str, Any]):
+        """Raises ValueError where sections `mesh`, `policy` and `data` do not fit the model, or the devices."""
+        self.mesh = sharding.make_mesh(config["mesh"])
+        self.model = pretrained.read_config(directory, **dataclasses.asdict(config["policy"]))
+        self.policy = make_policy(self.model, self.mesh)
+        self.tokenizer = PretrainedTokenizer.load(directory)
+        check_vocabulary(self.tokenizer, self.model.vocab_size)
+        runs.check_attention(self.model)
+        self.task = Task(config["data"], self.tokenizer)
 
 
 class Task:

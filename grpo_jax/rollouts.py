@@ -30,9 +30,16 @@ __all__ = [
     "Journal",
     "RolloutConfig",
     "Sampler",
+    "check_stop",
     "completion_texts",
     "score_rollout",
 ]
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises ValueError unless these are stop strings: a string alone would be taken for its characters."""
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop={stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +66,7 @@ class RolloutConfig:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0: a greedy group has no spread to learn from."
             )
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop={self.stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
+        check_stop(self.stop)
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be 0 or more, top_p={self.top_p} in (0, 1].")
 

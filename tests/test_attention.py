@@ -1,5 +1,4 @@
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 from grpo_jax.models import attention
 from grpo_jax.models.attention import make_attention
 from grpo_jax.sharding import MeshConfig, make_mesh
+from tests import TPU_COMPILER
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
 OPTIONS = [{}, {"window": 3}, {"soft_cap": 1.5}, {"window": 5, "soft_cap": 0.7}]
@@ -309,14 +309,7 @@ print("compiled")
 
 def test_splash_compiles_for_a_tpu():
     pytest.importorskip("libtpu")
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=TPU_COMPILER, capture_output=True, text=True, timeout=300
+    )
     assert "compiled" in done.stdout, done.stderr[-3000:]

@@ -87,8 +87,8 @@ class Tensor:
         return np.ascontiguousarray(ours.transpose(self.order).reshape(self.their_shape))
 
 
-def layout(config: TransformerConfig) -> tuple[dict[str, Any], PyTree]:
-    """Our tree, each leaf of which is a `Tensor`, or a list of them where the leaf is a stack; and its shapes."""
+def layout(config: TransformerConfig) -> tuple[dict[str, Any], PyTree, PyTree]:
+    """Our tree, its leaves `Tensor`s, or lists of them where the leaf is a stack; its shapes; its axes."""
     shapes, axes = abstract_params(config)
     names = _NAMES | (_POST_NORM_NAMES if config.post_norms else {})
     places, tail = len(config.pattern), len(shapes.get("tail", ()))
@@ -115,7 +115,7 @@ def layout(config: TransformerConfig) -> tuple[dict[str, Any], PyTree]:
             {k: in_layer(first + i, k, x.shape, axes["tail"][i][k]) for k, x in shapes["tail"][i].items()}
             for i in range(tail)
         ]
-    return tree, shapes
+    return tree, shapes, axes
 
 
 def flat(tree: PyTree) -> list[Tensor]:

@@ -206,13 +206,12 @@ def load(
     """
     directory = pathlib.Path(directory)
     config, to = read_config(directory), _dtype(dtype or saved_dtype(directory))
-    files, (tree, shapes) = _Files(directory), layout(config)
+    files, (tree, shapes, axes) = _Files(directory), layout(config)
     wanted = flat(tree)
     if config.tied and {HEAD, EMBEDDING} <= files.file_of.keys():  # some write it all the same
         _check_tied(files)
         del files.file_of[HEAD]
     files.check(wanted)
-    _, axes = abstract_params(config)
     where = sharding.shardings(shapes, axes, mesh, rules)
 
     def one(tensor: Tensor, place: NamedSharding) -> jax.Array:
@@ -372,7 +371,7 @@ def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[s
 
 def _named(params: PyTree, config: TransformerConfig, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors one by one, on the host."""
-    tree, _ = layout(config)
+    tree, _, _ = layout(config)
     on_host = lambda x: np.asarray(jax.device_get(x)).astype(jnp.dtype(dtype or x.dtype))
 
     def walk(tensors, ours):
