@@ -175,7 +175,8 @@ class Experiment:
 
     def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
         """One phase from `params`, with the options of `runs.phase`."""
-        shared = {"policy": self.policy, "mesh": self.mesh, "key": self.key, "checkpoints": self.config["checkpoints"]}
+        config, shared = self.config, {"policy": self.policy, "mesh": self.mesh, "key": self.key}
+        shared |= {"model": config["model"], "checkpoints": config["checkpoints"]}
         return runs.phase(lambda: params, **{**shared, **options})
 
 
@@ -188,7 +189,7 @@ def demonstrations(task: Countdown, batch: int) -> Demonstrations:
 
     return Demonstrations(
         source=source, tokenizer=task.tokenizer, batch=batch, max_prompt_tokens=task.max_prompt_tokens,
-        max_tokens=task.max_completion_tokens,
+        max_tokens=task.max_completion_tokens, end_id=task.tokenizer.eos_ids[0],
     )  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs, goes on with, or evaluates the run in --workdir."""
-    workdir = runs.workdir_of(argv, WORKDIR.value)
+    workdir = runs.directory_of(argv, WORKDIR)
     if EVAL_STEP.value is not None and not EVAL_ONLY.value:
         raise app.UsageError("--eval_step needs --eval_only.")
     try:

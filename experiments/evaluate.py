@@ -5,6 +5,7 @@ python -m experiments.evaluate --model=runs/gsm8k --step=100 --output=runs/evalu
 python -m experiments.evaluate --model=DIR --output=OUT --data.dataset=math500 --data.test_file=test.jsonl \\
     --data.template=chat --data.instruction=boxed
 
+A run's checkpoint is asked what the run asked (`data.*`, where a completion ends), unless flags say otherwise.
 Writes `metrics.json` (greedy accuracy, pass@k, mean@k, maj@k) and `completions.jsonl`, each completion with its scores.
 """
 
@@ -53,6 +54,29 @@ FLAGS_OF = {name: section(name, cls, skip=_SKIPPED.get(name, ())) for name, cls 
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 
 
+def of_run(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """How the run in a workdir put its problems, and where its completions end; flags that are given go before it."""
+    saved = runs.saved_configuration(workdir)
+    ends = saved.get("rollout") or {"stop": (), **saved["train"]}  # of experiments.gsm8k, or of experiments.sft
+    theirs = {**saved, "completion": {"max_tokens": ends["max_tokens"], "stop": tuple(ends["stop"])}}
+    given = {name for name in flags.FLAGS if flags.FLAGS[name].present}
+    if "data.dataset" in given:
+        given |= {"data.directory", "data.test_file"}  # those of the run are of another data set
+    taken: dict[str, dict[str, Any]] = {}
+    for name in ("policy", "data", "completion"):
+        ours = [field for field in theirs[name] if f"{name}.{field}" in flags.FLAGS and f"{name}.{field}" not in given]
+        taken[name] = {field: theirs[name][field] for field in ours}
+    changed = [
+        f"{name}.{field}={value!r}"
+        for name, fields in taken.items()
+        for field, value in fields.items()
+        if value != flags.FLAGS[f"{name}.{field}"].value
+    ]
+    if changed:
+        print(f"as in {workdir / 'config.json'}: {' '.join(changed)}", flush=True)
+    return taken
+
+
 def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) -> tuple[Any, int]:
     """Parameters of a checkpoint of experiments.gsm8k or experiments.sft, and its step."""
     saved = runs.saved_configuration(workdir)
@@ -66,13 +90,13 @@ def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) ->
 
 def main(argv: list[str]) -> None:
     """Samples, scores, writes and prints."""
-    output, given = runs.workdir_of(argv, OUTPUT.value), pathlib.Path(MODEL.value)
+    output, given = runs.directory_of(argv, OUTPUT), pathlib.Path(MODEL.value)
     ours = (given / "checkpoints").is_dir()
     if STEP.value is not None and not ours:
         sys.exit(f"error: --step is for the workdir of a run, and {given} has no checkpoints.")
     directory = given / "model" if ours else given
     try:
-        config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
+        config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()}, of_run(given) if ours else None)
         opened = tasks.Opened(directory, config)
         evaluator = opened.task.evaluator(
             opened.policy, opened.mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,

@@ -5,8 +5,8 @@ python -m experiments.gsm8k --model=Qwen2.5-0.5B --workdir=runs/gsm8k
 The defaults follow SimpleRL-Zoo (arXiv 2503.18892) for base models from 0.5B to 14B: its simple prompt, groups of 8 at
 temperature 1, optimizer steps of 256 prompts, learning rate 5e-7, KL coefficient 1e-4, clipping at 0.2, and the right
 answer as the only reward. Departures: a rollout is 256 prompts and not 1,024, so that every optimizer step is
-on-policy; completions end at 512 tokens and not 8,192, and at a stop string; no entropy bonus; GSM8K alone, without the
-easiest of MATH; the last number is the answer. For instruct models, verl's recipe:
+on-policy; completions end at 512 tokens and not 8,192, and at a stop string; no entropy bonus; 10 steps of warm-up;
+GSM8K alone, without the easiest of MATH; the last number is the answer. For instruct models, verl's recipe:
 
     --data.template=chat --data.instruction=gsm8k --data.judge=strict --loss.kl_coef=1e-3 --optimizer.learning_rate=1e-6
 """
@@ -103,7 +103,7 @@ class Experiment(tasks.Opened):
 
     def __init__(self, model: pathlib.Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
-        self.config, self.model_directory = config, model
+        self.config = config
         super().__init__(model, config)
         self.key = jax.random.key(config["train"].seed)
         rollout = config["rollout"]
@@ -142,7 +142,7 @@ class Experiment(tasks.Opened):
         )  # fmt: skip
         epoch = len(self.task.train) / rollout.prompts
         print(
-            f"{runs.devices()}; {parameters:,} parameters of {self.model_directory}\n"
+            f"{runs.devices()}; {parameters:,} parameters of {MODEL.value}\n"
             f"{runs.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
             f"{len(self.task.train)} training problems, an epoch is {epoch:.1f} steps; {len(self.task.test)} test "
             f"problems\n{runs.memory_line(estimate)}",
@@ -153,18 +153,18 @@ class Experiment(tasks.Opened):
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the final policy."""
-    workdir, model = runs.workdir_of(argv, WORKDIR.value), pathlib.Path(MODEL.value)
+    workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
-        experiment = Experiment(model, config)
+        experiment = Experiment(runs.description(model, workdir), config)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
     except ValueError as error:
         sys.exit(f"error: {error}")
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
     runs.keep_description(model, workdir)
     state, rows = runs.phase(
-        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, mesh=experiment.mesh,
-        key=experiment.key, objective=objectives.grpo(config["loss"]), experience=experience,
+        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
+        mesh=experiment.mesh, key=experiment.key, objective=objectives.grpo(config["loss"]), experience=experience,
         workdir=workdir, title="grpo", optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,

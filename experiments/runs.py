@@ -37,7 +37,9 @@ __all__ = [
     "check_multiples",
     "command",
     "configured",
+    "description",
     "devices",
+    "directory_of",
     "export",
     "finish",
     "keep_description",
@@ -48,18 +50,24 @@ __all__ = [
     "restored",
     "saved_configuration",
     "summary",
-    "workdir_of",
 ]
 
 
 def phase(
-    params: Callable[[], Any], *, policy: Policy, mesh: Mesh, key: jax.Array, objective: objectives.Objective,
-    experience: Any, workdir: pathlib.Path, title: str, optimizer: training.OptimizerConfig,
-    update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig, **options: Any,
+    params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
+    objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
+    optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
+    **options: Any,
 ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
-    """One phase of a run: `loop.train` from what `params()` gives, which nothing else holds then."""
+    """One phase of a run: `loop.train` from what `params()` gives, which nothing else holds then.
+
+    Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
+    """
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
-    state = training.init_train_state(policy, params(), transformation, objective, mesh)
+    if Checkpoints(workdir / "checkpoints", read_only=True).steps:
+        state = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh)
+    else:
+        state = training.init_train_state(policy, params(), transformation, objective, mesh)
     step = training.make_train_step(
         policy, transformation, objective, update, like=state, key=jax.random.fold_in(key, 1)
     )
@@ -229,15 +237,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def workdir_of(argv: list[str], workdir: str) -> pathlib.Path:
-    """--workdir as a path, once the command line is what it should be."""
+def directory_of(argv: list[str], flag: flags.FlagHolder) -> pathlib.Path:
+    """What a flag names, as a path, once the command line is what it should be."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
-    if not workdir.strip():
-        raise app.UsageError("--workdir is empty: name a directory.")
-    return pathlib.Path(workdir)
+    if not flag.value.strip():
+        raise app.UsageError(f"--{flag.name} is empty: name a directory.")
+    return pathlib.Path(flag.value)
 
 
 def configured(makers: Mapping[str, Callable[..., Any]], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -266,8 +274,14 @@ def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(section) for name, section in config.items()}
 
 
+def description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """Where a run reads all but the weights: what it kept when it began, else the model's own directory."""
+    kept = workdir / "model"
+    return kept if kept.exists() and saved_configuration(workdir).get("model") == str(model) else model
+
+
 def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
-    """Copies all but the weights of a Hugging Face directory into the workdir, for exports and evaluations."""
+    """Copies all but the weights of a Hugging Face directory into the workdir, for what comes after the start."""
     if not (workdir / "model").exists():
         pretrained.copy_description(model, workdir / "model")
 

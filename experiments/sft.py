@@ -85,15 +85,16 @@ class Experiment(tasks.Opened):
         return rollouts.Demonstrations(
             source=lambda cursor: (source(cursor).text, source(cursor).columns["solution"]), tokenizer=self.tokenizer,
             batch=train.batch, max_prompt_tokens=self.config["data"].max_prompt_tokens, max_tokens=train.max_tokens,
+            end_id=self.task.end_id,
         )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the model."""
-    workdir, model = runs.workdir_of(argv, WORKDIR.value), pathlib.Path(MODEL.value)
+    workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
-        experiment = Experiment(model, config)
+        experiment = Experiment(runs.description(model, workdir), config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     train, parameters, count = config["train"], runs.parameters(experiment.model), len(experiment.prompts)
@@ -107,10 +108,11 @@ def main(argv: list[str]) -> None:
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
     runs.keep_description(model, workdir)
     state, rows = runs.phase(
-        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, mesh=experiment.mesh,
-        key=jax.random.key(train.seed), objective=objectives.supervised(), experience=experiment.demonstrations(),
-        workdir=workdir, title="sft", optimizer=config["optimizer"], update=config["update"], steps=train.steps,
-        checkpoints=config["checkpoints"], evaluator=experiment.evaluator, evaluate_every=config["evaluation"].every,
+        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
+        mesh=experiment.mesh, key=jax.random.key(train.seed), objective=objectives.supervised(),
+        experience=experiment.demonstrations(), workdir=workdir, title="sft", optimizer=config["optimizer"],
+        update=config["update"], steps=train.steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
+        evaluate_every=config["evaluation"].every,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, train.seed, parameters)

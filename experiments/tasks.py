@@ -25,7 +25,9 @@ from grpo_jax.models.transformer import make_policy
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.answers import (
     boxed,
+    boxed_integer,
     extract_boxed,
+    extract_boxed_integer,
     extract_flexible,
     extract_strict,
     gsm8k_flexible,
@@ -34,7 +36,7 @@ from grpo_jax.rewards.answers import (
 from grpo_jax.rewards.style import repetition, soft_overlong, think_answer_format
 from grpo_jax.types import Policy
 
-__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "Opened", "RewardConfig", "Task", "check_vocabulary"]
+__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "Opened", "RewardConfig", "Task"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,8 @@ class DataConfig:
             )
         if self.dataset != "gsm8k" and not self.test_file:
             raise ValueError(f"dataset={self.dataset!r} is read from its published file: give --data.test_file.")
-        if self.judge not in _JUDGES:
-            raise ValueError(f"judge={self.judge!r} must be one of {', '.join(_JUDGES)}.")
+        if self.judge not in _JUDGES["gsm8k"]:
+            raise ValueError(f"judge={self.judge!r} must be one of {', '.join(_JUDGES['gsm8k'])}.")
         if self.max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens} must be 1 or more.")
 
@@ -108,16 +110,12 @@ def _variables(config: DataConfig) -> dict[str, Any]:
     return variables
 
 
-def check_vocabulary(tokenizer: PretrainedTokenizer, vocab_size: int) -> None:
-    """Raises ValueError where a completion cannot end, because the model has no such token."""
-    if beyond := [i for i in (*tokenizer.eos_ids, tokenizer.pad_id) if i >= vocab_size]:
-        raise ValueError(
-            f"the tokenizer ends or pads with ids {beyond}, and the model has {vocab_size} tokens only: tokenizer and "
-            "weights do not belong together, or tokens were added without resizing the embedding."
-        )
-
-
-_JUDGES = {"flexible": (gsm8k_flexible, extract_flexible), "strict": (gsm8k_strict, extract_strict)}
+# What judges, and what a completion answers, for maj@k.
+_JUDGES = {
+    "gsm8k": {"flexible": (gsm8k_flexible, extract_flexible), "strict": (gsm8k_strict, extract_strict)},
+    "math500": {"accuracy": (boxed, extract_boxed)},
+    "aime": {"accuracy": (boxed_integer, extract_boxed_integer)},
+}
 _DATASETS: dict[str, Callable[[os.PathLike[str]], Sequence[Record]]] = {
     "gsm8k": lambda path: sources.json_records(path, gsm8k_record), "math500": math500, "aime": aime,
 }  # fmt: skip
@@ -131,8 +129,7 @@ class Opened:
         self.mesh = sharding.make_mesh(config["mesh"])
         self.model = pretrained.read_config(directory, **dataclasses.asdict(config["policy"]))
         self.policy = make_policy(self.model, self.mesh)
-        self.tokenizer = PretrainedTokenizer.load(directory)
-        check_vocabulary(self.tokenizer, self.model.vocab_size)
+        self.tokenizer = PretrainedTokenizer.load(directory, self.model.vocab_size)
         runs.check_attention(self.model)
         self.task = Task(config["data"], self.tokenizer)
 
@@ -142,8 +139,8 @@ class Task:
 
     def __init__(self, config: DataConfig, tokenizer: PretrainedTokenizer):
         """Reads nothing yet."""
-        self._config, self._tokenizer = config, tokenizer
-        variables = _variables(config)
+        self._config, self._tokenizer, self._variables = config, tokenizer, _variables(config)
+        variables = self._variables
         self._template = make_template(
             config.template, tokenizer, instruction=config.instruction, system=config.system, **variables
         )
@@ -183,17 +180,25 @@ class Task:
         return -(-max(len(self._tokenizer.encode(prompt.text)) for prompt in self.test) // 32) * 32
 
     @property
+    def end_id(self) -> int:
+        """What ends a demonstration, as the template wants it."""
+        chat = self._config.template == "chat"
+        return self._tokenizer.turn_end_id(**self._variables) if chat else self._tokenizer.end_id
+
+    @property
+    def _judge(self) -> str:
+        return self._config.judge if self._config.dataset == "gsm8k" else "accuracy"
+
+    @property
     def answer(self) -> Callable[[str], str | None]:
         """What a completion answers, for maj@k."""
-        return _JUDGES[self._config.judge][1] if self._config.dataset == "gsm8k" else extract_boxed
+        return _JUDGES[self._config.dataset][self._judge][1]
 
     def judges(self) -> list[Reward]:
         """What says right or wrong: the first judges, another is reported beside it."""
-        if self._config.dataset != "gsm8k":
-            return [Reward(name="accuracy", function=boxed)]
-        chosen = self._config.judge
-        order = [chosen, *(name for name in _JUDGES if name != chosen)]
-        return [Reward(name=name, function=_JUDGES[name][0], weight=float(name == chosen)) for name in order]
+        functions, chosen = _JUDGES[self._config.dataset], self._judge
+        order = [chosen, *(name for name in functions if name != chosen)]
+        return [Reward(name=name, function=functions[name][0], weight=float(name == chosen)) for name in order]
 
     def rewards(self, c: RewardConfig, max_tokens: int) -> list[Reward]:
         """What trains: the judges, and what is rewarded beside them."""

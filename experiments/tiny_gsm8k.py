@@ -3,22 +3,27 @@
 python -m experiments.tiny_gsm8k --output=runs/tiny
 
 Writes `train.jsonl`, `test.jsonl` (no question of which is in train) and `model/` (config, random weights, a tokenizer
-trained on the problems). With these, experiments.sft, experiments.gsm8k and experiments.evaluate run on a laptop as
-they do on a downloaded model: the README has the commands.
+trained on the problems, or on a text of yours). With these, experiments.sft, experiments.gsm8k and experiments.evaluate
+run on a laptop as they do on a downloaded model: the README has the commands.
 """
 
+import itertools
 import json
 import pathlib
 import random
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 
 import jax
 import tokenizers
-from absl import app, flags
+from absl import flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from experiments import runs
+from grpo_jax.data.gsm8k import gsm8k_record
+from grpo_jax.data.sources import json_records
 from grpo_jax.data.templates import qa
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import TransformerConfig, init_params
@@ -26,16 +31,25 @@ from grpo_jax.models.transformer import TransformerConfig, init_params
 OUTPUT = flags.DEFINE_string("output", None, "Where it is written; must not hold a model yet.", required=True)
 TRAIN = flags.DEFINE_integer("train", 20_000, "Training problems.", lower_bound=1)
 TEST = flags.DEFINE_integer("test", 512, "Test problems.", lower_bound=1)
+TOKENIZER_FILE = flags.DEFINE_string(
+    "tokenizer_file",
+    None,
+    "Problems in GSM8K's format to train the tokenizer on, as GSM8K's train.jsonl; left out: those made.",
+)
+VOCABULARY = flags.DEFINE_integer("vocabulary", 512, "Tokens, if the text has so many.", lower_bound=300)
 SEED = flags.DEFINE_integer("seed", 0, "Of problems and weights.")
 
 END = "<|endoftext|>"
-VOCABULARY = 512
+WORKED = 0.5  # of the answers show their steps
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lea")
 THINGS = ("apples", "books", "coins", "cards", "shells", "pens")
 
 
 def problem(rng: random.Random) -> dict[str, str]:
-    """A question of two steps, and its worked answer as GSM8K writes it: a line a step, then `####`."""
+    """A question of two steps, and its answer as GSM8K writes it: a line a step, then `####`; or that line alone.
+
+    What has learned from both kinds of answer gives both. That the steps pay, only the reward can tell.
+    """
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     a, b, c = rng.randint(10, 60), rng.randint(2, 9), rng.randint(2, 20)
     kind = rng.randrange(4)
@@ -52,8 +66,8 @@ def problem(rng: random.Random) -> dict[str, str]:
         text = f"{name} finds {c} {things} on each of {b} days, and {a} {things} on the last day."
         steps = [(c, "*", b, c * b), (c * b, "+", a, c * b + a)]
     question = f"{text} How many {things} does {name} have now?"
-    lines = [f"{x}{op}{y}={z}" for x, op, y, z in steps]
-    return {"question": question, "answer": "\n".join([*lines, f"#### {steps[-1][-1]}"])}
+    lines = [f"{x}{op}{y}={z}" for x, op, y, z in steps] if rng.random() < WORKED else []
+    return {"question": question, "solution": "\n".join([*lines, f"#### {steps[-1][-1]}"])}
 
 
 def problems(split: str, seed: int) -> Iterator[dict[str, str]]:
@@ -72,40 +86,48 @@ def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], show_progress=False,
+        vocab_size=VOCABULARY.value, special_tokens=[END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def main(argv: list[str]) -> None:
-    """Writes the problems and the model."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
-    output, rows = pathlib.Path(OUTPUT.value), {}
-    (output / "tokenizer").mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", TRAIN.value), ("test", TEST.value)):
-        made = problems(split, SEED.value)
-        rows[split] = [next(made) for _ in range(count)]
-        (output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
-    tokenizer = train_tokenizer(qa(row["question"]) + row["answer"] for row in rows["train"])
-    tokenizer.save(str(output / "tokenizer" / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
-    (output / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+def write_model(directory: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> TransformerConfig:
+    """An untrained Qwen2 and its tokenizer, where there is nothing yet."""
     config = TransformerConfig(
-        vocab_size=VOCABULARY, layers=4, width=192, heads=6, kv_heads=2, head_width=32, mlp_width=576,
-        qkv_bias=True, scale_embedding=False,
+        vocab_size=tokenizer.get_vocab_size(), layers=4, width=192, heads=6, kv_heads=2, head_width=32,
+        mlp_width=576, qkv_bias=True, scale_embedding=False,
     )  # fmt: skip
     params, end = init_params(config, jax.random.key(SEED.value)), tokenizer.token_to_id(END)
     extra = {"eos_token_id": end, "pad_token_id": end, "max_position_embeddings": 512}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+    with tempfile.TemporaryDirectory() as source:
+        tokenizer.save(f"{source}/tokenizer.json")
+        pathlib.Path(source, "tokenizer_config.json").write_text(json.dumps(settings))
+        pretrained.save(directory, params, config, source=source, extra=extra)
+    return config
+
+
+def main(argv: list[str]) -> None:
+    """Writes the problems and the model."""
+    output, made = runs.directory_of(argv, OUTPUT), {}
+    for split, count in (("train", TRAIN.value), ("test", TEST.value)):
+        made[split] = list(itertools.islice(problems(split, SEED.value), count))
     try:
-        pretrained.save(output / "model", params, config, source=output / "tokenizer", extra=extra)
-    except pretrained.PretrainedError as error:
+        records = json_records(TOKENIZER_FILE.value, gsm8k_record) if TOKENIZER_FILE.value else made["train"]
+        tokenizer = train_tokenizer(qa(record["question"]) + record["solution"] for record in records)
+        config = write_model(output / "model", tokenizer)
+    except ValueError as error:  # what the file holds; a model that is there
         sys.exit(f"error: {error}")
-    count = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{TRAIN.value} training and {TEST.value} test problems, and a model of {count:,} parameters: {output}")
+    for split, records in made.items():
+        lines = (json.dumps({"question": r["question"], "answer": r["solution"]}) + "\n" for r in records)
+        (output / f"{split}.jsonl").write_text("".join(lines))
+    print(
+        f"{TRAIN.value} training and {TEST.value} test problems, and a model of {runs.parameters(config):,} parameters "
+        f"with {config.vocab_size} tokens: {output}"
+    )
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runs.command(main)

@@ -128,7 +128,8 @@ def train(
     """Runs, or goes on with, the run in `workdir` until it has done `steps` steps.
 
     Args:
-      state: the state before step 0, which also says where everything lies.
+      state: the state before step 0, which also says where everything lies; its shapes alone
+        (`training.abstract_train_state`) where there is a checkpoint.
       train_step: `(state, batch) -> (state, metrics)`; the state is donated.
       experience: `(state, journal, interrupt) -> Experience`: what the step learns from.
       steps: rollout steps in all.

@@ -264,6 +264,7 @@ class Demonstrations:
     batch: int  # demonstrations a step
     max_prompt_tokens: int
     max_tokens: int  # of a completion, its end included
+    end_id: int  # what ends a completion
 
     def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
         """The next demonstrations.
@@ -274,7 +275,7 @@ class Demonstrations:
         del journal, interrupt
         encode, cursor = self.tokenizer.encode, int(state.cursor)
         pairs = [self.source(i) for i in range(cursor, cursor + self.batch)]
-        end = list(self.tokenizer.eos_ids[:1])
+        end = [self.end_id]
         prompts, prompt_mask = pad([encode(prompt) for prompt, _ in pairs], self.max_prompt_tokens)
         texts, mask = pad([encode(text, continues=True) + end for _, text in pairs], self.max_tokens)
         batch = TrainBatch(

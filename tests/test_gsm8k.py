@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -67,8 +68,8 @@ def make(place: pathlib.Path) -> None:
     )
     whole = ["--completion.max_tokens=16", "--completion.stop=()", *MESH]
     evaluate("of_export", "grpo/export", *files, *whole)
-    evaluate("of_workdir", "grpo", *files, *whole)
-    evaluate("of_step", "grpo", *files, *whole, "--step=1")
+    evaluate("of_workdir", "grpo", "--completion.stop=()", *MESH)
+    evaluate("of_step", "grpo", *MESH, "--step=1")
     say("prepare", run("prepare_gsm8k", f"--files={tiny}", f"--data_dir={place / 'tfds'}"))
     short = ["--completion.max_tokens=3", "--completion.stop=('app',)"]
     evaluate("of_tfds", "grpo/export", f"--data.directory={place / 'tfds'}", *short)
@@ -126,7 +127,7 @@ def test_batch_arithmetic_memory_and_what_is_dropped_are_said_before_anything_el
         f"longest has {max(lengths)}), 0 empty."
     )
     assert said[1].startswith("jax ")
-    assert " on 4 x cpu; 1,821,632 parameters of " in said[1]
+    assert " on 4 x cpu; 1,799,360 parameters of " in said[1]
     assert said[2] == (
         "a step: 4 prompts x 2 = 8 completions of up to 16 tokens; 1 epochs x 1 minibatches = 1 optimizer steps of 8 "
         "completions, 4 at a time on each of 2 data shards"
@@ -148,6 +149,12 @@ def test_the_exported_policy_is_the_last_checkpoint(made):
     completions = lambda name: (made / name / "completions.jsonl").read_text()
     assert (read("of_workdir")["step"], read("of_step")["step"], read("of_export")["step"]) == (2, 1, None)
     assert completions("of_workdir") == completions("of_export")
+    said = (made / "of_workdir.txt").read_text().splitlines()[0]
+    test_file = str(made / "tiny" / "test.jsonl")
+    # What the run had and no flag says; compute_dtype is given as well, and stop differs.
+    assert said == f"as in {made / 'grpo' / 'config.json'}: data.test_file={test_file!r} completion.max_tokens=16"
+    taken = lambda name: {k: read(name)[k] for k in ("policy", "data", "completion")}
+    assert taken("of_step") == {**taken("of_workdir"), "completion": {"max_tokens": 16, "stop": ["e"]}}
     assert read("of_workdir")["metrics"] == read("of_export")["metrics"]
     assert completions("of_step") != completions("of_export")
     assert "grpo at step 1: 14 completions" in (made / "of_step.txt").read_text()  # 6 greedy, 2 each of 4
@@ -199,6 +206,33 @@ def test_a_finished_run_started_again_changes_nothing(made):
     done = run(*json.loads((made / "again.json").read_text()))
     assert "grpo: continuing at step 2" in done.stdout
     assert contents() == before
+
+
+def test_a_run_goes_on_without_the_model_that_it_began_with(made, tmp_path):
+    workdir, gone = tmp_path / "grpo", str(tmp_path / "gone")
+    shutil.copytree(made / "grpo", workdir)
+    for place in ("checkpoints/2", "export"):
+        shutil.rmtree(workdir / place)
+    (workdir / "summary.json").unlink()
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**config, "model": gone}))
+    flags = [
+        f for f in json.loads((made / "again.json").read_text()) if f.split("=")[0] not in ("--model", "--workdir")
+    ]
+    done = run(*flags, f"--model={gone}", f"--workdir={workdir}")
+    assert "grpo: continuing at step 1" in done.stdout
+    name = "export/model.safetensors"
+    assert (workdir / name).read_bytes() == (made / "grpo" / name).read_bytes()
+
+
+def test_nothing_imports_torch_or_transformers():
+    script = (
+        "import importlib, sys; importlib.import_module(sys.argv[1]); "
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'tensorflow'}))"
+    )
+    for module in ("gsm8k", "sft", "evaluate", "countdown", "tiny_gsm8k", "prepare_gsm8k"):
+        command = [sys.executable, "-c", script, f"experiments.{module}"]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.fixture(scope="module")

@@ -257,7 +257,7 @@ def test_an_index_of_tensors_that_are_not_there(shards):
     fails(shards, f"tensor {QUERY} is missing from {path}, though model.safetensors.index.json says that it is there")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_of_nothing(shards, content):
     path = shards / "model.safetensors.index.json"
     path.write_text(content)
@@ -345,6 +345,7 @@ def test_what_is_carried_along(directory, tmp_path):
     }  # fmt: skip
     for name in {*carried, "README.md", "pytorch_model.bin", "training_args.bin", "model.safetensors.index.json.bak"}:
         (directory / name).write_text(f"of {name} \u00e9")
+    (directory / "tokenizer_of_another").mkdir()
     change_config(directory, bos_token_id=7, transformers_version="4.1", torch_dtype="bfloat16", dtype=None)
     save(tmp_path / "out", PARAMS, CONFIG, source=directory, dtype="bfloat16", extra={"eos_token_id": [1, 5]})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*carried, "config.json", "model.safetensors"}

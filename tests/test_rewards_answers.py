@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from grpo_jax.rewards import Reward, RewardError, score
 from grpo_jax.rewards.answers import (
     boxed,
+    boxed_integer,
     extract_boxed,
+    extract_boxed_integer,
     extract_flexible,
     extract_strict,
     gsm8k_flexible,
@@ -71,7 +73,7 @@ def test_rewards_of_gsm8k():
 
 
 def test_rewards_do_not_apply_where_there_is_no_gold_answer():
-    for reward in (gsm8k_strict, gsm8k_flexible, boxed):
+    for reward in (gsm8k_strict, gsm8k_flexible, boxed, boxed_integer):
         assert call(reward, ["none", "None"], ["1", None]) == [0, None]
 
 
@@ -159,3 +161,19 @@ def test_long_texts_take_linear_time(text):
 def test_huge_numbers_are_compared_exactly():
     digits = "9" * 100_000
     assert call(gsm8k_strict, [f"#### {digits}", f"#### {digits}8"], [digits, digits + "7"]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("box", "answer"),
+    [
+        ("25", "25"), ("025", "25"), ("25.", "25"), ("25.0", "25"), ("-7", "-7"), ("1,000", "1000"),
+        (r"\,70^\circ", "70"), ("$33$", "33"), ("000", "0"), ("3,5", None), ("2.5", None), ("x=4", "4"), ("", None),
+        ("1{,}000", "1000"), (r"\frac{4}{2}", None), ("1e3", None), ("٣", None),
+    ],
+)  # fmt: skip
+def test_a_boxed_integer(box, answer):
+    text = rf"\boxed{{1}}, no: \boxed{{{box}}}."
+    assert extract_boxed_integer(text) == answer
+    assert extract_boxed_integer(box) is None  # a box is needed
+    if answer is not None:
+        assert call(boxed_integer, [text, text], [answer.zfill(3), "8"]) == [1, 0]

@@ -183,7 +183,7 @@ def test_math500_and_aime_are_read_as_published_and_judged_by_the_box(byte_token
         "problem": "What is $3^2$?", "solution": "$\\boxed{9}$", "answer": "9", "subject": "Algebra", "level": 1,
         "unique_id": "test/algebra/1.json",
     }])  # fmt: skip
-    write(files / "aime.jsonl", [{"ID": "2024-I-1", "Problem": "Nine?", "Solution": "It is.", "Answer": 9}])
+    write(files / "aime.jsonl", [{"ID": "2024-I-1", "Problem": "Nine?", "Solution": "It is.", "Answer": "009"}])
     for dataset, question in (("math500", "What is $3^2$?"), ("aime", "Nine?")):
         task = make(byte_tokenizer, dataset=dataset, test_file=f"{dataset}.jsonl", template="qa", instruction="boxed")
         (prompt,) = task.test
@@ -191,6 +191,7 @@ def test_math500_and_aime_are_read_as_published_and_judged_by_the_box(byte_token
         assert prompt.text == f"Question:\n{question} {asked}\nAnswer:\nLet's think step by step.\n"
         assert judged(task, prompt.columns["answer"]) == {"accuracy": (1.0, [0, 0, 0, 1, 0])}
         assert [task.answer(text) for text in SAID] == [None, None, None, "9", None]
+        assert task.answer("\\boxed{09}") == {"math500": "09", "aime": "9"}[dataset]  # AIME's answers are integers
 
 
 def test_what_is_rewarded_beside_the_answer(byte_tokenizer):
@@ -367,8 +368,10 @@ def test_a_chat_template_that_writes_todays_date_must_be_fixed(byte_tokenizer):
         tasks.Task(tasks.DataConfig(**chat, variables="[]"), dated)
 
 
-def test_a_tokenizer_that_ends_beyond_the_vocabulary(byte_tokenizer):
-    most = max(*byte_tokenizer.eos_ids, byte_tokenizer.pad_id)
-    tasks.check_vocabulary(byte_tokenizer, most + 1)
-    with pytest.raises(ValueError, match=f"the model has {most} tokens only"):
-        tasks.check_vocabulary(byte_tokenizer, most)
+def test_demonstrations_end_as_the_template_does(byte_tokenizer):
+    (end,), (turn_end,) = byte_tokenizer.eos_ids, byte_tokenizer.encode("!")
+    both = dataclasses.replace(
+        byte_tokenizer, chat_template="{{ messages[-1].content }}!", eos_ids=(end, turn_end)
+    )  # fmt: skip
+    end_of = lambda template: tasks.Task(tasks.DataConfig(test_file="test.jsonl", template=template), both).end_id
+    assert (end_of("qa"), end_of("chat")) == (end, turn_end)

@@ -233,6 +233,38 @@ def test_ends_and_padding(tmp_path, settings, files, eos_ids, pad_id):
     assert (tokenizer.eos_ids, tokenizer.pad_id) == (eos_ids, pad_id)
 
 
+@pytest.mark.parametrize(
+    ("eos_token", "ends", "template", "end", "turn_end"),
+    [
+        ("<|end|>", [2, 1, 3], TEMPLATE, 1, 1),  # as Llama 3's instruct models: several, and the first is not it
+        ("<|end|>", [1, 2], TEMPLATE.replace("<|end|>", "<|turn|>"), 1, 2),  # as Gemma's: a turn ends otherwise
+        ("<|pad|>", [2, 1], TEMPLATE, 2, 1),  # an eos_token that ends nothing
+        ("<|end|>", [1, 2], "{{ messages[-1].content }} {{ name }}", 1, 1),  # a template that writes no end
+    ],
+)
+def test_what_ends_a_demonstration(tmp_path, eos_token, ends, template, end, turn_end):
+    settings = {"bos_token": "<|begin|>", "eos_token": eos_token, "chat_template": template}
+    files = {"generation_config": {"eos_token_id": ends}}
+    tokenizer = PretrainedTokenizer.load(save(tmp_path, byte_level()[0], settings, **files))
+    assert (tokenizer.end_id, tokenizer.turn_end_id(name="ok")) == (end, turn_end)
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path):
+    backend, settings = byte_level()
+    last = backend.token_to_id("<think>")
+    load = lambda vocab_size, **files: PretrainedTokenizer.load(save(tmp_path, backend, settings, **files), vocab_size)
+    assert load(last + 1).encode("ok<think>") == [0, *load(None).encode("ok", continues=True), last]
+    smaller = load(last)
+    assert smaller.encode("ok", continues=True) == load(None).encode("ok", continues=True)
+    for continues in (False, True):
+        with pytest.raises(ValueError, match=f"needs the ids {{{last}: '<think>'}}, and the model has {last} tokens"):
+            smaller.encode("ok<think>", continues=continues)
+    for files in ({"eos_token_id": [1, last]}, {"eos_token_id": 1, "pad_token_id": last}):
+        load(last + 1, generation_config=files)
+    with pytest.raises(ValueError, match=f"and the model has {last} tokens only: tokenizer and weights do not belong"):
+        load(last, generation_config={"eos_token_id": [1, last]})
+
+
 def test_an_ordinary_end_is_silent_and_ordinary_padding_is_text(tmp_path):
     backend, _ = byte_level()
     end, filler = (backend.get_vocab()[token] for token in "ok")

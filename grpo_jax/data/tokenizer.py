@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import tokenizers
@@ -15,6 +15,8 @@ from tokenizers import decoders
 from grpo_jax.data.chat import render_chat
 
 __all__ = ["ByteTokenizer", "DecodeStream", "PretrainedTokenizer", "Tokenizer", "pad"]
+
+_Ids = TypeVar("_Ids", bound=Sequence[int])
 
 
 class Tokenizer(Protocol):
@@ -88,9 +90,10 @@ class PretrainedTokenizer:
     special_tokens: Mapping[str, str]  # bos_token, eos_token, ...: variables of chat templates
     chat_template: str | None
     decoder: Mapping[str, Any] | None  # as tokenizer.json describes it
+    model_vocab_size: int | None  # ids of the model, which may have fewer than the tokenizer, or more; None: unknown
 
     @classmethod
-    def load(cls, directory: str | pathlib.Path) -> "PretrainedTokenizer":
+    def load(cls, directory: str | pathlib.Path, model_vocab_size: int | None = None) -> "PretrainedTokenizer":
         """Reads a directory as transformers saves it.
 
         `tokenizer.json`, and as far as they are there: `tokenizer_config.json`, `special_tokens_map.json`,
@@ -98,9 +101,14 @@ class PretrainedTokenizer:
         else config's, else the tokenizer's `eos_token`. Padding is the tokenizer's `pad_token`, else their
         `pad_token_id`, else the first end.
 
+        Args:
+          directory: with these files.
+          model_vocab_size: tokens that the model beside it has, which would take another id for its last.
+
         Raises:
           FileNotFoundError: there is no tokenizer.json.
-          ValueError: a file is not what it should be, nothing ends a completion, or an id is not in the vocabulary.
+          ValueError: a file is not what it should be, nothing ends a completion, or an id is not in the vocabulary,
+            the tokenizer's or the model's.
         """
         directory = pathlib.Path(directory)
         if not (directory / "tokenizer.json").exists():
@@ -113,10 +121,33 @@ class PretrainedTokenizer:
         if any(plain[part] != description.get(part) for part in plain):
             continuation = _backend({**description, **plain}, named, directory)
         eos_ids, pad_id = _ends_and_padding(directory, backend, named)
-        return cls(
+        tokenizer = cls(
             backend=backend, continuation=continuation, eos_ids=eos_ids, pad_id=pad_id, special_tokens=named,
             chat_template=_chat_template(directory, settings), decoder=description.get("decoder"),
+            model_vocab_size=model_vocab_size,
         )  # fmt: skip
+        tokenizer._check((*eos_ids, pad_id))
+        return tokenizer
+
+    @property
+    def end_id(self) -> int:
+        """The tokenizer's `eos_token`, where that ends a completion, else the first that does."""
+        named = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
+        return named if named in self.eos_ids else self.eos_ids[0]
+
+    def turn_end_id(self, **variables: Any) -> int:
+        """The end that the chat template writes behind an assistant's message, `end_id` where it writes none.
+
+        Args:
+          **variables: for the chat template, as for `render`.
+
+        Raises:
+          ValueError: there is no template, or it refuses a user's message and an answer.
+        """
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<answer>"}]
+        _, _, behind = self.render(messages, add_generation_prompt=False, **variables).rpartition("<answer>")
+        ends = (i for i in self.encode(behind, continues=True) if i in self.eos_ids)
+        return next(ends, self.end_id)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -133,11 +164,23 @@ class PretrainedTokenizer:
         Returns:
           Ids. Before a text stands what the tokenizer's post-processor puts there (BOS), unless the text begins with
           it already. What a post-processor puts behind a text (EOS) is left out: the model is to go on.
+
+        Raises:
+          ValueError: the text holds a token that the model does not have.
         """
         if continues:
-            return self.continuation.encode(text, add_special_tokens=False).ids
+            return self._check(self.continuation.encode(text, add_special_tokens=False).ids)
         ids, prefix = self.backend.encode(text, add_special_tokens=False).ids, self._prefix
-        return ids if ids[: len(prefix)] == prefix else prefix + ids
+        return self._check(ids if ids[: len(prefix)] == prefix else prefix + ids)
+
+    def _check(self, ids: _Ids) -> _Ids:
+        if self.model_vocab_size is not None and ids and max(ids) >= self.model_vocab_size:
+            beyond = {i: self.backend.id_to_token(i) for i in ids if i >= self.model_vocab_size}
+            raise ValueError(
+                f"the tokenizer needs the ids {beyond}, and the model has {self.model_vocab_size} tokens only: "
+                "tokenizer and weights do not belong together, or tokens were added without resizing the embedding."
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens, ends and ids that the vocabulary does not have.

@@ -98,6 +98,10 @@ def parse_config(raw: Raw) -> TransformerConfig:
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config"):
         if get(key):
             raise PretrainedError(f"{key}={get(key)!r} is not supported by this decoder.")
+    if not isinstance(get("tie_word_embeddings"), bool):
+        raise PretrainedError(f"tie_word_embeddings={get('tie_word_embeddings')!r} must be true or false.")
+    if (get("query_pre_attn_scalar") or 0) % 1:
+        raise PretrainedError(f"query_pre_attn_scalar={get('query_pre_attn_scalar')!r} must be a whole number.")
     gemma = "hidden_activation" in family.defaults
     activation = get("hidden_activation") if gemma else get("hidden_act")
     if activation not in _ACTIVATIONS.values():

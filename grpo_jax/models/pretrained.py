@@ -100,8 +100,8 @@ class _Files:
         single, weight_map = sorted(directory.glob("*.safetensors")), {}
         if index.exists():
             weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise PretrainedError(f"{index} has no weight_map: download it again.")
+            if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
+                raise PretrainedError(f"{index} has no weight_map from tensors to files: download it again.")
             names = sorted(set(weight_map.values()))
         elif len(single) == 1:
             names = [single[0].name]
@@ -170,8 +170,8 @@ class _Files:
                 )
             if found.get_dtype() not in _DTYPES:
                 raise PretrainedError(
-                    f"{self.where(tensor.name)} is of type {found.get_dtype()}; expected one of {sorted(_DTYPES)}. "
-                    "Quantized checkpoints cannot be trained: take the original."
+                    f"{self.where(tensor.name)} is of type {found.get_dtype()}; expected one of {sorted(_DTYPES)}: "
+                    "convert it. (Quantized weights cannot be trained: take the original.)"
                 )
 
 
@@ -345,7 +345,8 @@ def copy_description(source: Path, directory: Path) -> None:
 def _carry(source: pathlib.Path, directory: pathlib.Path) -> None:
     for pattern in _CARRIED:
         for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, directory / path.name)
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
 
 
 def _check_params(params: PyTree, config: TransformerConfig) -> None:

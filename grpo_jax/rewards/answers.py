@@ -7,7 +7,10 @@ what maj@k votes on. All take linear time, whatever the text.
 import re
 from collections.abc import Callable, Sequence
 
-__all__ = ["boxed", "extract_boxed", "extract_flexible", "extract_strict", "gsm8k_flexible", "gsm8k_strict"]
+__all__ = [
+    "boxed", "boxed_integer", "extract_boxed", "extract_boxed_integer", "extract_flexible", "extract_strict",
+    "gsm8k_flexible", "gsm8k_strict",
+]  # fmt: skip
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 # A minus behind a digit, a letter or a bracket is an operation: 16-18 ends in 18.
@@ -71,6 +74,7 @@ _LATEX_STEPS = [
         (r"\A(-?)([0-9]+)/([0-9]+)\Z", r"\1\\frac{\2}{\3}"),
     )
 ]
+_INTEGER = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 
@@ -94,6 +98,17 @@ def extract_boxed(text: str) -> str | None:
         if depth == 0:
             return _canonical_latex(text[last.end() : brace.start()])
     return None
+
+
+def _canonical_integer(text: str) -> str | None:
+    text = _canonical_latex(text).replace("{,}", ",")
+    return _canonical_number(text) if _INTEGER.fullmatch(text) else None
+
+
+def extract_boxed_integer(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}` where that is an integer (025 and 25 are the same), else None."""
+    found = extract_boxed(text)
+    return None if found is None else _canonical_integer(found)
 
 
 def _equal(
@@ -148,3 +163,15 @@ def boxed(
     """
     del prompts, completion_ids, columns
     return _equal(extract_boxed, _canonical_latex, completions, answer)
+
+
+def boxed_integer(
+    prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], *,
+    answer: Sequence[str | None], **columns: object,
+) -> list[float | None]:  # fmt: skip
+    r"""1 where `extract_boxed_integer` finds the number in the column `answer`, else 0, as AIME's answers ask for.
+
+    None where the column is None.
+    """
+    del prompts, completion_ids, columns
+    return _equal(extract_boxed_integer, _canonical_integer, completions, answer)
