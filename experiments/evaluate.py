@@ -22,7 +22,7 @@ from experiments import runs, tasks
 from experiments.flags import section
 from grpo_jax import objectives, rollouts, sharding, training
 from grpo_jax.models import pretrained
-from grpo_jax.telemetry import write_atomically
+from grpo_jax.telemetry import WorkdirError, write_atomically
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,15 @@ flags.adopt_module_key_flags(sections)  # so that --help shows them
 def of_run(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     """How the run in a workdir put its problems, and where its completions end; flags that are given go before it."""
     saved = runs.saved_configuration(workdir)
+    if not {"policy", "data"} <= saved.keys():
+        raise WorkdirError(
+            f"{workdir} is not of experiments.gsm8k or experiments.sft (experiments.countdown has --eval_only)."
+        )
     ends = saved.get("rollout") or {"stop": (), **saved["train"]}  # of experiments.gsm8k, or of experiments.sft
     theirs = {**saved, "completion": {"max_tokens": ends["max_tokens"], "stop": tuple(ends["stop"])}}
     given = {name for name in flags.FLAGS if flags.FLAGS[name].present}
-    if "data.dataset" in given:
-        given |= {"data.directory", "data.test_file"}  # those of the run are of another data set
+    if "data.dataset" in given and flags.FLAGS["data.dataset"].value != saved["data"]["dataset"]:
+        given |= {f"data.{field}" for field in ("directory", "test_file", "instruction", "judge")}  # not of this one
     taken: dict[str, dict[str, Any]] = {}
     for name in ("policy", "data", "completion"):
         ours = [field for field in theirs[name] if f"{name}.{field}" in flags.FLAGS and f"{name}.{field}" not in given]

@@ -59,7 +59,7 @@ def phase(
     optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
     **options: Any,
 ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
-    """One phase of a run: `loop.train` from what `params()` gives, which nothing else holds then.
+    """One phase of a run: `loop.train` from what `params()` gives, and lets go of it.
 
     Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
     """
@@ -224,10 +224,10 @@ def summary(workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parame
     }
 
 
-def finish(workdir: pathlib.Path, rows: list[dict[str, Any]], summary: Mapping[str, Any], title: str) -> None:
+def finish(workdir: pathlib.Path, rows: list[dict[str, Any]], summarized: Mapping[str, Any], title: str) -> None:
     """Writes `curve.png` and `summary.json`."""
-    plots.curve(rows, workdir / "curve.png", f"{title}, seed {summary['seed']}")
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    plots.curve(rows, workdir / "curve.png", f"{title}, seed {summarized['seed']}")
+    write_atomically(workdir / "summary.json", json.dumps(summarized, indent=2) + "\n")
 
 
 def _version(package: str) -> str:
@@ -261,12 +261,12 @@ def saved_configuration(workdir: pathlib.Path) -> dict[str, Any]:
     """`config.json` of a workdir.
 
     Raises:
-      WorkdirError: there is none.
+      WorkdirError: there is none, or it is not JSON.
     """
     try:
         return json.loads((workdir / "config.json").read_text())
-    except OSError as error:
-        raise WorkdirError(f"{workdir} is not the workdir of a run: {error}") from error
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{workdir} is not the workdir of a run: config.json: {error}") from error
 
 
 def as_json(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,8 +81,9 @@ class DataConfig:
             )
         if self.dataset != "gsm8k" and not self.test_file:
             raise ValueError(f"dataset={self.dataset!r} is read from its published file: give --data.test_file.")
-        if self.judge not in _JUDGES["gsm8k"]:
-            raise ValueError(f"judge={self.judge!r} must be one of {', '.join(_JUDGES['gsm8k'])}.")
+        judges = tuple(_JUDGES["gsm8k"]) if self.dataset == "gsm8k" else ("flexible",)
+        if self.judge not in judges:
+            raise ValueError(f"judge={self.judge!r} of dataset={self.dataset!r} must be one of {', '.join(judges)}.")
         if self.max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens} must be 1 or more.")
 
@@ -139,16 +140,24 @@ class Task:
 
     def __init__(self, config: DataConfig, tokenizer: PretrainedTokenizer):
         """Reads nothing yet."""
-        self._config, self._tokenizer, self._variables = config, tokenizer, _variables(config)
-        variables = self._variables
+        self._config, self._tokenizer, variables = config, tokenizer, _variables(config)
         self._template = make_template(
             config.template, tokenizer, instruction=config.instruction, system=config.system, **variables
         )
-        dated = "strftime_now" in (tokenizer.chat_template or "") and "date_string" not in variables
-        if config.template == "chat" and dated:
+        self.end_id = tokenizer.end_id  # what ends a demonstration
+        if config.template == "chat":
+            if "strftime_now" in (tokenizer.chat_template or "") and "date_string" not in variables:
+                raise ValueError(
+                    "this model's chat template writes today's date, so that a run would not repeat tomorrow: fix it, "
+                    'for example --data.variables=\'{"date_string": "26 Jul 2024"}\'.'
+                )
+            turn_end = tokenizer.turn_end_id(**variables)
+            self.end_id = tokenizer.end_id if turn_end is None else turn_end
+        if self.end_id not in tokenizer.eos_ids:
             raise ValueError(
-                "this model's chat template writes today's date, so that a run would not repeat tomorrow: fix it, for "
-                'example --data.variables=\'{"date_string": "26 Jul 2024"}\'.'
+                f"the chat template ends a turn with {tokenizer.backend.id_to_token(self.end_id)!r}, and completions "
+                f"would go on behind it: set eos_token_id in the model's generation_config.json to "
+                f"{[*tokenizer.eos_ids, self.end_id]}, or take another template (qa, for base models)."
             )
 
     def _records(self, split: str) -> Sequence[Record]:
@@ -178,12 +187,6 @@ class Task:
     def max_test_tokens(self) -> int:
         """Of the longest test prompt, up to the next multiple of 32."""
         return -(-max(len(self._tokenizer.encode(prompt.text)) for prompt in self.test) // 32) * 32
-
-    @property
-    def end_id(self) -> int:
-        """What ends a demonstration, as the template wants it."""
-        chat = self._config.template == "chat"
-        return self._tokenizer.turn_end_id(**self._variables) if chat else self._tokenizer.end_id
 
     @property
     def _judge(self) -> str:

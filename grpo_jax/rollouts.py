@@ -38,7 +38,7 @@ __all__ = [
 
 def check_stop(stop: Sequence[str]) -> None:
     """Raises ValueError unless these are stop strings: a string alone would be taken for its characters."""
-    if isinstance(stop, str) or not all(stop):
+    if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
         raise ValueError(f"stop={stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
 
 
@@ -83,6 +83,19 @@ class AdvantageConfig:
             raise ValueError(f"ddof={self.ddof} must be 0 or 1, epsilon={self.epsilon} 0 or more.")
 
 
+def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The ids that end a completion, and the strings that do: a stop string may be a special token, which is an id."""
+    ids, strings = list(tokenizer.eos_ids), []
+    for string in stop:
+        tokens = tokenizer.encode(string, continues=True)
+        silent = [i for i in tokens if tokenizer.token_bytes[i] is None]
+        if silent and len(tokens) > 1:
+            raise ValueError(f"stop string {string!r} holds a special token beside other text: give one of them alone.")
+        ids += silent
+        strings += [] if silent else [string]
+    return ids, strings
+
+
 class Sampler:
     """`sampling.generate`, compiled for a mesh, in chunks of tokens so that the host has a turn between them."""
 
@@ -92,7 +105,7 @@ class Sampler:
     ):  # fmt: skip
         """`key` is the root of all randomness: with prompt id, member and token index it gives a token's.
 
-        `stop`: strings that end a completion as an EOS does.
+        `stop`: strings, special tokens among them, that end a completion as an EOS does.
         """
         if not tokenizer.eos_ids or tokenizer.pad_id is None:
             raise ValueError(
@@ -103,7 +116,8 @@ class Sampler:
             raise ValueError(f"max_tokens={max_tokens} must be 1 or more.")
         self.tokenizer, self.group_size, self.max_prompt_tokens = tokenizer, group_size, max_prompt_tokens
         self._mesh, self._key = mesh, key
-        self._stop_table = stop_table(tokenizer.token_bytes, stop) if stop else None
+        self._eos_ids, strings = _ends(tokenizer, stop)
+        self._stop_table = stop_table(tokenizer.token_bytes, strings) if strings else None
 
         def constrained(tree, axes, rules):
             return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, rules))
@@ -173,7 +187,7 @@ class Sampler:
 
     def _prefill(self, run, params, tokens, mask, ids, sampling_params):
         return run(
-            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self.tokenizer.eos_ids, np.int32),
+            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self._eos_ids, np.int32),
             pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params, stop_table=self._stop_table,
         )  # fmt: skip
 

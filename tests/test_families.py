@@ -161,6 +161,7 @@ LAYER_TYPES = ["full_attention"] * 24
         (LLAMA, {"attention_bias": True}, "attention_bias=True is not supported"),
         (QWEN, {"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
         (GEMMA3, {"query_pre_attn_scalar": 168.5}, "query_pre_attn_scalar=168.5 must be a whole number"),
+        (GEMMA3, {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar='256' must be a whole number"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias=True is not supported"),
         (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         (QWEN, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config={'quant_method': 'gptq'}"),

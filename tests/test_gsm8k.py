@@ -19,9 +19,18 @@ MEASURED = ["--policy.compute_dtype=float32", "--evaluation.prompts=6", "--evalu
             "--evaluation.samples=2"]  # fmt: skip
 
 
+# `python -m`, where nobody can import what only tests need.
+WITHOUT = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(["torch", "transformers"]))
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
 def run(module: str, *flags: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
-    command = [sys.executable, "-m", f"experiments.{module}", *flags]
+    command = [sys.executable, "-c", WITHOUT, f"experiments.{module}", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done
@@ -53,7 +62,7 @@ def make(place: pathlib.Path) -> None:
     ]  # fmt: skip
     say("sft", run(
         "sft", f"--model={tiny / 'model'}", f"--workdir={place / 'sft'}", "--train.batch=8", "--train.max_tokens=24",
-        "--optimizer.learning_rate=1e-3", "--evaluation.every=1", *trained,
+        "--optimizer.learning_rate=3e-4", "--evaluation.every=1", *trained,
     ))  # fmt: skip
     # An untrained model's completions end, and so get different rewards, where a common letter ends them.
     again = [
@@ -71,7 +80,7 @@ def make(place: pathlib.Path) -> None:
     evaluate("of_workdir", "grpo", "--completion.stop=()", *MESH)
     evaluate("of_step", "grpo", *MESH, "--step=1")
     say("prepare", run("prepare_gsm8k", f"--files={tiny}", f"--data_dir={place / 'tfds'}"))
-    short = ["--completion.max_tokens=3", "--completion.stop=('app',)"]
+    short = ["--completion.max_tokens=3", "--completion.stop=('ac',)"]
     evaluate("of_tfds", "grpo/export", f"--data.directory={place / 'tfds'}", *short)
 
 
@@ -174,7 +183,7 @@ def test_tfds_has_the_same_problems_and_completions_end_where_they_are_told_to(m
     everything = rows(made / "of_tfds" / "completions.jsonl")
     assert {record["finished"] for record in everything} == {True, False}
     for record in everything:
-        assert record["finished"] == ("app" in record["completion"])
+        assert record["finished"] == ("ac" in record["completion"])
         assert record["tokens"] <= 3
         assert record["finished"] or record["tokens"] == 3
 
@@ -225,14 +234,57 @@ def test_a_run_goes_on_without_the_model_that_it_began_with(made, tmp_path):
     assert (workdir / name).read_bytes() == (made / "grpo" / name).read_bytes()
 
 
-def test_nothing_imports_torch_or_transformers():
-    script = (
-        "import importlib, sys; importlib.import_module(sys.argv[1]); "
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'tensorflow'}))"
-    )
-    for module in ("gsm8k", "sft", "evaluate", "countdown", "tiny_gsm8k", "prepare_gsm8k"):
-        command = [sys.executable, "-c", script, f"experiments.{module}"]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+OF_RUN = """
+import json, pathlib, sys
+from absl import flags
+from experiments import evaluate
+from grpo_jax.telemetry import WorkdirError
+for given in json.loads(sys.argv[2]):
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["evaluate", "--model=m", "--output=o", *given])
+    taken = evaluate.of_run(pathlib.Path(sys.argv[1]))
+    print("taken", json.dumps({f"{k}.{field}": taken[k][field] for k in taken for field in taken[k]}))
+"""
+
+
+def test_an_evaluation_asks_what_the_run_asked(tmp_path):
+    data = {"dataset": "gsm8k", "test_file": "t", "template": "r1", "instruction": "gsm8k", "judge": "strict",
+            "max_prompt_tokens": 9, "train_file": "u"}  # fmt: skip
+    saved = {"policy": {"compute_dtype": "float32", "remat": True}, "data": data, "train": {"max_tokens": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    given = [[], ["--data.template=qa", "--completion.stop=('x',)"], ["--data.dataset=gsm8k"],
+             ["--data.dataset=math500", "--data.test_file=v"]]  # fmt: skip
+    command = [sys.executable, "-c", OF_RUN, str(tmp_path), json.dumps(given)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    every, own, same, other = (json.loads(line[len("taken ") :]) for line in done if line.startswith("taken "))
+    asked = {f"data.{name}": data[name] for name in ("dataset", "test_file", "template", "instruction", "judge")}
+    assert every == {"policy.compute_dtype": "float32", **asked, "completion.max_tokens": 7, "completion.stop": []}
+    assert set(every) - set(own) == {"data.template", "completion.stop"}
+    assert set(every) - set(same) == {"data.dataset"}
+    assert set(every) - set(other) == {"data.dataset", "data.test_file", "data.instruction", "data.judge"}
+
+    (tmp_path / "config.json").write_text(json.dumps({"train": {}, "task": {}}))
+    (tmp_path / "checkpoints").mkdir()
+    refused = run("evaluate", f"--model={tmp_path}", f"--output={tmp_path / 'none'}", status=1)
+    assert "is not of experiments.gsm8k or experiments.sft (experiments.countdown has --eval_only)" in refused.stderr
+
+
+def test_a_tokenizer_of_another_text(tmp_path):
+    file, place = tmp_path / "text.jsonl", tmp_path / "tiny"
+    file.write_text(json.dumps({"question": "Zebra zebra?", "answer": "zebra\n#### 1"}) + "\n")
+    flags = ["--train=8", "--test=4", f"--output={place}", f"--tokenizer_file={file}"]
+    run("tiny_gsm8k", *flags, "--vocabulary=300")
+    tokenizer = tokenizers.Tokenizer.from_file(str(place / "model" / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == json.loads((place / "model" / "config.json").read_text())["vocab_size"] <= 300
+    assert len(tokenizer.encode("zebra").ids) == 1 < len(tokenizer.encode("apples").ids)
+    before = (place / "train.jsonl").read_bytes()
+    again = run("tiny_gsm8k", *flags, "--seed=1", status=1)
+    assert f"error: {place / 'model'} " in again.stderr
+    assert (place / "train.jsonl").read_bytes() == before
+    file.write_text(json.dumps({"question": "Zebra?", "answer": "none"}))
+    assert f"error: {file}, line 1: answer 'none'" in run("tiny_gsm8k", *flags, status=1).stderr
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +310,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
         ("sft", ["--data.train_file=", "--data.test_file=", "--data.directory=DIR/none"],
          "Prepare it: python -m experiments.prepare_gsm8k --data_dir=DIR/none"),
         ("evaluate", ["--step=1"], "--step is for the workdir of a run, and DIR/model has no checkpoints."),
-        ("evaluate", ["--data.judge=human"], "judge='human' must be one of flexible, strict."),
+        ("evaluate", ["--data.judge=human"], "judge='human' of dataset='gsm8k' must be one of flexible, strict."),
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_clear_line_before_anything_is_written(tiny, tmp_path, module, flags, message):

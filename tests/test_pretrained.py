@@ -264,6 +264,12 @@ def test_an_index_of_nothing(shards, content):
     fails(shards, f"{path} has no weight_map")
 
 
+def test_another_file_beside_the_model(directory):
+    before = load(directory, ONE)
+    (directory / "adapter.safetensors").write_bytes(b"")
+    jax.tree.map(np.testing.assert_array_equal, load(directory, ONE), before)
+
+
 def test_several_files_without_an_index(shards):
     (shards / "model.safetensors.index.json").unlink()
     fails(shards, shards, "safetensors files and no model.safetensors.index.json")

@@ -19,10 +19,10 @@ POLICY = make_policy(CONFIG)
 P, G = 4, 4
 
 
-def make_sampler(tokenizer=TOKENIZER, **mesh):
+def make_sampler(tokenizer=TOKENIZER, stop=(), **mesh):
     return Sampler(
         POLICY, sharding.make_mesh(sharding.MeshConfig(**mesh)), tokenizer, group_size=G, max_tokens=5,
-        max_prompt_tokens=3, key=jax.random.key(0), chunk=2,
+        max_prompt_tokens=3, key=jax.random.key(0), chunk=2, stop=stop,
     )  # fmt: skip
 
 
@@ -103,6 +103,26 @@ def test_a_tokenizer_without_eos_or_pad_is_an_error(changes):
         make_sampler(tokenizer)
 
 
+def test_a_stop_string_may_be_a_special_token():
+    tokenizer = ByteTokenizer("abcdefgh")
+    special = tokenizer.encode("h")[0]
+    tokenizer.token_bytes = [None if i == special else b for i, b in enumerate(tokenizer.token_bytes)]
+    seen = {}
+
+    def reward(completion_ids, **_):
+        seen["ids"] = completion_ids
+        return range(P * G)
+
+    collect(make_sampler(tokenizer), reward)
+    free = seen["ids"]
+    cut = [ids[: ids.index(special) + 1] if special in ids else ids for ids in free]
+    assert cut != free
+    collect(make_sampler(tokenizer, stop=("h",)), reward)
+    assert seen["ids"] == cut
+    with pytest.raises(ValueError, match="stop string 'ah' holds a special token beside other text"):
+        make_sampler(tokenizer, stop=("ah",))
+
+
 def test_prompts_must_divide_over_the_mesh():
     with pytest.raises(ValueError, match="4 prompts do not divide over 8 devices"):
         collect(make_sampler(data=8), None)
@@ -115,6 +135,8 @@ def test_prompts_must_divide_over_the_mesh():
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"prompts": 0}, "prompts=0"),
+        ({"stop": "ab"}, "stop='ab' must be a tuple of strings"),
+        ({"stop": (1,)}, r"stop=\(1,\) must be a tuple of strings"),
     ],
 )
 def test_bad_configuration(changes, message):

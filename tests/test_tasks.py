@@ -16,7 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from experiments import runs, tasks
 from grpo_jax import rollouts, sharding, training
 from grpo_jax.data.tokenizer import PretrainedTokenizer
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
+from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.types import Rollout
 
 # The files of the fixture below, by name.
@@ -235,8 +236,12 @@ def test_system_message_and_instruction_go_through_the_chat_template(byte_tokeni
     ("changes", "message"),
     [
         ({"dataset": "mmlu"}, "dataset='mmlu' must be one of gsm8k, math500, aime: there is a judge for these."),
+        (
+            {"dataset": "aime", "test_file": "a.json", "judge": "strict"},
+            "judge='strict' of dataset='aime' must be one of flexible.",
+        ),
         ({"dataset": "aime", "test_file": ""}, "dataset='aime' is read from its published file: give --data.test_file"),
-        ({"judge": "human"}, "judge='human' must be one of flexible, strict."),
+        ({"judge": "human"}, "judge='human' of dataset='gsm8k' must be one of flexible, strict."),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens=0 must be 1 or more."),
         ({"template": "poem"}, "template='poem' is unknown; expected one of plain, qa, r1, chat."),
         ({"system": "Be brief."}, "template 'plain' has no place for {'system': 'Be brief.'}"),
@@ -369,9 +374,43 @@ def test_a_chat_template_that_writes_todays_date_must_be_fixed(byte_tokenizer):
 
 
 def test_demonstrations_end_as_the_template_does(byte_tokenizer):
-    (end,), (turn_end,) = byte_tokenizer.eos_ids, byte_tokenizer.encode("!")
+    (end,) = byte_tokenizer.eos_ids
+    turn_end = 5
+    special = {**byte_tokenizer.special_tokens, "sep_token": byte_tokenizer.backend.id_to_token(turn_end)}
+    template = "{{ messages[-1].content }}{{ sep_token }}"
     both = dataclasses.replace(
-        byte_tokenizer, chat_template="{{ messages[-1].content }}!", eos_ids=(end, turn_end)
+        byte_tokenizer, chat_template=template, special_tokens=special, eos_ids=(end, turn_end)
     )  # fmt: skip
-    end_of = lambda template: tasks.Task(tasks.DataConfig(test_file="test.jsonl", template=template), both).end_id
-    assert (end_of("qa"), end_of("chat")) == (end, turn_end)
+    make = lambda template, tokenizer: tasks.Task(tasks.DataConfig(test_file="f", template=template), tokenizer)
+    assert (make("qa", both).end_id, make("chat", both).end_id) == (end, turn_end)
+    silent = dataclasses.replace(both, chat_template="{{ messages[-1].content }}")
+    assert make("chat", silent).end_id == end
+    endless = dataclasses.replace(both, eos_ids=(end,))
+    assert make("qa", endless).end_id == end
+    with pytest.raises(ValueError, match=rf"set eos_token_id in the model's generation_config.json to \[{end}, 5\]"):
+        make("chat", endless)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "policy", "message"),
+    [
+        (256, {}, "the model has 256 tokens only"),
+        (257, {"attention": "splash"}, "--policy.attention=splash needs a tpu"),
+        (257, {}, None),
+    ],
+)
+def test_a_model_that_cannot_do_what_is_asked(byte_tokenizer, tmp_path, vocab_size, policy, message):
+    (tmp_path / "tokenizer").mkdir()
+    byte_tokenizer.backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    ends = {"eos_token_id": byte_tokenizer.eos_ids[0], "pad_token_id": 256}
+    config = dataclasses.replace(TINY, vocab_size=vocab_size, scale_embedding=False)
+    params = init_params(config, jax.random.key(0))
+    pretrained.save(tmp_path / "model", params, config, source=tmp_path / "tokenizer", extra=ends)
+    sections = {
+        "mesh": sharding.MeshConfig(), "policy": tasks.ModelConfig(**policy), "data": tasks.DataConfig(test_file="f"),
+    }  # fmt: skip
+    if message is None:
+        assert tasks.Opened(tmp_path / "model", sections).model.vocab_size == vocab_size
+    else:
+        with pytest.raises(ValueError, match=message):
+            tasks.Opened(tmp_path / "model", sections)

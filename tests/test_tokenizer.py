@@ -226,6 +226,12 @@ def test_a_stream_holds_back_parts_of_a_character(tokenizer):
         ({"pad_token": "<|pad|>"}, {"generation_config": {"eos_token_id": 1, "pad_token_id": 2}}, (1,), 3),
         ({"pad_token": None}, {"generation_config": {"eos_token_id": 1, "pad_token_id": 2}}, (1,), 2),
         ({}, {"special_tokens_map": {"eos_token": "<|turn|>"}, "config": {"eos_token_id": None}}, (2,), 2),
+        (
+            {"eos_token": None},
+            {"special_tokens_map": {"eos_token": "<|turn|>"}, "config": {"pad_token_id": -1}},
+            (2,),
+            2,
+        ),
     ],
 )
 def test_ends_and_padding(tmp_path, settings, files, eos_ids, pad_id):
@@ -239,7 +245,8 @@ def test_ends_and_padding(tmp_path, settings, files, eos_ids, pad_id):
         ("<|end|>", [2, 1, 3], TEMPLATE, 1, 1),  # as Llama 3's instruct models: several, and the first is not it
         ("<|end|>", [1, 2], TEMPLATE.replace("<|end|>", "<|turn|>"), 1, 2),  # as Gemma's: a turn ends otherwise
         ("<|pad|>", [2, 1], TEMPLATE, 2, 1),  # an eos_token that ends nothing
-        ("<|end|>", [1, 2], "{{ messages[-1].content }} {{ name }}", 1, 1),  # a template that writes no end
+        ("<|pad|>", [3], TEMPLATE, 3, 1),  # as Qwen's base models: the end of a turn ends nothing
+        ("<|end|>", [1, 2], "{{ messages[-1].content }} {{ name }}", 1, None),  # a template that writes no end
     ],
 )
 def test_what_ends_a_demonstration(tmp_path, eos_token, ends, template, end, turn_end):
@@ -292,7 +299,7 @@ def test_padding_and_truncation_of_the_file_are_off(tmp_path):
         ({"eos_token": "<|end|>", "pad_token": "<nope>"}, {}, "pad_token='<nope>' .* not in the vocabulary"),
         ({}, {"generation_config": {"eos_token_id": [1, 5000]}}, r"eos_token_id=\[1, 5000\], but 5000 is not an id"),
         ({}, {"config": {"eos_token_id": "1"}}, r"config.json has eos_token_id='1', but '1' is not an id"),
-        ({"eos_token": "<|end|>"}, {"config": {"pad_token_id": -1}}, "pad_token_id=-1"),
+        ({"eos_token": "<|end|>"}, {"config": {"pad_token_id": -2}}, "pad_token_id=-2"),
         ({}, {"config": [1]}, "config.json holds a list; expected a JSON object"),
         (
             {"eos_token": "<|end|>", "chat_template": [{"name": "rag", "template": ""}]},

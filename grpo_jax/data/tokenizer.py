@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +12,7 @@ import tokenizers
 from tokenizers import decoders
 
 from grpo_jax.data.chat import render_chat
+from grpo_jax.data.token_bytes import byte_writer, fallback_byte
 
 __all__ = ["ByteTokenizer", "DecodeStream", "PretrainedTokenizer", "Tokenizer", "pad"]
 
@@ -115,7 +115,7 @@ class PretrainedTokenizer:
             raise FileNotFoundError(_no_tokenizer(directory))
         description = _read_json(directory / "tokenizer.json")
         settings = _read_json(directory / "tokenizer_config.json")
-        named = _special_tokens({**_read_json(directory / "special_tokens_map.json"), **settings})
+        named = {**_special_tokens(_read_json(directory / "special_tokens_map.json")), **_special_tokens(settings)}
         backend = continuation = _backend(description, named, directory)
         plain = {part: _without_prefix(description.get(part)) for part in ("normalizer", "pre_tokenizer")}
         if any(plain[part] != description.get(part) for part in plain):
@@ -135,8 +135,8 @@ class PretrainedTokenizer:
         named = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
         return named if named in self.eos_ids else self.eos_ids[0]
 
-    def turn_end_id(self, **variables: Any) -> int:
-        """The end that the chat template writes behind an assistant's message, `end_id` where it writes none.
+    def turn_end_id(self, **variables: Any) -> int | None:
+        """The special token that the chat template writes behind an assistant's message; None: it writes none.
 
         Args:
           **variables: for the chat template, as for `render`.
@@ -146,8 +146,7 @@ class PretrainedTokenizer:
         """
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<answer>"}]
         _, _, behind = self.render(messages, add_generation_prompt=False, **variables).rpartition("<answer>")
-        ends = (i for i in self.encode(behind, continues=True) if i in self.eos_ids)
-        return next(ends, self.end_id)
+        return next((i for i in self.encode(behind, continues=True) if i in self.silent_ids), None)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -178,7 +177,8 @@ class PretrainedTokenizer:
             beyond = {i: self.backend.id_to_token(i) for i in ids if i >= self.model_vocab_size}
             raise ValueError(
                 f"the tokenizer needs the ids {beyond}, and the model has {self.model_vocab_size} tokens only: "
-                "tokenizer and weights do not belong together, or tokens were added without resizing the embedding."
+                "tokenizer and weights do not belong together, or tokens were added without resizing the embedding. "
+                "(Of padding alone: name another pad_token in tokenizer_config.json.)"
             )
         return ids
 
@@ -221,7 +221,7 @@ class PretrainedTokenizer:
         Raises:
           ValueError: the tokenizer does not decode token by token to bytes (as WordPiece does not).
         """
-        write = _byte_writer(self.decoder)
+        write = byte_writer(self.decoder)
         tokens = (None if i in self.silent_ids else self.backend.id_to_token(i) for i in range(self.vocab_size))
         return [None if token is None else write(token) for token in tokens]
 
@@ -257,7 +257,7 @@ class DecodeStream:
         self._held.append(token)
         # A run of <0x..> tokens is decoded as one: where it is not UTF-8, all of it becomes U+FFFD, and what the
         # library's stream had written of it would be wrong (it raises then).
-        if _fallback_byte(self._tokenizer.backend.id_to_token(token)) is not None:
+        if fallback_byte(self._tokenizer.backend.id_to_token(token)) is not None:
             return ""
         text = self._stream.step(self._tokenizer.backend, self._held) or ""
         self._held = []
@@ -339,7 +339,7 @@ def _ends_and_padding(
     def configured(name: str) -> list[int]:
         for path in (directory / "generation_config.json", directory / "config.json"):
             value = _read_json(path).get(name)
-            if value is not None:
+            if value not in (None, -1):  # old conversions of Llama write -1 where there is none
                 ids = value if isinstance(value, list) else [value]
                 if wrong := [i for i in ids if type(i) is not int or i not in vocabulary]:
                     raise ValueError(
@@ -380,54 +380,6 @@ def _chat_template(directory: pathlib.Path, settings: Mapping[str, Any]) -> str 
             "'default'. Save the one you want as chat_template.jinja."
         )
     return templates["default"]
-
-
-# Bytes ----------------------------------------------------------------------------------------------
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """Character of a byte-level token -> chr(byte): GPT-2's `bytes_to_unicode`, the other way."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {256 + i: chr(byte) for i, byte in enumerate(others)}
-
-
-def _fallback_byte(token: str | None) -> int | None:
-    """The byte of a token such as <0x0A>, by which sentencepiece writes what its vocabulary lacks."""
-    match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token or "")
-    return int(match[1], 16) if match else None
-
-
-def _byte_writer(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
-    """token -> bytes, as the decoder of a tokenizer.json writes it in the middle of a text."""
-    steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    kinds = {step["type"] for step in steps}
-    if kinds == {"ByteLevel"}:
-        alphabet = _byte_alphabet()
-        # A token with a character outside the alphabet (an added one) is written as it stands.
-        return lambda token: (
-            token.translate(alphabet).encode("latin-1") if {*map(ord, token)} <= alphabet.keys() else token.encode()
-        )
-    spaces = {
-        "Metaspace": lambda s: (s["replacement"], " "),
-        "Replace": lambda s: (s["pattern"].get("String"), s["content"]),
-    }
-    replaced = [spaces[step["type"]](step) for step in steps if step["type"] in spaces]
-    # Strip takes a space off the beginning of a text, so it changes nothing in the middle.
-    if not replaced or None in dict(replaced) or not kinds <= {*spaces, "ByteFallback", "Fuse", "Strip"}:
-        raise ValueError(
-            f"the tokenizer's decoder is {decoder}: what a single token writes is known of byte-level and "
-            "sentencepiece-like ones only, and stop strings need it. Use a token that ends a turn instead."
-        )
-
-    def write(token: str) -> bytes:
-        if "ByteFallback" in kinds and (byte := _fallback_byte(token)) is not None:
-            return bytes([byte])
-        for old, new in replaced:
-            token = token.replace(old, new)
-        return token.encode()
-
-    return write
 
 
 def pad(

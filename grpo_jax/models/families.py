@@ -100,8 +100,9 @@ def parse_config(raw: Raw) -> TransformerConfig:
             raise PretrainedError(f"{key}={get(key)!r} is not supported by this decoder.")
     if not isinstance(get("tie_word_embeddings"), bool):
         raise PretrainedError(f"tie_word_embeddings={get('tie_word_embeddings')!r} must be true or false.")
-    if (get("query_pre_attn_scalar") or 0) % 1:
-        raise PretrainedError(f"query_pre_attn_scalar={get('query_pre_attn_scalar')!r} must be a whole number.")
+    query_scale = get("query_pre_attn_scalar") or 0
+    if not isinstance(query_scale, int | float) or query_scale % 1:
+        raise PretrainedError(f"query_pre_attn_scalar={query_scale!r} must be a whole number.")
     gemma = "hidden_activation" in family.defaults
     activation = get("hidden_activation") if gemma else get("hidden_act")
     if activation not in _ACTIVATIONS.values():
@@ -123,7 +124,7 @@ def parse_config(raw: Raw) -> TransformerConfig:
             norm_epsilon=float(get("rms_norm_eps")),
             tied=get("tie_word_embeddings"),
             activation=next(ours for ours, theirs in _ACTIVATIONS.items() if theirs == activation),
-            query_scale=int(get("query_pre_attn_scalar") or 0),
+            query_scale=int(query_scale),
             attention_cap=cap("attn_logit_softcapping"),
             logit_cap=cap("final_logit_softcapping"),
             windows=_windows(raw, get, gemma),

@@ -103,6 +103,8 @@ class _Files:
             if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
                 raise PretrainedError(f"{index} has no weight_map from tensors to files: download it again.")
             names = sorted(set(weight_map.values()))
+        elif (directory / "model.safetensors").exists():  # whatever else lies beside it
+            names = ["model.safetensors"]
         elif len(single) == 1:
             names = [single[0].name]
         elif single:

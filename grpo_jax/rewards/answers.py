@@ -75,6 +75,7 @@ _LATEX_STEPS = [
     )
 ]
 _INTEGER = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
+_FONT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 
@@ -101,7 +102,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def _canonical_integer(text: str) -> str | None:
-    text = _canonical_latex(text).replace("{,}", ",")
+    text = _FONT.sub(r"\1", _canonical_latex(text).replace("{,}", ",")).rpartition("=")[2]  # m+n=25
     return _canonical_number(text) if _INTEGER.fullmatch(text) else None
 
 
