@@ -95,6 +95,8 @@ def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) ->
 def main(argv: list[str]) -> None:
     """Samples, scores, writes and prints."""
     output, given = runs.directory_of(argv, OUTPUT), pathlib.Path(MODEL.value)
+    if (output / "metrics.json").exists():
+        sys.exit(f"error: {output / 'metrics.json'} is there already: name another --output, or remove it.")
     ours = (given / "checkpoints").is_dir()
     if STEP.value is not None and not ours:
         sys.exit(f"error: --step is for the workdir of a run, and {given} has no checkpoints.")

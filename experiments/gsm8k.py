@@ -174,8 +174,8 @@ def main(argv: list[str]) -> None:
     runs.finish(workdir, rows, summary, "GSM8K")
     print(
         f"test accuracy ({config['data'].judge}, greedy) {summary['accuracy_before']:.1%} -> "
-        f"{summary['accuracy_after']:.1%} in {summary['wall_seconds']:.0f} s; the policy is in {export}, everything "
-        f"else in {workdir}"
+        f"{summary['accuracy_after']:.1%} in {summary['training_seconds']:.0f} s of training; the policy is in "
+        f"{export}, everything else in {workdir}"
     )
 
 

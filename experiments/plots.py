@@ -24,19 +24,21 @@ def _smooth(values: Sequence[float], width: int = 20) -> list[float]:
 
 
 def curve(rows: Rows, path: pathlib.Path, title: str) -> None:
-    """Reward and held-out accuracy over steps, with KL, entropy and length beside them."""
+    """Reward and held-out accuracy over steps, KL and entropy, length, or the loss where no reward is."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     steps, reward = _series(rows, "step", "reward")
     left.plot(steps, reward, color="tab:blue", alpha=0.25, linewidth=0.8)
-    left.plot(steps, _smooth(reward), color="tab:blue", label="reward (train, sampled)")
+    if reward:
+        left.plot(steps, _smooth(reward), color="tab:blue", label="reward (train, sampled)")
     left.plot(*_series(rows, "step", "eval/accuracy"), "o-", color="tab:orange", label="accuracy (held out, greedy)")
     left.set(xlabel="step", ylim=(0, 1.15), title=title)
     left.legend(fontsize=8, loc="lower right")
-    for axis, names in ((middle, ("kl", "entropy")), (right, ("completions/mean_length",))):
+    for axis, names in ((middle, ("kl", "entropy")), (right, ("completions/mean_length",) if reward else ("loss",))):
         for name in names:
             x, y = _series(rows, "step", name)
-            axis.plot(x, _smooth(y), label=name)
+            if y:
+                axis.plot(x, _smooth(y), label=name)
         axis.set(xlabel="step")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -7,7 +7,7 @@ python -m experiments.prepare_gsm8k --data_dir=DIR --files=FILES  # offline, fro
 from absl import app, flags
 
 from experiments import runs
-from grpo_jax.data.gsm8k import prepare
+from grpo_jax.data.gsm8k import PUBLISHED, prepare
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where data sets lie; left out: TFDS_DATA_DIR, ~/tensorflow_datasets.")
 FILES = flags.DEFINE_string("files", None, "A directory with train.jsonl and test.jsonl; left out: download them.")
@@ -18,10 +18,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     counts = prepare(DATA_DIR.value, FILES.value)
-    print(
-        f"gsm8k in {DATA_DIR.value or 'the data directory of TFDS'}: "
-        + ", ".join(f"{n} {k}" for k, n in counts.items())
-    )
+    place, ours = DATA_DIR.value or "the data directory of TFDS", ", ".join(f"{n} {k}" for k, n in counts.items())
+    print(f"gsm8k in {place}: {ours}" + ("" if counts == PUBLISHED else f"; GSM8K has {PUBLISHED}: is this another?"))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import platform
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -33,6 +35,7 @@ from grpo_jax.types import Policy, TrainState  # noqa: E402
 __all__ = [
     "as_json",
     "batch_arithmetic",
+    "begun",
     "check_attention",
     "check_multiples",
     "command",
@@ -64,7 +67,7 @@ def phase(
     Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
     """
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
-    if Checkpoints(workdir / "checkpoints", read_only=True).steps:
+    if begun(workdir):
         state = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh)
     else:
         state = training.init_train_state(policy, params(), transformation, objective, mesh)
@@ -180,7 +183,10 @@ def memory_line(bytes_of: Mapping[str, int]) -> str:
     """`memory` in words, beside what the device has, where it says."""
     gib = lambda n: f"{n / 2**30:.2f} GiB"
     total = bytes_of["state"] + max(bytes_of["update"], bytes_of["rollout"])
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    device, *others = jax.local_devices()
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if device.platform == "cpu":  # they share the host's
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 + len(others))
     parts = ", ".join(f"{name} {gib(n)}" for name, n in bytes_of.items())
     line = f"memory a device, estimated: {gib(total)} ({parts})"
     if limit is None:
@@ -274,15 +280,21 @@ def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(section) for name, section in config.items()}
 
 
+def begun(workdir: pathlib.Path) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    place = workdir / "checkpoints"
+    return place.is_dir() and bool(Checkpoints(place, read_only=True).steps)
+
+
 def description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """Where a run reads all but the weights: what it kept when it began, else the model's own directory."""
-    kept = workdir / "model"
-    return kept if kept.exists() and saved_configuration(workdir).get("model") == str(model) else model
+    """Where a run reads all but the weights: once it has begun what it kept, else the model's own directory."""
+    return workdir / "model" if begun(workdir) and saved_configuration(workdir)["model"] == str(model) else model
 
 
 def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
     """Copies all but the weights of a Hugging Face directory into the workdir, for what comes after the start."""
-    if not (workdir / "model").exists():
+    if not begun(workdir):  # what a start that failed has left may be of other files
+        shutil.rmtree(workdir / "model", ignore_errors=True)
         pretrained.copy_description(model, workdir / "model")
 
 

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
     runs.finish(workdir, rows, summary, "supervised")
     print(
         f"test accuracy ({config['data'].judge}, greedy) {summary['accuracy_before']:.1%} -> "
-        f"{summary['accuracy_after']:.1%} in {summary['wall_seconds']:.0f} s; the model is in {export}"
+        f"{summary['accuracy_after']:.1%} in {summary['training_seconds']:.0f} s of training; the model is in {export}"
     )
 
 

@@ -77,7 +77,8 @@ class Checkpoints:
           ValueError: there is no such step, or it holds a model of another shape.
         """
         if not self.steps or (step is not None and step not in self.steps):
-            raise ValueError(f"no checkpoint of step {step} in {self._checkpointer.directory}; there are {self.steps}.")
+            which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise ValueError(f"{which} in {self._checkpointer.directory}; there are {self.steps}.")
         step = self.steps[-1] if step is None else step
         saved = self._checkpointer.checkpointables_metadata(step).custom_metadata
         wanted = _shapes(like)

@@ -89,7 +89,8 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
         (workdir / ".writable").unlink()
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
-    if path.exists():
+    # What a start that failed has left binds nobody.
+    if path.exists() and any(item.name not in ("config.json", "model") for item in workdir.iterdir()):
         ours, theirs = _flat(json.loads(text)), _flat(json.loads(path.read_text()))
         differ = [
             f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
@@ -97,8 +98,11 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
             if ours.get(name) != theirs.get(name) and name.split(".")[0] not in free
         ]
         if differ:
+            more = [f"and {len(differ) - 10} more"] if len(differ) > 10 else []
             raise WorkdirError(
-                f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"
+                f"workdir {workdir} belongs to a run with another configuration:\n  "
+                + "\n  ".join(differ[:10] + more)
+                + "\n"
                 "Give the same flags to continue it, or another --workdir to start a new run."
             )
     write_atomically(path, text)

@@ -170,7 +170,12 @@ def test_the_exported_policy_is_the_last_checkpoint(made):
 
 
 def test_tfds_has_the_same_problems_and_completions_end_where_they_are_told_to(made):
-    assert (made / "prepare.txt").read_text().strip().endswith("64 train, 6 test")
+    assert (
+        (made / "prepare.txt")
+        .read_text()
+        .strip()
+        .endswith("64 train, 6 test; GSM8K has {'train': 7473, 'test': 1319}: is this another?")
+    )
     greedy = lambda name: {
         record["prompt"]: record for record in rows(made / name / "completions.jsonl") if not record["temperature"]
     }
@@ -293,6 +298,8 @@ def tiny(tmp_path_factory) -> pathlib.Path:
     run("tiny_gsm8k", f"--output={place}", "--train=8", "--test=4")
     problem = {"problem": "1+1?", "answer": "2", "solution": "2", "unique_id": "a", "subject": "b", "level": 1}
     (place / "math500.jsonl").write_text(json.dumps(problem) + "\n")
+    (place / "there").mkdir()
+    (place / "there" / "metrics.json").write_text("{}")
     return place
 
 
@@ -310,6 +317,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
         ("sft", ["--data.train_file=", "--data.test_file=", "--data.directory=DIR/none"],
          "Prepare it: python -m experiments.prepare_gsm8k --data_dir=DIR/none"),
         ("evaluate", ["--step=1"], "--step is for the workdir of a run, and DIR/model has no checkpoints."),
+        ("evaluate", ["--output=DIR/there"], "DIR/there/metrics.json is there already: name another --output"),
         ("evaluate", ["--data.judge=human"], "judge='human' of dataset='gsm8k' must be one of flexible, strict."),
     ],
 )  # fmt: skip

@@ -127,11 +127,15 @@ def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path):
 
 def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_path):
     config = {"loss": {"kl_coef": 0.04, "clip_low": 0.2}, "mesh": {"data": 1}}
-    loop.open_workdir(tmp_path, config)
+    loop.open_workdir(tmp_path, {"loss": {"kl_coef": 1.0}})
+    loop.open_workdir(tmp_path, config)  # nothing has been done there yet
+    (tmp_path / "metrics.jsonl").touch()
     loop.open_workdir(tmp_path, {**config, "mesh": {"data": 2}})  # a mesh may change
     with pytest.raises(WorkdirError, match=r"loss\.kl_coef: there 0\.04, now 0\.0"):
         loop.open_workdir(tmp_path, {**config, "loss": {"kl_coef": 0.0, "clip_low": 0.2}})
     assert json.loads((tmp_path / "config.json").read_text())["loss"]["kl_coef"] == 0.04
+    with pytest.raises(WorkdirError, match=r"x7: there 'absent', now 7\n  and 2 more\nGive the same flags"):
+        loop.open_workdir(tmp_path, {**config, **{f"x{i}": i for i in range(12)}})
 
 
 def test_unwritable_workdir(tmp_path):

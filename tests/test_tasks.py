@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import types
 from typing import Any
@@ -345,15 +346,18 @@ def test_more_microbatches_never_need_more_but_for_the_sum_of_gradients_that_two
 
 
 def test_memory_line_warns_where_it_will_hardly_fit(monkeypatch):
-    def line(limit):
-        device = types.SimpleNamespace(memory_stats=lambda: None if limit is None else {"bytes_limit": limit})
-        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    def line(limit, platform="tpu"):
+        stats = lambda: None if limit is None else {"bytes_limit": limit}
+        device = types.SimpleNamespace(memory_stats=stats, platform=platform)
+        monkeypatch.setattr(jax, "local_devices", lambda: [device] * 4)
         return runs.memory_line({"state": 4 * 2**30, "update": 2 * 2**30, "rollout": 3 * 2**30})
 
     said = "memory a device, estimated: 7.00 GiB (state 4.00 GiB, update 2.00 GiB, rollout 3.00 GiB)"
     assert line(None) == said
     assert line(7 * 2**30) == f"{said} of 7.00 GiB"
     assert line(6 * 2**30).startswith(f"{said} of 6.00 GiB; this will hardly fit: more --update.microbatches")
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**21}.get)  # 8 GiB of four devices
+    assert line(None, "cpu").startswith(f"{said} of 2.00 GiB; this will hardly fit")
 
 
 def test_attention_that_these_devices_do_not_have():
@@ -414,3 +418,22 @@ def test_a_model_that_cannot_do_what_is_asked(byte_tokenizer, tmp_path, vocab_si
     else:
         with pytest.raises(ValueError, match=message):
             tasks.Opened(tmp_path / "model", sections)
+
+
+def test_what_a_failed_start_left_is_not_kept(tmp_path, monkeypatch):
+    workdir, config = tmp_path / "run", {"model": str(tmp_path / "second")}
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config))
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "tokenizer.json").write_text(name)
+        runs.keep_description(tmp_path / name, workdir)
+    kept = workdir / "model" / "tokenizer.json"
+    assert kept.read_text() == "second"
+    assert runs.description(tmp_path / "second", workdir) == tmp_path / "second"
+    monkeypatch.setattr(runs, "begun", lambda workdir: True)
+    runs.keep_description(tmp_path / "first", workdir)
+    assert kept.read_text() == "second"
+    assert runs.description(tmp_path / "second", workdir) == workdir / "model"
+    assert runs.description(tmp_path / "first", workdir) == tmp_path / "first"  # open_workdir will refuse it

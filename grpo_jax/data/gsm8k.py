@@ -12,9 +12,10 @@ from typing import Any
 
 from grpo_jax.data.sources import Mapped, Record, json_records, text_field, tfds_records
 
-__all__ = ["gsm8k_record", "gsm8k_records", "prepare"]
+__all__ = ["PUBLISHED", "gsm8k_record", "gsm8k_records", "prepare"]
 
-_SPLITS = ("train", "test")
+PUBLISHED = {"train": 7473, "test": 1319}  # records
+_SPLITS = tuple(PUBLISHED)
 _URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
 
 

@@ -48,7 +48,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise PretrainedError(
-            f"there is no {path.name} in {path.parent}: expected a directory as downloaded from the Hugging Face hub."
+            f"there is no {path.name} in {path.parent}: expected a directory as downloaded from the Hugging Face hub "
+            "(`hf download NAME --local-dir=DIR` makes one)."
         ) from None
     except (ValueError, OSError) as error:
         raise PretrainedError(f"cannot read {path}: {error}. Download it again.") from error
