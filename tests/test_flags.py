@@ -16,6 +16,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data.countdown import Countdown
 from grpo_jax.models.transformer import init_params, make_policy
 from grpo_jax.types import Rollout
+from tests.silent import silent_rollout
 
 OTHER = {
     "task": {"numbers": 4, "max_number": 12, "max_target": 20, "effort": 1.0},
@@ -133,12 +134,7 @@ def observe_run(config, tmp_path):
             (len(prompts), sampler.group_size, float(sampling_params.temperature), float(sampling_params.top_p))
         )
         said.extend(prompts)
-        rows = (len(prompts) * sampler.group_size, 4)
-        return Rollout(
-            prompt_tokens=np.zeros((len(prompts), 2), np.int32), prompt_mask=np.ones((len(prompts), 2), bool),
-            completion_tokens=np.full(rows, 3), mask=np.ones(rows, bool), finished=np.ones(rows[0], bool),
-            logprobs=np.zeros(rows), sampler_logprobs=np.zeros(rows),
-        )  # fmt: skip
+        return silent_rollout(len(prompts), sampler.group_size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grpo_jax.rollouts.Sampler.__call__", silent)

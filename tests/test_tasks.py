@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -19,7 +18,7 @@ from grpo_jax import rollouts, sharding, training
 from grpo_jax.data.tokenizer import PretrainedTokenizer
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
-from grpo_jax.types import Rollout
+from tests.silent import silent_rollout
 
 # The files of the fixture below, by name.
 OTHER = {
@@ -123,12 +122,7 @@ def observe_evaluation(config, tokenizer):
     def silent(sampler, params, prompts, prompt_ids, sampling_params, interrupt=None):
         choice = (float(sampling_params.temperature), float(sampling_params.top_p))
         asked.append((list(prompts), sampler.group_size, choice))
-        rows = (len(prompts) * sampler.group_size, 4)
-        return Rollout(
-            prompt_tokens=np.zeros((len(prompts), 2), np.int32), prompt_mask=np.ones((len(prompts), 2), bool),
-            completion_tokens=np.full(rows, 3), mask=np.ones(rows, bool), finished=np.ones(rows[0], bool),
-            logprobs=np.zeros(rows), sampler_logprobs=np.zeros(rows),
-        )  # fmt: skip
+        return silent_rollout(len(prompts), sampler.group_size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollouts.Sampler, "__call__", silent)
