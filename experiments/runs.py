@@ -25,6 +25,7 @@ from jax.sharding import Mesh  # noqa: E402
 from experiments import plots  # noqa: E402
 from grpo_jax import loop, objectives, sharding, training  # noqa: E402
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
+from grpo_jax.logprobs import CHUNK  # noqa: E402
 from grpo_jax.models import pretrained  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
@@ -166,7 +167,9 @@ def memory(
     inner = rows * columns * (2 * config.heads * config.head_width + 3 * config.mlp_width // tensor) * width
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * columns**2 * 4
     kept = config.layers * layer + inner + scores if config.remat else config.layers * (4 * layer + inner + scores)
-    logits = 3 * rows * max_tokens * config.vocab_size // tensor * 4  # logits, their softmax and its gradient
+    logits = rows * max_tokens * config.vocab_size // tensor
+    # Whole, with their softmax and its gradient; or in chunks.
+    logits = 3 * 4 * logits if logits <= CHUNK // 2 else 2 * 4 * CHUNK
     return {
         "state": params * (3 + needs_reference),  # parameters, two moments of Adam's, the reference
         # Gradients, summed up over microbatches; activations; logits.

@@ -190,34 +190,42 @@ def make_train_step(
     optimizer_steps = update.epochs * update.minibatches
     rows = PartitionSpec(sharding.BATCH_AXES)
 
-    def logprobs_of(params, b: TrainBatch):
+    def logprobs_of(params, b: TrainBatch, count):
         return completion_logprobs(
-            policy, params, b.prompt_tokens, b.prompt_mask, b.completion_tokens, b.mask, b.temperature[:, None, None]
-        )
+            policy, params, b.prompt_tokens, b.prompt_mask, b.completion_tokens, b.mask, b.temperature[:, None],
+            count=count, mesh=mesh,
+        )  # fmt: skip
 
-    def over_data(function, params, batch):
-        """`function(params, shard)` for each data shard of a batch, as an axis of the arrays: [data, b / data, ...].
+    def most_tokens(mask, parts):
+        """The most tokens that any device trains in any of the parts that each data shard is split into, []."""
+        lengths = mask.sum(axis=1).reshape(mesh.shape["data"], -1, parts).swapaxes(1, 2)
+        return lengths.reshape(*lengths.shape[:2], mesh.shape["fsdp"], -1).sum(axis=-1).max()
+
+    def over_data(function, params, batch, count):
+        """`function(params, shard, count)` for each data shard, as an axis of the arrays: [data, b / data, ...].
 
         So nothing is reduced over data inside of `function`, and only rows over fsdp are left for it to split.
         """
         data = mesh.shape["data"]
         parts = jax.tree.map(lambda x: x.reshape(data, x.shape[0] // data, *x.shape[1:]), batch)
         parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec("data", "fsdp")))
-        return jax.vmap(function, (None, 0), spmd_axis_name="data")(params, parts)
+        return jax.vmap(function, (None, 0, None), spmd_axis_name="data")(params, parts, count)
 
     def frozen_logprobs(params, batch: TrainBatch):
         """[B, T] under fixed parameters, a microbatch at a time."""
 
-        def of_shard(params, shard):
-            parts = _split(shard, update.minibatches * update.microbatches)
-            logprobs = jax.lax.map(lambda b: logprobs_of(params, b)[0], parts)
+        parts = update.minibatches * update.microbatches
+
+        def of_shard(params, shard, count):
+            logprobs = jax.lax.map(lambda b: logprobs_of(params, b, count)[0], _split(shard, parts))
             return logprobs.swapaxes(0, 1).reshape(shard.mask.shape)
 
-        return jax.lax.stop_gradient(over_data(of_shard, params, batch).reshape(batch.mask.shape))
+        logprobs = over_data(of_shard, params, batch, most_tokens(batch.mask, parts))
+        return jax.lax.stop_gradient(logprobs.reshape(batch.mask.shape))
 
-    def loss_of(params, part):
+    def loss_of(params, part, count):
         b, old, ref, weights = part
-        logprobs, entropies, aux = logprobs_of(params, b)
+        logprobs, entropies, aux = logprobs_of(params, b, count)
         loss, metrics = objective.loss(
             logprobs, b.advantages, b.mask, old_logprobs=old, ref_logprobs=ref, weights=weights
         )
@@ -229,15 +237,15 @@ def make_train_step(
         extra |= {name: metrics_lib.Mean(total=total, count=count) for name, (total, count) in aux.items()}
         return loss, {**metrics, **extra}
 
-    def gradients(params, minibatch):
+    def gradients(params, minibatch, count):
         """Loss, metrics and gradients of a minibatch, summed over its microbatches."""
 
         def add(total, part):
-            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part)
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part, count)
             return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
         if update.microbatches == 1:
-            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, minibatch)
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, minibatch, count)
             return loss, metrics, grads
         zeros = jax.tree.map(jnp.zeros_like, params)
         grads, (losses, metrics) = jax.lax.scan(add, zeros, _split(minibatch, update.microbatches))
@@ -247,7 +255,8 @@ def make_train_step(
         b, old, ref = minibatch
         weights = objective.token_weights(b.mask)
         # Each data shard sums over its own microbatches; then one reduction over data, and not one a microbatch.
-        loss, metrics, grads = over_data(gradients, params, (b, old, ref, weights))
+        count = most_tokens(b.mask, update.microbatches)
+        loss, metrics, grads = over_data(gradients, params, (b, old, ref, weights), count)
         loss, metrics, grads = loss.sum(), metrics_lib.merge(metrics), jax.tree.map(lambda x: x.sum(0), grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         once = lambda x: metrics_lib.Mean(total=x, count=jnp.ones(()))

@@ -40,7 +40,7 @@ class Policy:
     # (params, tokens [R, S], positions [R, S], segments [R, S], 0 = padding)
     #   -> (hidden [R, S, D], aux {name: (sum, count)}); causal within a segment
     hidden: Callable[..., tuple[jax.Array, dict[str, SumCount]]]
-    # (params) -> (kernel [D, V], bias [V] or None, soft cap or None)
+    # (params) -> (kernel [V, D], bias [V] or None, soft cap or None)
     head: Callable[..., tuple[jax.Array, jax.Array | None, float | None]]
     # (params) -> sampler parameters; runs once a rollout, inside jit
     prepare: Callable[[PyTree], PyTree]

@@ -35,7 +35,7 @@ class MyDecoder(nnx.Module):
         return self._mixed(x, x, same & (positions[:, :, None] >= positions[:, None, :])), {}
 
     def head(self):
-        return self.embedding[...].T, None, None
+        return self.embedding[...], None, None
 
     @staticmethod
     def init_cache(rows, width, columns):

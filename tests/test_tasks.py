@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from experiments import runs, tasks
 from grpo_jax import rollouts, sharding, training
 from grpo_jax.data.tokenizer import PretrainedTokenizer
+from grpo_jax.logprobs import CHUNK
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from tests.silent import silent_rollout
@@ -313,6 +314,8 @@ def test_memory_by_hand():
     assert memory(rematerialized) == {**expected, "update": 2 * params + layer + inner + scores + logits}
     fused = dataclasses.replace(TINY, attention="splash")
     assert memory(fused)["update"] == expected["update"] - scores
+    large = memory(dataclasses.replace(TINY, vocab_size=2**22))  # 2 rows of 4 tokens: more logits than half a chunk
+    assert large["update"] == 2 * large["state"] // 3 + 4 * layer + inner + scores + 2 * 4 * CHUNK
 
 
 def test_memory_is_split_over_the_mesh_and_the_sampler_is_halved_by_bfloat16():

@@ -45,6 +45,7 @@ def check_train(text, vocabulary, tensor):
     for line in outside + inside:
         for kind, dims in sizes_of(line):
             assert not {vocabulary, COMPLETION} <= {*dims}, f"logits travel: {line[:300]}"
+            assert vocabulary not in dims or " all-gather" not in line, f"the matrix is gathered: {line[:300]}"
             # Rows of the embedding table change places between devices, which is neither a gathering nor a sum.
             activation = kind in ("bf16", "f32") and ROW in dims and "all-to-all" not in line
             assert tensor > 1 or not activation, f"activations travel over fsdp: {line[:300]}"
@@ -103,6 +104,7 @@ def test_what_travels_is_found():
     for line, message in [
         ("f32[16,512,151936]{1,2,0} all-reduce(%dot), to_apply=%add", "logits travel"),
         ("bf16[16,768,4864]{1,2,0} all-reduce(%dot), to_apply=%add", "activations travel"),
+        ("bf16[151936,896]{1,0} all-gather(%cast), dimensions={1}", "the matrix is gathered"),
     ]:
         with pytest.raises(AssertionError, match=message):
             check_train(loop.format(line), VOCABULARY, 1)

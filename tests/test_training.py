@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from grpo_jax import logprobs as logprobs_lib
 from grpo_jax import sharding, training
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import completion_logprobs, token_logprobs
 from grpo_jax.losses import grpo_loss
 from grpo_jax.objectives import LossConfig, grpo, supervised
 from grpo_jax.training import (
@@ -50,7 +51,7 @@ def make_batch(policy, params, width=4, side="right", columns=T):
     return TrainBatch(
         prompt_tokens=tokens[0], prompt_mask=tokens[1], completion_tokens=tokens[2], mask=tokens[3],
         advantages=rng.normal(size=B).astype(np.float32), temperature=temperature,
-        sampler_logprobs=LOGPROBS(policy, params, *tokens, temperature[:, None, None])[0],
+        sampler_logprobs=LOGPROBS(policy, params, *tokens, temperature[:, None])[0],
     )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def make_state(policy, params, optimizer, objective=None, sizes=(1, 1, 1)):
 
 def loss_by_hand(params, policy, batch, old=None, ref=None):
     tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
-    logprobs = completion_logprobs(policy, params, *tokens, batch.temperature[:, None, None])[0]
+    logprobs = completion_logprobs(policy, params, *tokens, batch.temperature[:, None])[0]
     return grpo_loss(
         logprobs, batch.advantages, batch.mask, old_logprobs=old, ref_logprobs=ref, **dataclasses.asdict(LOSS)
     )
@@ -77,7 +78,7 @@ gradient_by_hand = jax.jit(jax.value_and_grad(loss_by_hand, has_aux=True), stati
 
 def logprobs_by_hand(policy, params, batch):
     tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
-    return LOGPROBS(policy, params, *tokens, batch.temperature[:, None, None])[0]
+    return LOGPROBS(policy, params, *tokens, batch.temperature[:, None])[0]
 
 
 def assert_trees_close(got, expected, atol=1e-5):
@@ -115,8 +116,12 @@ def by_hand(policy, params, batch):
         ((1, 8, 1), 1, {}),
     ],
 )
-def test_one_update_is_the_gradient(policy, params, by_hand, sizes, microbatches, padding):
+@pytest.mark.parametrize("chunked", [False, True])
+def test_one_update_is_the_gradient(monkeypatch, policy, params, by_hand, sizes, microbatches, padding, chunked):
     """With plain gradient descent at rate 1, the change of the parameters is the gradient."""
+    if chunked:
+        monkeypatch.setitem(token_logprobs.__kwdefaults__, "chunk", 32)
+        monkeypatch.setattr(logprobs_lib, "_IDS", 4)
     optimizer, update = optax.sgd(1.0), UpdateConfig(microbatches=microbatches)
     state = make_state(policy, params, optimizer, sizes=sizes)
     step = make_train_step(policy, optimizer, grpo(LOSS), update, like=state, key=KEY)
@@ -259,7 +264,7 @@ def test_supervised_update(policy, params, batch):
     @jax.value_and_grad
     def by_hand(params):
         tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
-        logprobs = completion_logprobs(policy, params, *tokens, batch.temperature[:, None, None])[0]
+        logprobs = completion_logprobs(policy, params, *tokens, batch.temperature[:, None])[0]
         return -jnp.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
 
     loss, gradient = by_hand(params)

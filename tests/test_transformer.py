@@ -136,8 +136,8 @@ def numpy_decoder(config, params, line):
             layer = params["tail"][n - stacked]
         xs = numpy_layer(config, layer, config.windows[n % len(config.windows)], xs)
     hidden = np.stack([numpy_norm(config, x, params["norm"]) for x in xs])
-    kernel = params["embedding"].T if config.tied else params["head"]
-    return hidden, numpy_cap(hidden @ kernel, config.logit_cap)
+    kernel = params["embedding" if config.tied else "head"]
+    return hidden, numpy_cap(hidden @ kernel.T, config.logit_cap)
 
 
 def test_hidden_is_the_decoder_written_in_numpy(config, params, hidden_of):

@@ -40,7 +40,7 @@ _POST_NORM_NAMES = {
 _OUTER_NAMES = {
     "embedding": ("model.embed_tokens.weight", (0, 1)),
     "norm": ("model.norm.weight", (0,)),
-    "head": ("lm_head.weight", (1, 0)),
+    "head": ("lm_head.weight", (0, 1)),
 }
 HEAD, EMBEDDING = _OUTER_NAMES["head"][0], _OUTER_NAMES["embedding"][0]
 

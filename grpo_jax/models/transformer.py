@@ -4,7 +4,7 @@ RMSNorm, rotary positions, grouped-query attention, gated MLP; `TransformerConfi
 differ, and `pretrained.py` reads it from a Hugging Face directory. Linen defines a block and its parameters;
 the functions of the `Policy` below run it. Parameters are a plain tree,
 
-    {'embedding': [V, D], 'norm': [D], 'head': [D, V] where untied, 'layers': [stack, ...], 'tail': [layer, ...]}
+    {'embedding': [V, D], 'norm': [D], 'head': [V, D] where untied, 'layers': [stack, ...], 'tail': [layer, ...]}
 
 with a stack for each place in the pattern of windows, leaves [N // places, ...], so that training scans over
 the pattern, and the layers that are left over in `tail`. `prepare` takes the stacks apart for decoding, because
@@ -203,7 +203,7 @@ def _init_boxed(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
     if whole < config.layers:
         boxed["tail"] = [of(lambda box, i=i: box.replace(value=box.value[i])) for i in range(whole, config.layers)]
     if not config.tied:
-        boxed["head"] = nn.Partitioned(embedding.T, ("embed", "vocab"))
+        boxed["head"] = nn.Partitioned(embedding, ("vocab", "embed"))
     return boxed
 
 
@@ -274,8 +274,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return final_norm(params, x), {}
 
     def head(params):
-        kernel = params["embedding"].T if config.tied else params["head"]
-        return kernel, None, config.logit_cap or None
+        return params["embedding" if config.tied else "head"], None, config.logit_cap or None
 
     def unstacked(layers, tail, take):
         return [take(layers[i % len(pattern)], i // len(pattern)) for i in range(config.layers - len(tail))] + tail
