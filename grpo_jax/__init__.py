@@ -11,10 +11,13 @@ _HOME = {
     "advantages": ("group_advantages",),
     "losses": (
         "clipped_surrogate",
+        "dpo_loss",
+        "fixed_length",
         "grpo_loss",
         "kl_k1",
         "kl_k2",
         "kl_k3",
+        "policy_loss",
         "sequence_mean",
         "supervised_loss",
         "token_mean",

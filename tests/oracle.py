@@ -15,16 +15,78 @@ def pad(rows, width, side="right", value=0):
     return values, mask
 
 
-def group_advantages(rewards, ddof=1, epsilon=1e-4):
-    advantages = np.zeros(np.shape(rewards))
-    for p, group in enumerate(np.asarray(rewards, np.float64)):
-        if len(set(group.tolist())) == 1:
+def group_advantages(rewards, ddof=1, epsilon=1e-4, baseline="group", scale="group", counted=None):
+    rewards = np.asarray(rewards, np.float64)
+    counted = np.ones(rewards.shape, bool) if counted is None else counted
+    members = [[(i, r) for i, r in enumerate(group) if counted[p, i]] for p, group in enumerate(rewards)]
+    everyone = [r for group in members for _, r in group]
+    centered, advantages = np.zeros(rewards.shape), np.zeros(rewards.shape)
+    for p, i in np.ndindex(rewards.shape):
+        peers = everyone if baseline == "batch" else [r for _, r in members[p]]
+        if baseline == "none":
+            centered[p, i] = rewards[p, i]
+        elif len(set(peers)) > 1:
+            peers = [r for j, r in members[p] if j != i] if baseline == "leave_one_out" else peers
+            centered[p, i] = rewards[p, i] - math.fsum(peers) / len(peers)
+    for p, i in np.ndindex(rewards.shape):
+        peers = centered[counted].tolist() if scale == "batch" else [r for _, r in members[p]]
+        if math.isnan(rewards[p, i]):
             continue
-        mean = math.fsum(group) / len(group)
-        std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / (len(group) - ddof))
-        for i, r in enumerate(group):
-            advantages[p, i] = (r - mean) / (std + epsilon)
+        if scale == "none":
+            advantages[p, i] = centered[p, i]
+        elif len(set(peers)) > 1:
+            advantages[p, i] = centered[p, i] / (deviation(peers, ddof) + epsilon)
     return advantages
+
+
+def deviation(values, ddof):
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - ddof))
+
+
+def combine_rewards(rewards, weights, normalize=False):
+    total = np.zeros(np.shape(rewards)[1:])
+    for reward, weight in zip(np.asarray(rewards, np.float64), weights, strict=True):
+        values = group_advantages(reward, counted=~np.isnan(reward)) if normalize else reward
+        for p, i in np.ndindex(total.shape):
+            total[p, i] += 0 if math.isnan(reward[p, i]) else weight * values[p, i]
+    return total
+
+
+def process_advantages(step_rewards, step_ends, mask, group_size, ddof=1, epsilon=1e-4):
+    advantages = np.zeros(mask.shape)
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        first = b - b % group_size
+        rows = range(first, first + group_size)
+        steps = {i: [(e, float(r)) for e, r in zip(step_ends[i], step_rewards[i], strict=True) if e >= 0] for i in rows}
+        every = [r for i in rows for _, r in steps[i]]
+        if len(set(every)) > 1:
+            mean, std = math.fsum(every) / len(every), deviation(every, ddof)
+            advantages[b, t] = math.fsum((r - mean) / (std + epsilon) for e, r in steps[b] if e >= t)
+    return advantages
+
+
+def gae(rewards, values, mask, discount, smoothing):
+    advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+    for b, row in enumerate(mask):
+        length = int(sum(row))
+        value = [float(v) for v in values[b, :length]] + [0.0]
+        errors = [float(rewards[b, t]) + discount * value[t + 1] - value[t] for t in range(length)]
+        for t in range(length):
+            advantages[b, t] = sum((discount * smoothing) ** k * error for k, error in enumerate(errors[t:]))
+            returns[b, t] = advantages[b, t] + value[t]
+    return advantages, returns
+
+
+def whiten(advantages, mask, epsilon):
+    tokens = [float(advantages[i, t]) for i, t in zip(*np.nonzero(mask), strict=True)]
+    if len(set(tokens)) < 2:
+        return np.zeros(mask.shape)
+    mean, std = math.fsum(tokens) / len(tokens), deviation(tokens, 0)
+    return np.array(
+        [[(float(x) - mean) / (std + epsilon) if trains else 0.0 for x, trains in zip(*rows, strict=True)]
+         for rows in zip(advantages, mask, strict=True)]
+    )  # fmt: skip
 
 
 def sequence_mean(mask):
@@ -83,6 +145,95 @@ def grpo(logprobs, advantages, mask, *, old=None, ref=None, weights=None, clip_l
         "clip_ratio/region_mean": mean(lows) + mean(highs),
     }
     return loss, gradient, metrics | ({"kl": mean(kls)} if kl_coef else {})
+
+
+def log_weight(level, i, t, logprobs, frozen, old, mask):
+    """The logarithm of the importance weight of a token; `frozen` stands where no gradient flows."""
+    ratio = lambda x, u: float(x[i, u]) - float(old[i, u])
+    tokens = [u for u in range(mask.shape[1]) if mask[i, u]]
+    mean = lambda x: sum(ratio(x, u) for u in tokens) / len(tokens)
+    if level == "token":
+        return ratio(logprobs, t)
+    if level == "sequence":
+        return mean(logprobs)
+    return mean(frozen) + float(logprobs[i, t]) - float(frozen[i, t])
+
+
+def surrogate(kind, options, log_weight, frozen_log_weight, logprob, advantage):
+    """The term of one token."""
+    weight, frozen = math.exp(log_weight), math.exp(frozen_log_weight)
+    if kind == "clipped":
+        value, _ = clipped_surrogate(weight, advantage, options["clip_low"], options["clip_high"])
+        bound = options.get("dual_clip", 0.0)
+        return max(value, bound * advantage) if bound and advantage < 0 else value
+    if kind == "unclipped":
+        return weight * advantage
+    if kind == "score_function":
+        return logprob * advantage
+    if kind == "clipped_weight":
+        return min(max(frozen, 1 - options["clip_low"]), 1 + options["clip_high"]) * advantage * logprob
+    if kind == "soft_gate":
+        tau = options["positive"] if advantage > 0 else options["negative"]
+        return advantage * 4 / tau / (1 + math.exp(-tau * (weight - 1)))
+    return weight * advantage - options["kl_coef"] * (weight * math.log(weight) - weight + 1)  # mirror_descent
+
+
+def kl(estimator, logprob, frozen, ref):
+    """An estimate for one token; those with a plus have the value of one and the gradient of k2."""
+    functions = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+    if not estimator.endswith("+"):
+        return functions[estimator](logprob, ref)
+    return functions[estimator[:-1]](frozen, ref) - kl_k2(frozen, ref) + kl_k2(logprob, ref)
+
+
+def policy_value(
+    logprobs, advantages, mask, *, frozen, kind="clipped", options=None, level="token", old=None, clamp=0.0, ref=None,
+    estimator="k3", kl_coef=0.0, weighted_kl=False, entropies=None, entropy_coef=0.0, correction=None, weights=None,
+):  # fmt: skip
+    """The loss of a policy gradient, token by token; `frozen` are the log-probabilities where no gradient flows."""
+    weights = sequence_mean(mask) if weights is None else weights
+    old = frozen if old is None else old
+    bounded = lambda x: np.clip(x, old - clamp, old + clamp) if clamp else x
+    loss = 0.0
+    for i, t in zip(*np.nonzero(mask), strict=True):
+        advantage = float(advantages[i] if np.ndim(advantages) == 1 else advantages[i, t])
+        both = [log_weight(level, i, t, x, bounded(frozen), old, mask) for x in (bounded(logprobs), bounded(frozen))]
+        term = surrogate(kind, options or {}, *both, float(logprobs[i, t]), advantage)
+        term *= 1.0 if correction is None else float(correction[i, t])
+        if kl_coef:
+            divergence = kl(estimator, float(logprobs[i, t]), float(frozen[i, t]), float(ref[i, t]))
+            ratio = math.exp(float(bounded(logprobs)[i, t]) - float(old[i, t]))
+            term -= kl_coef * divergence * (ratio if weighted_kl else 1.0)
+        if entropy_coef:
+            term += entropy_coef * float(entropies[i, t])
+        loss -= float(weights[i, t]) * term
+    return loss
+
+
+def policy(logprobs, advantages, mask, **options):
+    """The loss, and its gradient with respect to logprobs [B, T], by central differences in float64."""
+    frozen, gradient, step = np.asarray(logprobs, np.float64), np.zeros(mask.shape), 1e-6
+    for at in zip(*np.nonzero(mask), strict=True):
+        ends = []
+        for sign in (1, -1):
+            moved = frozen.copy()
+            moved[at] += sign * step
+            ends.append(policy_value(moved, advantages, mask, frozen=frozen, **options))
+        gradient[at] = (ends[0] - ends[1]) / (2 * step)
+    return policy_value(frozen, advantages, mask, frozen=frozen, **options), gradient
+
+
+def fixed_length(mask):
+    return np.array([[1 / mask.size if trains else 0.0 for trains in row] for row in mask])
+
+
+def dpo(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """The mean over pairs of minus log sigmoid of the margin."""
+    margins = [
+        beta * (math.log(math.exp(w) / math.exp(rw)) - math.log(math.exp(x) / math.exp(rx)))
+        for w, x, rw, rx in zip(*(map(float, a) for a in (chosen, rejected, ref_chosen, ref_rejected)), strict=True)
+    ]
+    return sum(math.log(1 + math.exp(-m)) for m in margins) / len(margins), margins
 
 
 def supervised(logprobs, mask, weights=None):
