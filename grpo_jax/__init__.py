@@ -8,7 +8,7 @@ from typing import Any
 
 _HOME = {
     "types": ("Policy", "Rollout", "SamplingParams", "TrainBatch", "TrainState"),
-    "advantages": ("group_advantages",),
+    "advantages": ("combine_rewards", "gae", "group_advantages", "process_advantages", "whiten"),
     "losses": (
         "clipped_surrogate",
         "dpo_loss",
