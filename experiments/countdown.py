@@ -138,7 +138,7 @@ class Experiment:
         self.mesh = sharding.make_mesh(self.config["mesh"])
         self.policy = make_policy(self.config["model"], self.mesh)
         self.task = Countdown(self.config["task"], train.seed)
-        self.key = jax.random.key(train.seed)
+        self.key, self.objective = jax.random.key(train.seed), objectives.make_objective(config["loss"])
         self.max_tokens = rollout.max_tokens or self.task.max_completion_tokens
         self.rewards = (ACCURACY, Reward(name="format", function=countdown_format, weight=train.format_reward))
         sizes = {"max_tokens": self.max_tokens, "max_prompt_tokens": self.task.max_prompt_tokens}
@@ -170,7 +170,8 @@ class Experiment:
         """GRPO's experience, from training problems."""
         return GroupRollouts(
             sampler=self.sampler, source=self.task.source("train"), rewards=self.rewards,
-            config=self.config["rollout"], advantages=self.config["advantages"], **changes,
+            config=self.config["rollout"], advantages=self.config["advantages"], estimator=self.objective.advantages,
+            **changes,
         )  # fmt: skip
 
     def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
@@ -264,7 +265,7 @@ def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
     try:
         state = runs.restored(
             workdir, EVAL_STEP.value, policy=experiment.policy, model=config["model"], mesh=experiment.mesh,
-            optimizer=config["optimizer"], objective=objectives.grpo(config["loss"]),
+            optimizer=config["optimizer"], objective=experiment.objective,
         )  # fmt: skip
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -299,7 +300,7 @@ def main(argv: list[str]) -> None:
         flush=True,
     )
     _, rows = experiment.run(
-        params, objective=objectives.grpo(config["loss"]), experience=experiment.rollouts(), workdir=workdir,
+        params, objective=experiment.objective, experience=experiment.rollouts(), workdir=workdir,
         title="grpo", optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
         evaluator=experiment.evaluator, evaluate_every=config["evaluation"].every,
         samples_every=config["train"].samples_every,

@@ -84,7 +84,9 @@ def of_run(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
 def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) -> tuple[Any, int]:
     """Parameters of a checkpoint of experiments.gsm8k or experiments.sft, and its step."""
     saved = runs.saved_configuration(workdir)
-    objective = objectives.grpo(objectives.LossConfig(**saved["loss"])) if "loss" in saved else objectives.supervised()
+    objective = objectives.supervised()
+    if "loss" in saved:
+        objective = objectives.make_objective(objectives.LossConfig(**saved["loss"]))
     state = runs.restored(
         workdir, step, policy=opened.policy, model=opened.model, mesh=opened.mesh,
         optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objective,

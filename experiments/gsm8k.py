@@ -105,7 +105,7 @@ class Experiment(tasks.Opened):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config = config
         super().__init__(model, config)
-        self.key = jax.random.key(config["train"].seed)
+        self.key, self.objective = jax.random.key(config["train"].seed), objectives.make_objective(config["loss"])
         rollout = config["rollout"]
         if not rollout.max_tokens:
             raise ValueError("rollout.max_tokens=0 must be 1 or more: GSM8K says nothing about how long answers are.")
@@ -129,6 +129,7 @@ class Experiment(tasks.Opened):
             rewards=self.task.rewards(self.config["reward"], rollout.max_tokens),
             config=rollout,
             advantages=self.config["advantages"],
+            estimator=self.objective.advantages,
         )
 
     def print_plan(self) -> int:
@@ -164,7 +165,7 @@ def main(argv: list[str]) -> None:
     runs.keep_description(model, workdir)
     state, rows = runs.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
-        mesh=experiment.mesh, key=experiment.key, objective=objectives.grpo(config["loss"]), experience=experience,
+        mesh=experiment.mesh, key=experiment.key, objective=experiment.objective, experience=experience,
         workdir=workdir, title="grpo", optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,

@@ -22,7 +22,7 @@ _HOME = {
         "supervised_loss",
         "token_mean",
     ),
-    "objectives": ("LossConfig", "Objective", "grpo", "supervised"),
+    "objectives": ("LossConfig", "Objective", "grpo", "make_objective", "supervised"),
     "logprobs": ("completion_logprobs", "token_logprobs"),
     "sampling": ("generate",),
     "training": (

@@ -29,6 +29,7 @@ __all__ = [
     "sequence_level",
     "sequence_level_token_gradient",
     "sequence_mean",
+    "sequence_sum",
     "soft_gate",
     "supervised_loss",
     "token_level",
@@ -59,6 +60,12 @@ def token_mean(mask: jax.Array) -> jax.Array:
     r"""Mean over all tokens of the minibatch: :math:`1 / \sum_i |o_i|` (DAPO, arXiv 2503.14476, eq. 8)."""
     chex.assert_rank(mask, 2)
     return mask / jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+
+
+def sequence_sum(mask: jax.Array) -> jax.Array:
+    r"""Sum over the tokens of a completion, mean over completions: :math:`1 / B` (log-probabilities of whole ones)."""
+    chex.assert_rank(mask, 2)
+    return mask / jnp.float32(mask.shape[0])
 
 
 def fixed_length(mask: jax.Array) -> jax.Array:

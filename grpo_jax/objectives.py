@@ -1,56 +1,259 @@
-"""Named objectives: what the train step minimizes, each a composition of the pieces in `losses`."""
+"""Named objectives: what the train step minimizes, each a composition of the pieces in `losses` and `advantages`."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
-from grpo_jax import losses
+from grpo_jax import advantages, losses
 from grpo_jax.metrics import Metrics
 
-__all__ = ["LossConfig", "Objective", "grpo", "supervised"]
+__all__ = [
+    "OBJECTIVES",
+    "LossConfig",
+    "Objective",
+    "cispo",
+    "dapo",
+    "dr_grpo",
+    "grpo",
+    "gspo",
+    "gspo_token",
+    "make_objective",
+    "mdpo",
+    "reinforce",
+    "reinforce_batch",
+    "reinforce_plus_plus",
+    "rloo",
+    "sapo",
+    "supervised",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
     """A loss on arrays, and what has to be computed for it. Static under jit."""
 
-    # (logprobs, advantages, mask, *, old_logprobs, ref_logprobs, weights) -> (loss, metrics)
+    # (logprobs, advantages, mask, *, entropies, old_logprobs, ref_logprobs, weights) -> (loss, metrics)
     loss: Callable[..., tuple[jax.Array, Metrics]]
     token_weights: Callable[[jax.Array], jax.Array]  # mask [b, T] of a whole minibatch -> weights
     needs_reference: bool = False
+    # (rewards [P, G], *, ddof, epsilon, counted) -> advantages [P, G]
+    advantages: Callable[..., jax.Array] = advantages.group_advantages
+
+
+ESTIMATORS: Mapping[str, losses.Estimator] = {
+    "k1": losses.kl_k1,
+    "k2": losses.kl_k2,
+    "k3": losses.kl_k3,
+    "k1+": losses.with_gradient_of_k2(losses.kl_k1),
+    "k3+": losses.with_gradient_of_k2(losses.kl_k3),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The objective of GRPO."""
+    """The objective, and what can be combined with any."""
 
+    objective: str = "grpo"  # by name: see docs/objectives.md
     kl_coef: float = 0.04  # beta; 0: no reference is held and no reference pass runs
-    clip_low: float = 0.2  # epsilon below a ratio of 1
-    clip_high: float = 0.2  # epsilon above a ratio of 1
+    kl: str = "k3"  # estimator of the KL: k1, k2, k3; k1+ and k3+ have the gradient of k2, which is the KL's
+    weighted_kl: bool = False  # the estimate times the token's ratio: unbiased off-policy too
+    clip_low: float | None = None  # epsilon below a ratio of 1; None: the objective's own
+    clip_high: float | None = None  # epsilon above a ratio of 1; None: the objective's own
+    dual_clip: float = 0.0  # bound of the ratio where the advantage is negative, above 1; 0: none
+    clamp: float = 0.0  # log-ratios are cut to this; 0: they are not
+    entropy_coef: float = 0.0  # of the entropy that is added to what is maximized
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}.")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef={self.kl_coef} must be 0 or more.")
-        if not 0 < self.clip_low < 1 or self.clip_high <= 0:
-            raise ValueError(f"clip_low={self.clip_low} must lie in (0, 1), clip_high={self.clip_high} above 0.")
+        if self.kl not in ESTIMATORS:
+            raise ValueError(f"kl={self.kl!r} must be one of {', '.join(ESTIMATORS)}.")
+        if (self.clip_low is not None and not 0 < self.clip_low <= 1) or (
+            self.clip_high is not None and self.clip_high <= 0
+        ):
+            raise ValueError(f"clip_low={self.clip_low} must lie in (0, 1], clip_high={self.clip_high} above 0.")
+        if 0 < self.dual_clip <= 1 or self.dual_clip < 0 or self.clamp < 0:
+            raise ValueError(f"dual_clip={self.dual_clip} must be above 1 or 0, clamp={self.clamp} 0 or more.")
 
 
-def grpo(config: LossConfig = LossConfig()) -> Objective:
-    """DeepSeekMath's GRPO with outcome supervision: `losses.grpo_loss`, mean per completion."""
+def _bounds(config: LossConfig, low: float, high: float) -> tuple[float, float]:
+    """Where the clip is: the configuration's, else the paper's."""
+    return low if config.clip_low is None else config.clip_low, high if config.clip_high is None else config.clip_high
+
+
+def _refuse(config: LossConfig, name: str, *fields: str) -> None:
+    """Raises ValueError where a field is set that this objective has no place for."""
+    default = LossConfig()
+    if given := [
+        f"{field}={getattr(config, field)}" for field in fields if getattr(config, field) != getattr(default, field)
+    ]:
+        raise ValueError(f"objective {name!r} has no place for {', '.join(given)}: leave it out, or take another.")
+
+
+def _policy(
+    config: LossConfig,
+    surrogate: losses.Surrogate,
+    *,
+    level: losses.Level = losses.token_level,
+    token_weights: Callable[[jax.Array], jax.Array] = losses.sequence_mean,
+    baseline: advantages.Baseline = advantages.group_mean,
+    scale: advantages.Scale = advantages.group_std,
+) -> Objective:
     return Objective(
-        loss=functools.partial(losses.grpo_loss, **dataclasses.asdict(config)),
-        token_weights=losses.sequence_mean,
+        loss=functools.partial(
+            losses.policy_loss, surrogate=surrogate, level=level, clamp=config.clamp, kl=ESTIMATORS[config.kl],
+            kl_coef=config.kl_coef, weighted_kl=config.weighted_kl, entropy_coef=config.entropy_coef,
+        ),
+        token_weights=token_weights,
         needs_reference=config.kl_coef != 0,
+        advantages=functools.partial(advantages.group_advantages, baseline=baseline, scale=scale),
+    )  # fmt: skip
+
+
+def _clipped(config: LossConfig, low: float = 0.2, high: float = 0.2) -> losses.Surrogate:
+    return losses.clipped(*_bounds(config, low, high), dual_clip=config.dual_clip)
+
+
+# The table. Each docstring has its equation, with rho the ratio to the old policy, A the advantage. ----------
+
+
+def grpo(config: LossConfig | None = None) -> Objective:
+    r"""GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3 and 4), with outcome supervision.
+
+    .. math:: \frac1G \sum_i \frac1{|o_i|} \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A) - \beta k_3,
+       \quad A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}(r)
+    """
+    config = LossConfig() if config is None else config
+    return _policy(config, _clipped(config))
+
+
+def dr_grpo(config: LossConfig) -> Objective:
+    r"""Dr. GRPO (arXiv 2503.20783): neither a completion's length nor its group's deviation weighs tokens.
+
+    .. math:: \frac1{G\,T} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A), \quad
+       A_i = r_i - \mathrm{mean}(r)
+    """
+    return _policy(config, _clipped(config), token_weights=losses.fixed_length, scale=advantages.no_scale)
+
+
+def dapo(config: LossConfig) -> Objective:
+    r"""DAPO (arXiv 2503.14476, eq. 8): the clip is higher above, and every token weighs the same.
+
+    .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 - 0.2, 1 + 0.28) A)
+
+    Over the whole minibatch, whatever it was cut into: what TRL calls `dapo`; its `bnpo` is that of one microbatch.
+    """
+    return _policy(config, _clipped(config, 0.2, 0.28), token_weights=losses.token_mean)
+
+
+def gspo(config: LossConfig) -> Objective:
+    r"""GSPO (arXiv 2507.18071, eq. 5 and 7): one ratio for a completion, the geometric mean of its tokens'.
+
+    .. math:: \frac1G \sum_i \min(s_i A_i, \mathrm{clip}(s_i, 1 - 3\cdot10^{-4}, 1 + 4\cdot10^{-4}) A_i)
+    """
+    return _policy(config, _clipped(config, 3e-4, 4e-4), level=losses.sequence_level)
+
+
+def gspo_token(config: LossConfig) -> Objective:
+    r"""GSPO-token (arXiv 2507.18071): the ratio of `gspo`, with a gradient for each token's own advantage."""
+    return _policy(config, _clipped(config, 3e-4, 4e-4), level=losses.sequence_level_token_gradient)
+
+
+def cispo(config: LossConfig) -> Objective:
+    r"""CISPO (MiniMax-M1, arXiv 2506.13585): the weight is clipped, and no token loses its gradient.
+
+    .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \mathrm{sg}[\min(\rho, 1 + \epsilon_{high})]\, A \log\pi
+
+    The paper gives no number for the bound; 1 + 4 is that of ScaleRL (arXiv 2510.13786).
+    """
+    _refuse(config, "cispo", "dual_clip")
+    return _policy(config, losses.clipped_weight(*_bounds(config, 1.0, 4.0)), token_weights=losses.token_mean)
+
+
+def sapo(config: LossConfig) -> Objective:
+    r"""SAPO (arXiv 2511.20347): a gate that closes softly, sooner where the advantage is negative.
+
+    .. math:: \frac1G \sum_i \frac1{|o_i|} \sum_t \frac4\tau \sigma(\tau(\rho - 1))\, A
+
+    with a temperature of 1 where A is positive, and of 1.05 where it is not.
+    """
+    _refuse(config, "sapo", "dual_clip", "clip_low", "clip_high")
+    return _policy(config, losses.soft_gate())
+
+
+def rloo(config: LossConfig) -> Objective:
+    r"""RLOO (arXiv 2402.14740): REINFORCE on whole completions against the mean of the others.
+
+    .. math:: \frac1G \sum_i A_i \log\pi(o_i), \quad A_i = r_i - \frac1{G-1} \sum_{j \ne i} r_j
+
+    With the ratio in place of the logarithm, whose gradient on-policy is the same.
+    """
+    _refuse(config, "rloo", "dual_clip", "clip_low", "clip_high")
+    return _reinforce(config, advantages.leave_one_out_mean)
+
+
+def reinforce(config: LossConfig) -> Objective:
+    r"""REINFORCE (Williams 1992), without a baseline: :math:`\frac1G \sum_i r_i \log\pi(o_i)`."""
+    _refuse(config, "reinforce", "dual_clip", "clip_low", "clip_high")
+    return _reinforce(config, advantages.no_baseline)
+
+
+def reinforce_batch(config: LossConfig) -> Objective:
+    r"""REINFORCE against the mean of the batch: :math:`A_i = r_i - \mathrm{mean}_{batch}(r)`."""
+    _refuse(config, "reinforce_batch", "dual_clip", "clip_low", "clip_high")
+    return _reinforce(config, advantages.batch_mean)
+
+
+def _reinforce(config: LossConfig, baseline: advantages.Baseline) -> Objective:
+    return _policy(
+        config, losses.unclipped(), token_weights=losses.sequence_sum, baseline=baseline, scale=advantages.no_scale
     )
+
+
+def reinforce_plus_plus(config: LossConfig) -> Objective:
+    r"""REINFORCE++ with its baseline (arXiv 2501.03262): the group's mean, the batch's deviation, PPO's clip.
+
+    .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A), \quad
+       A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}_{batch}
+    """
+    return _policy(config, _clipped(config), token_weights=losses.token_mean, scale=advantages.batch_std)
+
+
+def mdpo(config: LossConfig) -> Objective:
+    r"""Mirror descent (MDPO, arXiv 2005.09814): the KL to the old policy in place of the clip.
+
+    .. math:: \frac1G \sum_i \frac1{|o_i|} \sum_t \rho A - \lambda (\rho\log\rho - \rho + 1)
+    """
+    _refuse(config, "mdpo", "dual_clip", "clip_low", "clip_high")
+    return _policy(config, losses.mirror_descent())
+
+
+OBJECTIVES: Mapping[str, Callable[[LossConfig], Objective]] = {
+    function.__name__: function
+    for function in (
+        grpo, dr_grpo, dapo, gspo, gspo_token, cispo, sapo, rloo, reinforce, reinforce_batch, reinforce_plus_plus, mdpo
+    )
+}  # fmt: skip
+
+
+def make_objective(config: LossConfig) -> Objective:
+    """The objective that a configuration names.
+
+    Raises:
+      ValueError: the configuration sets what this objective has no place for.
+    """
+    return OBJECTIVES[config.objective](config)
 
 
 def supervised() -> Objective:
     """Maximum likelihood of the completions, mean per token; advantages are not looked at."""
 
-    def loss(logprobs, advantages, mask, *, old_logprobs, ref_logprobs, weights):
-        del advantages, old_logprobs, ref_logprobs
+    def loss(logprobs, advantages, mask, *, entropies, old_logprobs, ref_logprobs, weights):
+        del advantages, entropies, old_logprobs, ref_logprobs
         return losses.supervised_loss(logprobs, mask, weights=weights)
 
     return Objective(loss=loss, token_weights=losses.token_mean)

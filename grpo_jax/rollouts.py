@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from grpo_jax import sampling, sharding
-from grpo_jax.advantages import constant_groups, group_advantages
+from grpo_jax.advantages import BASELINES, SCALES, constant_groups, group_advantages
 from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
@@ -73,14 +73,29 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageConfig:
-    """How rewards are standardized within a group."""
+    """How rewards become advantages."""
 
+    baseline: str = ""  # group, leave_one_out, batch or none; empty: the objective's own
+    scale: str = ""  # what they are divided by, the deviation of: group, batch, or none; empty: the objective's own
     ddof: int = 1  # 1: sample deviation (divide by G - 1); 0: divide by G
     epsilon: float = 1e-4  # added to the standard deviation
+    count_truncated: bool = True  # completions that were cut at the limit count in baseline and scale
+    train_truncated: bool = True  # and train
 
     def __post_init__(self) -> None:
         if self.ddof not in (0, 1) or self.epsilon < 0:
             raise ValueError(f"ddof={self.ddof} must be 0 or 1, epsilon={self.epsilon} 0 or more.")
+        for name, table in (("baseline", BASELINES), ("scale", SCALES)):
+            if getattr(self, name) not in ("", *table):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(table)}, or empty.")
+
+    def __call__(self, estimator: Callable[..., jax.Array], rewards: jax.Array, finished: np.ndarray) -> jax.Array:
+        """Advantages [P, G] of rewards [P, G], by an objective's estimator or what is named here; finished [P, G]."""
+        options: dict[str, Any] = {"ddof": self.ddof, "epsilon": self.epsilon}
+        options |= {"baseline": BASELINES[self.baseline]} if self.baseline else {}
+        options |= {"scale": SCALES[self.scale]} if self.scale else {}
+        options |= {} if self.count_truncated else {"counted": jnp.asarray(finished)}
+        return estimator(rewards, **options)
 
 
 def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -227,6 +242,7 @@ class GroupRollouts:
     rewards: Sequence[Reward]
     config: RolloutConfig
     advantages: AdvantageConfig = AdvantageConfig()
+    estimator: Callable[..., jax.Array] = group_advantages  # an objective's
     # Whose completions: the policy's own, or another's for comparison.
     params_of: Callable[[TrainState], PyTree] | None = None
     # Which completions train: [B] rewards by name -> [B] bool; all of them by default.
@@ -249,9 +265,12 @@ class GroupRollouts:
         total = scores.total(self.rewards)
         scored = time.perf_counter()
 
-        advantages = group_advantages(jnp.asarray(total.reshape(-1, group)), **dataclasses.asdict(self.advantages))
-        selected = None if self.select is None else jnp.asarray(self.select(scores))
-        batch = train_batch(rollout, advantages, temperature=config.temperature, selected=selected)
+        finished = host.finished.reshape(-1, group)
+        advantages = self.advantages(self.estimator, jnp.asarray(total.reshape(-1, group)), finished)
+        selected = np.ones(finished.size, bool) if self.select is None else self.select(scores)
+        if not self.advantages.train_truncated:
+            selected = selected & host.finished
+        batch = train_batch(rollout, advantages, temperature=config.temperature, selected=jnp.asarray(selected))
         metrics = _rollout_metrics(self.rewards, scores, total.reshape(-1, group), host)
         if self.params_of is not None:
             # The sampler's policy is not the trainer's, and its advantages are not used: nothing to say of either.

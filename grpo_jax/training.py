@@ -227,7 +227,7 @@ def make_train_step(
         b, old, ref, weights = part
         logprobs, entropies, aux = logprobs_of(params, b, count)
         loss, metrics = objective.loss(
-            logprobs, b.advantages, b.mask, old_logprobs=old, ref_logprobs=ref, weights=weights
+            logprobs, b.advantages, b.mask, entropies=entropies, old_logprobs=old, ref_logprobs=ref, weights=weights
         )
         extra: dict[str, metrics_lib.Mean | metrics_lib.Max] = {
             "entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), b.mask)

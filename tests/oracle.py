@@ -223,6 +223,10 @@ def policy(logprobs, advantages, mask, **options):
     return policy_value(frozen, advantages, mask, frozen=frozen, **options), gradient
 
 
+def sequence_sum(mask):
+    return np.array([[1 / len(mask) if trains else 0.0 for trains in row] for row in mask])
+
+
 def fixed_length(mask):
     return np.array([[1 / mask.size if trains else 0.0 for trains in row] for row in mask])
 

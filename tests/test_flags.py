@@ -11,10 +11,12 @@ import pytest
 from absl import flags
 
 from experiments import countdown
-from grpo_jax import advantages, loop, objectives, sharding, training
+from grpo_jax import loop, objectives, rollouts, sharding, training
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data.countdown import Countdown
+from grpo_jax.data.sources import Prompt
 from grpo_jax.models.transformer import init_params, make_policy
+from grpo_jax.rewards import Reward
 from grpo_jax.types import Rollout
 from tests.silent import silent_rollout
 
@@ -25,8 +27,10 @@ OTHER = {
     "warm_start": {"steps": 3, "batch": 4, "learning_rate": 0.1, "seed": 5},
     "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 3, "temperature": 0.5, "top_k": 1, "top_p": 0.01,
                 "stop": tuple("0123456789+-*/()= :")},
-    "advantages": {"ddof": 0, "epsilon": 1.0},
-    "loss": {"kl_coef": 1.0, "clip_low": 0.01, "clip_high": 0.01},
+    "advantages": {"baseline": "batch", "scale": "none", "ddof": 0, "epsilon": 1.0, "count_truncated": False,
+                   "train_truncated": False},
+    "loss": {"objective": "gspo", "kl_coef": 1.0, "kl": "k2", "weighted_kl": True, "clip_low": 0.01, "clip_high": 0.01,
+             "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1},
     "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
                   "epsilon": 1.0, "weight_decay": 0.1},
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2},
@@ -73,18 +77,33 @@ def observe_model(config, tmp_path):
 
 
 def observe_advantages(config, tmp_path):
-    rewards = jnp.array([[1.0, 0.0, 0.5]])
-    return np.asarray(advantages.group_advantages(rewards, **dataclasses.asdict(config["advantages"]))).tolist()
+    """Of two groups, with a completion that was cut: advantages, and which tokens train."""
+    finished, rows = np.array([True, True, False, True, True, True]), (6, 3)
+
+    def sampler(*_):
+        return Rollout(
+            prompt_tokens=np.zeros((2, 2), np.int32), prompt_mask=np.ones((2, 2), bool),
+            completion_tokens=np.full(rows, 3), mask=np.ones(rows, bool), finished=finished,
+            logprobs=np.zeros(rows), sampler_logprobs=np.zeros(rows),
+        )  # fmt: skip
+
+    sampler.tokenizer = Countdown.tokenizer
+    experience = rollouts.GroupRollouts(
+        sampler=sampler, source=lambda i: Prompt(text="1"), config=rollouts.RolloutConfig(prompts=2, group_size=3),
+        rewards=[Reward(name="r", function=lambda **_: [1.0, 0.0, 0.5, 0.2, 0.9, 0.1])],
+        advantages=config["advantages"],
+    )  # fmt: skip
+    journal = types.SimpleNamespace(read=lambda *_: None, write=lambda *_: None)
+    batch = experience(types.SimpleNamespace(params=None, cursor=0, step=0), journal, lambda: None).batch
+    return np.asarray(batch.advantages).tolist(), np.asarray(batch.mask).tolist()
 
 
 def observe_loss(config, tmp_path):
-    objective = objectives.grpo(config["loss"])
+    objective = objectives.make_objective(config["loss"])
     new, old, ref = (jax.random.normal(jax.random.key(i), (4, 5)) / 10 for i in range(3))
     mask, signs = jnp.ones((4, 5), bool), jnp.array([1.0, -1.0, 2.0, -2.0])
-    loss = objective.loss(new, signs, mask, old_logprobs=old, ref_logprobs=ref, weights=objective.token_weights(mask))[
-        0
-    ]
-    return float(loss)
+    given = {"entropies": mask * 1.0, "old_logprobs": old, "ref_logprobs": ref}
+    return float(objective.loss(new, signs, mask, weights=objective.token_weights(mask), **given)[0])
 
 
 def observe_optimizer(config, tmp_path):

@@ -128,6 +128,7 @@ def test_k3_keeps_its_digits_between_close_policies():
         (losses.sequence_mean, [[1 / 6, 1 / 6, 0, 0], [1 / 12] * 4, [0, 0, 0, 0]]),
         (losses.token_mean, [[1 / 6, 1 / 6, 0, 0], [1 / 6] * 4, [0, 0, 0, 0]]),
         (losses.fixed_length, [[1 / 12, 1 / 12, 0, 0], [1 / 12] * 4, [0, 0, 0, 0]]),
+        (losses.sequence_sum, [[1 / 3, 1 / 3, 0, 0], [1 / 3] * 4, [0, 0, 0, 0]]),
     ],
 )
 def test_token_weights(token_weights, expected):

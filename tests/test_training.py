@@ -12,7 +12,7 @@ from grpo_jax import logprobs as logprobs_lib
 from grpo_jax import sharding, training
 from grpo_jax.logprobs import completion_logprobs, token_logprobs
 from grpo_jax.losses import grpo_loss
-from grpo_jax.objectives import LossConfig, grpo, supervised
+from grpo_jax.objectives import LossConfig, grpo, make_objective, supervised
 from grpo_jax.training import (
     OptimizerConfig,
     UpdateConfig,
@@ -133,6 +133,26 @@ def test_one_update_is_the_gradient(monkeypatch, policy, params, by_hand, sizes,
     assert state.cursor == 0
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, where)
     assert jax.tree.all(same)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_an_entropy_bonus_is_learned_from(monkeypatch, policy, params, batch, sizes):
+    monkeypatch.setitem(token_logprobs.__kwdefaults__, "chunk", 32)
+    monkeypatch.setattr(logprobs_lib, "_IDS", 4)
+    objective = make_objective(LossConfig(objective="dapo", kl_coef=0.0, entropy_coef=0.7))
+    state = make_state(policy, params, optax.sgd(1.0), objective, sizes)
+    step = make_train_step(policy, optax.sgd(1.0), objective, UpdateConfig(microbatches=2), like=state, key=KEY)
+    state, _ = step(state, batch)
+
+    def loss(params):
+        tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
+        logprobs, entropies, _ = completion_logprobs(policy, params, *tokens, batch.temperature[:, None])
+        terms = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs)) * batch.advantages[:, None] + 0.7 * entropies
+        return -jnp.where(batch.mask, terms, 0).sum() / batch.mask.sum()
+
+    monkeypatch.undo()
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert_trees_close(jax.tree.map(jnp.subtract, params, jax.device_get(state.params)), gradient)
 
 
 # Several updates ------------------------------------------------------------------------------------
