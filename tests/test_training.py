@@ -69,7 +69,8 @@ def loss_by_hand(params, policy, batch, old=None, ref=None):
     tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
     logprobs = completion_logprobs(policy, params, *tokens, batch.temperature[:, None])[0]
     return grpo_loss(
-        logprobs, batch.advantages, batch.mask, old_logprobs=old, ref_logprobs=ref, **dataclasses.asdict(LOSS)
+        logprobs, batch.advantages, batch.mask, old_logprobs=old, ref_logprobs=ref, kl_coef=LOSS.kl_coef,
+        clip_low=LOSS.clip_low, clip_high=LOSS.clip_high,
     )
 
 
@@ -356,7 +357,7 @@ def test_the_optimizer_is_clipped_adamw(clip_norm):
         (OptimizerConfig, {"clip_norm": -1.0}, "clip_norm"),
         (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
         (LossConfig, {"kl_coef": -0.1}, r"kl_coef=-0\.1"),
-        (LossConfig, {"clip_low": 1.0}, r"clip_low=1\.0"),
+        (LossConfig, {"clip_low": 1.5}, r"clip_low=1\.5"),
         (LossConfig, {"clip_low": 0.0}, r"clip_low=0\.0"),
         (LossConfig, {"clip_high": 0.0}, r"clip_high=0\.0"),
     ],
