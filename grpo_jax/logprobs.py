@@ -15,10 +15,10 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.packing import pack
+from grpo_jax.packing import Rows, pack, take_columns
 from grpo_jax.types import Policy
 
-__all__ = ["CHUNK", "completion_logprobs", "token_logprobs", "unembed"]
+__all__ = ["CHUNK", "completion_logprobs", "row_logprobs", "token_logprobs", "unembed"]
 
 Head = tuple[jax.Array, jax.Array | None, float | None]
 
@@ -331,6 +331,27 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
 # Completions ----------------------------------------------------------------------------------------
 
 
+def row_logprobs(
+    policy: Policy, params: Any, rows: Rows, *, count: jax.Array | None = None, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Log-probabilities of packed completions under `policy` with `params`.
+
+    Args:
+      policy: the model.
+      params: its parameters.
+      rows: R of them.
+      count, mesh: as of `token_logprobs`.
+
+    Returns:
+      logprobs [R, T], entropies [R, T] of the rows' targets (float32; 0 where there is none), and the model's aux.
+    """
+    hidden, aux = policy.hidden(params, rows.tokens, rows.positions, rows.segments)
+    states = take_columns(hidden, rows.predictors, mesh)
+    head = policy.head(params)
+    asked = {"mask": rows.mask, "count": count, "mesh": mesh}
+    return *token_logprobs(states, head, rows.targets, rows.temperature, **asked), aux
+
+
 def completion_logprobs(
     policy: Policy,
     params: Any,
@@ -339,11 +360,8 @@ def completion_logprobs(
     completion_tokens: jax.Array,
     mask: jax.Array,
     temperature: jax.Array | float = 1.0,
-    *,
-    count: jax.Array | None = None,
-    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    """Log-probabilities of completions given their prompts, under `policy` with `params`.
+    """Log-probabilities of completions given their prompts, under `policy` with `params`: one a row, on one device.
 
     Args:
       policy: the model.
@@ -352,16 +370,9 @@ def completion_logprobs(
       prompt_mask: [B, L] bool.
       completion_tokens: [B, T] int32.
       mask: [B, T] bool, true on a prefix of each completion.
-      temperature: [] or [B, 1] float, of the softmax.
-      count, mesh: as of `token_logprobs`.
+      temperature: [] or [B] float, of the softmax.
 
     Returns:
       logprobs [B, T], entropies [B, T] (float32; 0 where the mask is false), and the model's aux.
     """
-    rows = pack(prompt_tokens, prompt_mask, completion_tokens, mask)
-    hidden, aux = policy.hidden(params, rows.tokens, rows.positions, rows.segments)
-    states = rows.completions(hidden)
-    logprobs, entropies = token_logprobs(
-        states, policy.head(params), completion_tokens, temperature, mask=mask, count=count, mesh=mesh
-    )
-    return logprobs, entropies, aux
+    return row_logprobs(policy, params, pack(prompt_tokens, prompt_mask, completion_tokens, mask, temperature))

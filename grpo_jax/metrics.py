@@ -11,7 +11,18 @@ import jax.numpy as jnp
 
 from grpo_jax.types import record
 
-__all__ = ["Max", "Mean", "Metrics", "finalize", "masked_mean", "merge"]
+__all__ = [
+    "EffectiveSampleSize",
+    "Max",
+    "Mean",
+    "Metric",
+    "Metrics",
+    "add",
+    "empty",
+    "finalize",
+    "masked_mean",
+    "merge",
+]
 
 
 @record
@@ -24,6 +35,10 @@ class Mean:
     def merge(self) -> "Mean":
         """Folds the leading axis."""
         return Mean(total=self.total.sum(0), count=self.count.sum(0))
+
+    def empty(self) -> "Mean":
+        """What merges with another and leaves it as it is."""
+        return Mean(total=jnp.zeros(()), count=jnp.zeros(()))
 
     def value(self) -> jax.Array:
         """The number to log, [] float32."""
@@ -40,12 +55,38 @@ class Max:
         """Folds the leading axis."""
         return Max(top=self.top.max(0))
 
+    def empty(self) -> "Max":
+        """What merges with another and leaves it as it is."""
+        return Max(top=jnp.float32(-jnp.inf))
+
     def value(self) -> jax.Array:
         """The number to log, [] float32."""
         return self.top
 
 
-Metrics: TypeAlias = Mapping[str, Mean | Max]
+@record
+class EffectiveSampleSize:
+    r"""Kish's effective sample size, as a share: :math:`(\sum w)^2 / (n \sum w^2)`; 1 where all weights are equal."""
+
+    total: jax.Array  # [] float32, sum of w
+    squares: jax.Array  # [] float32, sum of their squares
+    count: jax.Array  # [] float32, n
+
+    def merge(self) -> "EffectiveSampleSize":
+        """Folds the leading axis."""
+        return EffectiveSampleSize(total=self.total.sum(0), squares=self.squares.sum(0), count=self.count.sum(0))
+
+    def empty(self) -> "EffectiveSampleSize":
+        """What merges with another and leaves it as it is."""
+        return EffectiveSampleSize(total=jnp.zeros(()), squares=jnp.zeros(()), count=jnp.zeros(()))
+
+    def value(self) -> jax.Array:
+        """The number to log, [] float32; 0 where nothing was counted."""
+        return jnp.square(self.total) / jnp.maximum(self.count * self.squares, 1e-30)
+
+
+Metric: TypeAlias = Mean | Max | EffectiveSampleSize
+Metrics: TypeAlias = Mapping[str, Metric]
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
@@ -53,9 +94,19 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
     return Mean(total=jnp.where(mask, values, 0).sum(), count=mask.sum().astype(jnp.float32))
 
 
-def merge(stacked: Metrics) -> dict[str, Mean | Max]:
-    """Folds the leading axis (microbatches, or optimizer steps) of every metric."""
+def merge(stacked: Metrics) -> dict[str, Metric]:
+    """Folds the leading axis (data shards, or optimizer steps) of every metric."""
     return {name: metric.merge() for name, metric in stacked.items()}
+
+
+def add(some: Metrics, others: Metrics) -> dict[str, Metric]:
+    """Merges the metrics of two parts."""
+    return merge(jax.tree.map(lambda *x: jnp.stack(x), some, others))
+
+
+def empty(like: Metrics) -> dict[str, Metric]:
+    """What `add` starts from, for metrics of these names and kinds."""
+    return {name: metric.empty() for name, metric in like.items()}
 
 
 def finalize(metrics: Metrics) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -34,12 +35,17 @@ __all__ = [
 class Objective:
     """A loss on arrays, and what has to be computed for it. Static under jit."""
 
-    # (logprobs, advantages, mask, *, entropies, old_logprobs, ref_logprobs, weights) -> (loss, metrics)
+    # (logprobs, advantages, mask, *, entropies, old_logprobs, ref_logprobs, correction, weights) -> (loss, metrics)
     loss: Callable[..., tuple[jax.Array, Metrics]]
     token_weights: Callable[[jax.Array], jax.Array]  # mask [b, T] of a whole minibatch -> weights
     needs_reference: bool = False
     # (rewards [P, G], *, ddof, epsilon, counted) -> advantages [P, G]
     advantages: Callable[..., jax.Array] = advantages.group_advantages
+    # (old log-probabilities, the sampler's, mask) -> (correction, metrics); the metrics always, and where it
+    # `corrects` the loss too
+    correction: Callable[..., tuple[jax.Array, Metrics]] = losses.importance_correction
+    corrects: bool = False
+    top_entropy: float = 1.0  # share of the rollout's tokens, those of the greatest entropy, whose surrogate counts
 
 
 ESTIMATORS: Mapping[str, losses.Estimator] = {
@@ -48,6 +54,13 @@ ESTIMATORS: Mapping[str, losses.Estimator] = {
     "k3": losses.kl_k3,
     "k1+": losses.with_gradient_of_k2(losses.kl_k1),
     "k3+": losses.with_gradient_of_k2(losses.kl_k3),
+}
+
+CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "token_truncate": {"level": losses.token_level, "masked": False},
+    "token_mask": {"level": losses.token_level, "masked": True},
+    "sequence_truncate": {"level": losses.sequence_product, "masked": False},
+    "sequence_mask": {"level": losses.sequence_product, "masked": True},
 }
 
 
@@ -64,6 +77,9 @@ class LossConfig:
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative, above 1; 0: none
     clamp: float = 0.0  # log-ratios are cut to this; 0: they are not
     entropy_coef: float = 0.0  # of the entropy that is added to what is maximized
+    top_entropy: float = 1.0  # the share of tokens, those of the greatest entropy, that learn; below 1 it costs a pass
+    correction: str = "none"  # of sampler against trainer: token_truncate, token_mask, sequence_truncate, sequence_mask
+    correction_bound: float = 2.0  # C: weights are cut above it, or left out above it and below 1 / C
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -76,6 +92,13 @@ class LossConfig:
             self.clip_high is not None and self.clip_high <= 0
         ):
             raise ValueError(f"clip_low={self.clip_low} must lie in (0, 1], clip_high={self.clip_high} above 0.")
+        if not 0 < self.top_entropy <= 1:
+            raise ValueError(f"top_entropy={self.top_entropy} must be in (0, 1]; 1: every token learns.")
+        if self.correction not in ("none", *CORRECTIONS) or self.correction_bound <= 1:
+            raise ValueError(
+                f"correction={self.correction!r} must be none or one of {', '.join(CORRECTIONS)}, "
+                f"correction_bound={self.correction_bound} above 1."
+            )
         if 0 < self.dual_clip <= 1 or self.dual_clip < 0 or self.clamp < 0:
             raise ValueError(f"dual_clip={self.dual_clip} must be above 1 or 0, clamp={self.clamp} 0 or more.")
 
@@ -111,6 +134,11 @@ def _policy(
         token_weights=token_weights,
         needs_reference=config.kl_coef != 0,
         advantages=functools.partial(advantages.group_advantages, baseline=baseline, scale=scale),
+        correction=functools.partial(
+            losses.importance_correction, bound=config.correction_bound, **CORRECTIONS.get(config.correction, {})
+        ),
+        corrects=config.correction != "none",
+        top_entropy=config.top_entropy,
     )  # fmt: skip
 
 
@@ -252,8 +280,8 @@ def make_objective(config: LossConfig) -> Objective:
 def supervised() -> Objective:
     """Maximum likelihood of the completions, mean per token; advantages are not looked at."""
 
-    def loss(logprobs, advantages, mask, *, entropies, old_logprobs, ref_logprobs, weights):
-        del advantages, entropies, old_logprobs, ref_logprobs
+    def loss(logprobs, advantages, mask, *, entropies, old_logprobs, ref_logprobs, correction, weights):
+        del advantages, entropies, old_logprobs, ref_logprobs, correction
         return losses.supervised_loss(logprobs, mask, weights=weights)
 
     return Objective(loss=loss, token_weights=losses.token_mean)

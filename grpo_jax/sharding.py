@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ __all__ = [
     "MeshConfig",
     "batch_sharding",
     "make_mesh",
+    "per_device",
     "replicated",
     "shardings",
 ]
@@ -129,3 +130,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def per_device(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`function` of the rows that each device has: the leading axis of all arguments and results is split over fsdp.
+
+    Over data the train step's `vmap` splits it. For what indexes by computed indices, of which XLA does not know that
+    they stay within a device's own rows. Not to be differentiated: over tensor, its transpose would sum up gradients
+    that are the same everywhere.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    by_rows = PartitionSpec("fsdp")
+    # Scans under a vmap that names an axis do not pass the check.
+    return jax.shard_map(function, mesh=mesh, in_specs=by_rows, out_specs=by_rows, check_vma=False)

@@ -4,19 +4,24 @@ Pure functions; `make_train_step` is the composition point where jit, donation a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import sharding
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import row_logprobs
+from grpo_jax.losses import top_entropies
+from grpo_jax.microbatches import Microbatches, frozen_logprobs, over_data, pack_microbatches
 from grpo_jax.objectives import Objective
-from grpo_jax.types import Policy, PyTree, Rollout, TrainBatch, TrainState
+from grpo_jax.packing import Rows
+from grpo_jax.sharding import per_device
+from grpo_jax.types import Array, Policy, PyTree, Rollout, TrainBatch, TrainState, record
 
 __all__ = [
     "OptimizerConfig",
@@ -57,11 +62,22 @@ class UpdateConfig:
 
     epochs: int = 1  # passes over the rollout (mu of the paper)
     minibatches: int = 1  # optimizer steps a pass
-    microbatches: int = 1  # parts of a minibatch, one after the other; saves memory, changes nothing
+    microbatches: int = 1  # parts of a minibatch, one after the other; saves memory, and short completions fill fewer
+    reference_every: int = 0  # steps after which the reference moves to the policy; 0: it stays
+    reference_mix: float = 1.0  # how far it moves: 1 all the way, 0.5 half of it
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.minibatches, self.microbatches) < 1:
             raise ValueError(f"{self}: epochs, minibatches and microbatches must be 1 or more.")
+        if self.reference_every < 0 or not 0 < self.reference_mix <= 1:
+            raise ValueError(
+                f"reference_every={self.reference_every} must be 0 or more, "
+                f"reference_mix={self.reference_mix} in (0, 1]."
+            )
+        if self.reference_mix < 1 and not self.reference_every:
+            raise ValueError(
+                f"reference_mix={self.reference_mix} needs reference_every: how often the reference moves."
+            )
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -155,9 +171,15 @@ def train_batch(
     )
 
 
-def _split(tree: PyTree, parts: int) -> PyTree:
-    """[b, ...] -> [parts, b / parts, ...], strided, so that rows stay on the device that holds them."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+@record
+class _Minibatch:
+    """What one optimizer step learns from, [b, ...]; or a microbatch of it, by slots of its rows."""
+
+    batch: TrainBatch
+    old: Array | None  # [b, T] float32, log-probabilities before the first update; None: this is the first
+    ref: Array | None  # [b, T] float32, the reference's; None: the loss does not ask
+    learns: Array | None  # [b, T] bool, the tokens whose surrogate counts; None: all
+    weights: Array  # [b, T] float32
 
 
 def make_train_step(
@@ -168,137 +190,133 @@ def make_train_step(
     *,
     like: TrainState,
     key: jax.Array,
+    clip_norm: float = 0.0,
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles the update of one rollout step.
+
+    Short completions share rows, as many as the policy can tell apart, and only microbatches that hold any are run:
+    what an update costs goes by real tokens, where there are several microbatches.
 
     Args:
       policy: the model.
       optimizer: an optax transformation.
       objective: what is minimized.
-      update: epochs, minibatches and microbatches.
+      update: epochs, minibatches and microbatches, and when the reference moves.
       like: a state, or ShapeDtypeStructs with shardings; what the step returns lies on the mesh as it does.
       key: typed key of the order of minibatches; not consumed, but folded with the step.
+      clip_norm: the optimizer's, for the metric `grad_clipped`; 0: it does not clip.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`, jitted; the state is donated. The step count goes up
       by one; the cursor stays, since only the caller knows what the batch consumed. Metrics are
       {name: [] float32}, means over all tokens of all optimizer steps.
       It raises ValueError where B does not divide into minibatches x microbatches x data x fsdp.
+
+    Raises:
+      ValueError: a reference is to move, and the objective has none.
     """
+    if update.reference_every and not objective.needs_reference:
+        raise ValueError(
+            f"reference_every={update.reference_every}: the objective has no reference that could move. Give the loss "
+            "a kl_coef above 0, or leave it out."
+        )
     where = jax.tree.map(lambda x: x.sharding, like)
     mesh = where.step.mesh
     optimizer_steps = update.epochs * update.minibatches
-    rows = PartitionSpec(sharding.BATCH_AXES)
 
-    def logprobs_of(params, b: TrainBatch, count):
-        return completion_logprobs(
-            policy, params, b.prompt_tokens, b.prompt_mask, b.completion_tokens, b.mask, b.temperature[:, None],
-            count=count, mesh=mesh,
+    def loss_of(params, rows: Rows, minibatch: _Minibatch, tokens):
+        logprobs, entropies, aux = row_logprobs(policy, params, rows, count=tokens, mesh=mesh)
+        # From here on by completions: [r W, T] for r rows a device.
+        logprobs, entropies = (rows.slots(x, mesh) for x in (logprobs, entropies))
+        m: _Minibatch = per_device(Rows.of_members, mesh)(rows, minibatch)
+        mask, metrics, correction = m.batch.mask, {}, None
+        if m.batch.sampler_logprobs is not None:
+            old = logprobs if m.old is None else m.old
+            weights, metrics = objective.correction(old, m.batch.sampler_logprobs, mask)
+            correction = weights if objective.corrects else None
+        if m.learns is not None:
+            correction = jnp.where(m.learns, 1 if correction is None else correction, 0.0)
+        loss, of_loss = objective.loss(
+            logprobs, m.batch.advantages, mask, entropies=entropies, old_logprobs=m.old, ref_logprobs=m.ref,
+            correction=correction, weights=m.weights,
         )  # fmt: skip
-
-    def most_tokens(mask, parts):
-        """The most tokens that any device trains in any of the parts that each data shard is split into, []."""
-        lengths = mask.sum(axis=1).reshape(mesh.shape["data"], -1, parts).swapaxes(1, 2)
-        return lengths.reshape(*lengths.shape[:2], mesh.shape["fsdp"], -1).sum(axis=-1).max()
-
-    def over_data(function, params, batch, count):
-        """`function(params, shard, count)` for each data shard, as an axis of the arrays: [data, b / data, ...].
-
-        So nothing is reduced over data inside of `function`, and only rows over fsdp are left for it to split.
-        """
-        data = mesh.shape["data"]
-        parts = jax.tree.map(lambda x: x.reshape(data, x.shape[0] // data, *x.shape[1:]), batch)
-        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec("data", "fsdp")))
-        return jax.vmap(function, (None, 0, None), spmd_axis_name="data")(params, parts, count)
-
-    def frozen_logprobs(params, batch: TrainBatch):
-        """[B, T] under fixed parameters, a microbatch at a time."""
-
-        parts = update.minibatches * update.microbatches
-
-        def of_shard(params, shard, count):
-            logprobs = jax.lax.map(lambda b: logprobs_of(params, b, count)[0], _split(shard, parts))
-            return logprobs.swapaxes(0, 1).reshape(shard.mask.shape)
-
-        logprobs = over_data(of_shard, params, batch, most_tokens(batch.mask, parts))
-        return jax.lax.stop_gradient(logprobs.reshape(batch.mask.shape))
-
-    def loss_of(params, part, count):
-        b, old, ref, weights = part
-        logprobs, entropies, aux = logprobs_of(params, b, count)
-        loss, metrics = objective.loss(
-            logprobs, b.advantages, b.mask, entropies=entropies, old_logprobs=old, ref_logprobs=ref, weights=weights
-        )
-        extra: dict[str, metrics_lib.Mean | metrics_lib.Max] = {
-            "entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), b.mask)
+        filled = (rows.segments > 0).astype(jnp.float32)
+        return loss, {
+            **metrics,
+            **of_loss,
+            "entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), mask),
+            "packing/fill": metrics_lib.Mean(total=filled.sum(), count=jnp.float32(filled.size)),
+            **{name: metrics_lib.Mean(total=total, count=count) for name, (total, count) in aux.items()},
         }
-        if optimizer_steps == 1:
-            extra |= _mismatch(logprobs, b)
-        extra |= {name: metrics_lib.Mean(total=total, count=count) for name, (total, count) in aux.items()}
-        return loss, {**metrics, **extra}
 
-    def gradients(params, minibatch, count):
-        """Loss, metrics and gradients of a minibatch, summed over its microbatches."""
+    def gradients(params, shard: Microbatches):
+        """((loss, metrics), gradients) of a data shard, summed over its microbatches."""
 
-        def add(total, part):
-            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part, count)
-            return jax.tree.map(jnp.add, total, grads), (loss, metrics)
+        def of_part(i):
+            part = shard.part(i, mesh), shard.of, shard.tokens[i]
+            return jax.value_and_grad(loss_of, has_aux=True)(params, *part)
+
+        def add(i, total):
+            ((loss, metrics), grads), ((more, others), also) = total, of_part(i)
+            return (loss + more, metrics_lib.add(metrics, others)), jax.tree.map(jnp.add, grads, also)
 
         if update.microbatches == 1:
-            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, minibatch, count)
-            return loss, metrics, grads
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, (losses, metrics) = jax.lax.scan(add, zeros, _split(minibatch, update.microbatches))
-        return losses.sum(), metrics_lib.merge(metrics), grads
+            return of_part(0)
+        (_, metrics), _ = jax.eval_shape(of_part, 0)
+        start = (jnp.zeros(()), metrics_lib.empty(metrics)), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.fori_loop(0, shard.count, add, start)
 
-    def optimizer_step(params, opt_state, minibatch):
-        b, old, ref = minibatch
-        weights = objective.token_weights(b.mask)
+    def optimizer_step(params, opt_state, minibatch: _Minibatch):
+        microbatches = pack_microbatches(policy, minibatch.batch, minibatch, update.microbatches, mesh)
         # Each data shard sums over its own microbatches; then one reduction over data, and not one a microbatch.
-        count = most_tokens(b.mask, update.microbatches)
-        loss, metrics, grads = over_data(gradients, params, (b, old, ref, weights), count)
+        (loss, metrics), grads = over_data(gradients, params, microbatches)
         loss, metrics, grads = loss.sum(), metrics_lib.merge(metrics), jax.tree.map(lambda x: x.sum(0), grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        once = lambda x: metrics_lib.Mean(total=x, count=jnp.ones(()))
-        metrics = {**metrics, "loss": once(loss), "grad_norm": once(optax.tree.norm(grads))}
+        norm, once = optax.tree.norm(grads), lambda x: metrics_lib.Mean(total=x.astype(jnp.float32), count=jnp.ones(()))
+        metrics = {**metrics, "loss": once(loss), "grad_norm": once(norm)}
+        if clip_norm:
+            metrics["grad_clipped"] = once(norm > clip_norm)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     def train_step(state: TrainState, batch: TrainBatch):
         check_divides(batch.mask.shape[0], update, mesh)
-        batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
-        ref = frozen_logprobs(state.reference, batch) if objective.needs_reference else None
+        batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
+        frozen = functools.partial(
+            frozen_logprobs, policy, batch=batch, parts=update.minibatches * update.microbatches, mesh=mesh
+        )
+        ref = frozen(state.reference)[0] if objective.needs_reference else None
+        old, learns = None, None
         # With a single update the old policy is the one that is differentiated: no pass is spent on it.
-        old = frozen_logprobs(state.params, batch) if optimizer_steps > 1 else None
+        if optimizer_steps > 1 or objective.top_entropy < 1:
+            old, entropies = frozen(state.params)
+            if objective.top_entropy < 1:
+                learns = top_entropies(entropies, batch.mask, objective.top_entropy)
 
         def one(carry, order):
-            params, opt_state = carry
-            minibatch = (
-                jax.tree.map(lambda x: x[order], (batch, old, ref)) if update.minibatches > 1 else (batch, old, ref)
+            take = lambda tree: jax.tree.map(lambda x: x[order], tree) if update.minibatches > 1 else tree
+            (params, opt_state), b = carry, take(batch)
+            minibatch = _Minibatch(
+                batch=b, old=take(old), ref=take(ref), learns=take(learns), weights=objective.token_weights(b.mask)
             )
             params, opt_state, metrics = optimizer_step(params, opt_state, minibatch)
             return (params, opt_state), metrics
 
         orders = _orders(jax.random.fold_in(key, state.step), batch.mask.shape[0], update)
         (params, opt_state), metrics = jax.lax.scan(one, (state.params, state.opt_state), orders)
-        metrics = metrics_lib.merge(metrics)
-        if old is not None:
-            metrics |= _mismatch(old, batch)
         state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
-        return state, metrics_lib.finalize(metrics)
+        state = dataclasses.replace(state, reference=_moved_reference(state, update))
+        return state, metrics_lib.finalize(metrics_lib.merge(metrics))
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
-def _mismatch(logprobs: jax.Array, batch: TrainBatch) -> dict[str, metrics_lib.Mean | metrics_lib.Max]:
-    """How far the sampler's log-probabilities are from the trainer's, which should be the same numbers."""
-    if batch.sampler_logprobs is None:
-        return {}
-    difference = jnp.abs(jax.lax.stop_gradient(logprobs) - batch.sampler_logprobs)
-    name = "sampling/sampling_logp_difference"
-    return {
-        f"{name}/mean": metrics_lib.masked_mean(difference, batch.mask),
-        f"{name}/max": metrics_lib.Max(top=jnp.where(batch.mask, difference, 0).max()),
-    }
+def _moved_reference(state: TrainState, update: UpdateConfig) -> PyTree:
+    """The reference after a step: where it was or, every so many steps, on its way to the policy."""
+    if not update.reference_every:
+        return state.reference
+    towards = lambda ref, new: ref + update.reference_mix * (new - ref)
+    mixed = lambda: jax.tree.map(towards, state.reference, state.params)
+    return jax.lax.cond(state.step % update.reference_every == 0, mixed, lambda: state.reference)
 
 
 def _orders(key: jax.Array, completions: int, update: UpdateConfig) -> jax.Array:

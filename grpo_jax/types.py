@@ -53,6 +53,7 @@ class Policy:
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
     sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names
     cache_axes: PyTree  # like the cache, leaves are tuples of logical axis names
+    max_segments: int | None = None  # a row for `hidden` holds no more; None: any number
 
 
 @record
@@ -85,7 +86,7 @@ class TrainBatch:
     prompt_mask: Array  # [B, L] bool, padding on either side
     completion_tokens: Array  # [B, T] int32
     mask: Array  # [B, T] bool, the tokens that train
-    advantages: Array  # [B] float32
+    advantages: Array  # [B] float32, or [B, T]
     sampler_logprobs: Array | None  # [B, T] float32, untruncated, at the temperature; None: nothing was sampled
     temperature: Array  # [B] float32, at which the trainer takes log-probabilities (0 stands for 1)
 

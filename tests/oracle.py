@@ -15,6 +15,20 @@ def pad(rows, width, side="right", value=0):
     return values, mask
 
 
+def first_fit(sizes, capacity, slots):
+    """How many rows first-fit decreasing takes; a size, like the capacity, is (columns, completion tokens)."""
+    rows = []
+    for columns, tokens in sorted(sizes, key=lambda size: -size[0]):
+        for row in rows:
+            if row[0] >= columns and row[1] >= tokens and row[2]:
+                break
+        else:
+            row = [*capacity, slots]
+            rows.append(row)
+        row[:] = row[0] - columns, row[1] - tokens, row[2] - 1
+    return len(rows)
+
+
 def group_advantages(rewards, ddof=1, epsilon=1e-4, baseline="group", scale="group", counted=None):
     rewards = np.asarray(rewards, np.float64)
     counted = np.ones(rewards.shape, bool) if counted is None else counted

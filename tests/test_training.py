@@ -51,7 +51,7 @@ def make_batch(policy, params, width=4, side="right", columns=T):
     return TrainBatch(
         prompt_tokens=tokens[0], prompt_mask=tokens[1], completion_tokens=tokens[2], mask=tokens[3],
         advantages=rng.normal(size=B).astype(np.float32), temperature=temperature,
-        sampler_logprobs=LOGPROBS(policy, params, *tokens, temperature[:, None])[0],
+        sampler_logprobs=LOGPROBS(policy, params, *tokens, temperature)[0],
     )  # fmt: skip
 
 
@@ -67,10 +67,16 @@ def make_state(policy, params, optimizer, objective=None, sizes=(1, 1, 1)):
 
 def loss_by_hand(params, policy, batch, old=None, ref=None):
     tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
-    logprobs = completion_logprobs(policy, params, *tokens, batch.temperature[:, None])[0]
+    logprobs = completion_logprobs(policy, params, *tokens, batch.temperature)[0]
     return grpo_loss(
-        logprobs, batch.advantages, batch.mask, old_logprobs=old, ref_logprobs=ref, kl_coef=LOSS.kl_coef,
-        clip_low=LOSS.clip_low, clip_high=LOSS.clip_high,
+        logprobs,
+        batch.advantages,
+        batch.mask,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        kl_coef=LOSS.kl_coef,
+        clip_low=LOSS.clip_low,
+        clip_high=LOSS.clip_high,
     )
 
 
@@ -79,7 +85,7 @@ gradient_by_hand = jax.jit(jax.value_and_grad(loss_by_hand, has_aux=True), stati
 
 def logprobs_by_hand(policy, params, batch):
     tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
-    return LOGPROBS(policy, params, *tokens, batch.temperature[:, None])[0]
+    return LOGPROBS(policy, params, *tokens, batch.temperature)[0]
 
 
 def assert_trees_close(got, expected, atol=1e-5):
@@ -147,7 +153,7 @@ def test_an_entropy_bonus_is_learned_from(monkeypatch, policy, params, batch, si
 
     def loss(params):
         tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
-        logprobs, entropies, _ = completion_logprobs(policy, params, *tokens, batch.temperature[:, None])
+        logprobs, entropies, _ = completion_logprobs(policy, params, *tokens, batch.temperature)
         terms = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs)) * batch.advantages[:, None] + 0.7 * entropies
         return -jnp.where(batch.mask, terms, 0).sum() / batch.mask.sum()
 
@@ -279,13 +285,13 @@ def test_supervised_update(policy, params, batch):
     got, metrics = step(
         state, dataclasses.replace(batch, advantages=np.full(B, np.nan, np.float32), sampler_logprobs=None)
     )
-    assert metrics.keys() == {"loss", "entropy", "grad_norm"}
+    assert metrics.keys() == {"loss", "entropy", "grad_norm", "packing/fill"}
 
     @jax.jit
     @jax.value_and_grad
     def by_hand(params):
         tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
-        logprobs = completion_logprobs(policy, params, *tokens, batch.temperature[:, None])[0]
+        logprobs = completion_logprobs(policy, params, *tokens, batch.temperature)[0]
         return -jnp.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
 
     loss, gradient = by_hand(params)

@@ -322,4 +322,5 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         param_axes=param_axes,
         sampler_axes={**rest, "layers": unstacked(param_axes["layers"], param_axes.get("tail", []), layer_axes)},
         cache_axes=[{"key": leaf_axes, "value": leaf_axes}] * config.layers,
+        max_segments=1 if config.attention == "cudnn" else None,  # its kernel knows no segments
     )
