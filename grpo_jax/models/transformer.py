@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models.attention import attend_slots, make_attention
+from grpo_jax.sharding import shardings
 from grpo_jax.types import Policy
 
 __all__ = ["TransformerConfig", "abstract_params", "init_params", "make_policy", "project"]
@@ -266,8 +267,12 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
                 x = layers[window](x, layer_params)
             return x, None
 
-        # A device looks all rows up in its part of the table, split over fsdp by width, before they change places.
-        x = split(embed(params, split(tokens, None, None)), None, None, "fsdp")
+        # A device looks all rows up in its part of the table, split over fsdp by width, before they change places. (Of a
+        # tied head `token_logprobs` wants other parts, of ids: looked up in those, rows would be sums over devices.)
+        table = params["embedding"]
+        if mesh is not None:
+            table = jax.lax.with_sharding_constraint(table, shardings(table, param_axes["embedding"], mesh))
+        x = split(embed({"embedding": table}, split(tokens, None, None)), None, None, "fsdp")
         x, _ = jax.lax.scan(body, split(x, "fsdp", None, None), params["layers"])
         for window, layer_params in zip(pattern, params.get("tail", ()), strict=False):
             x = layers[window](x, layer_params)
