@@ -34,6 +34,7 @@ _HOME = {
         "train_batch",
     ),
     "sharding": ("MeshConfig", "make_mesh"),
+    "diagnosis": ("diagnose",),
     "models.transformer": ("TransformerConfig", "init_params", "make_policy"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

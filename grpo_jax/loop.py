@@ -12,7 +12,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,9 +22,10 @@ import optax
 from tqdm import tqdm
 
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.diagnosis import diagnose
 from grpo_jax.evaluation import Evaluator
 from grpo_jax.rollouts import Experience, Journal
-from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, diagnose, write_atomically
+from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
 from grpo_jax.types import TrainBatch, TrainState
 
 __all__ = ["StopSignals", "Stopped", "open_workdir", "train"]
@@ -188,7 +189,7 @@ def train(
                     metrics |= evaluate.greedy(state.params)
                 shown = experienced.samples if step % samples_every == 0 or step == 1 else ()
                 log.write(step, metrics, shown)
-                screen.step(log.rows[-1], shown)
+                screen.step(log.rows, shown)
                 if step == steps or step % checkpoints.every == 0 or "eval/accuracy" in metrics:
                     store.save(state, metrics.get("eval/accuracy"))
         except Stopped:
@@ -238,7 +239,8 @@ class _Screen:
     """A progress bar on a terminal, and now and then a line where there is none."""
 
     def __init__(self, title: str, steps: int, step: int):
-        self._title, self._steps, self._said = title, steps, ""
+        self._title, self._steps = title, steps
+        self._said: dict[str, int] = {}  # the step at which a diagnosis was last printed, by its name
         self._lines = max(1, min(steps // 20, 200))  # steps between lines where there is no terminal
         self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
 
@@ -248,7 +250,8 @@ class _Screen:
             shown = (f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {row[name]:.1%}" for name in names)
             self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
 
-    def step(self, row: Mapping[str, Any], samples: Any) -> None:
+    def step(self, rows: Sequence[Mapping[str, Any]], samples: Any) -> None:
+        row = rows[-1]
         self._bar.set_postfix_str(_line(row), refresh=False)
         self._bar.update()
         self.evaluation(row)
@@ -257,10 +260,11 @@ class _Screen:
         for sample in samples[:4]:
             text = f"{sample['prompt']} -> {sample['completion']}"
             self._say(f"    {text}  reward {sample['reward']:.2f}  advantage {sample['advantage']:+.2f}")
-        said = " ".join(diagnose(row))
-        if said and (said != self._said or row["step"] % self._lines == 0):
-            self._say(f"{self._title}: step {row['step']}: {said}")
-        self._said = said
+        for said in diagnose(row, rows[:-1]):
+            name = said.partition(":")[0]
+            if row["step"] - self._said.get(name, -self._lines) >= self._lines:  # its numbers differ every time
+                self._say(f"{self._title}: step {row['step']}: {said}")
+                self._said[name] = row["step"]
 
     def _say(self, text: str) -> None:
         tqdm.write(text)

@@ -1,11 +1,10 @@
-"""What a run says of itself: `diagnose`, which reads metrics, and the files that hold them.
+"""What a run says of itself, and the files that hold it.
 
 Metric names are those that TRL users know. Names under `time/` are measured and differ from run to run;
 all others are the same bits whenever a run is repeated or resumed.
 """
 
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,51 +12,13 @@ from typing import Any
 
 from grpo_jax.rewards import Item
 
-__all__ = ["RewardJournal", "RunLog", "WorkdirError", "diagnose", "read_jsonl", "write_atomically"]
+__all__ = ["RewardJournal", "RunLog", "WorkdirError", "read_jsonl", "write_atomically"]
 
 Metrics = Mapping[str, float]
 
 
 class WorkdirError(RuntimeError):
     """The workdir cannot be used: unwritable, full, or of another configuration."""
-
-
-def diagnose(metrics: Metrics) -> list[str]:
-    """What a step's metrics mean, where they mean something to act on; one sentence each, often none."""
-    said = []
-    constant = metrics.get("frac_reward_zero_std", 0.0)
-    if constant >= 1:
-        right, wrong = metrics.get("frac_groups_all_right", 0.0), metrics.get("frac_groups_all_wrong", 0.0)
-        kind = (
-            "all right"
-            if right >= 1
-            else "all wrong"
-            if wrong >= 1
-            else f"{right:.0%} all right, {wrong:.0%} all wrong"
-        )
-        remedy = {
-            "all right": "the prompts are too easy by now",
-            "all wrong": "the prompts are too hard, or the reward cannot be reached: look at the samples",
-        }.get(kind, "look at the samples; more members a group (--rollout.group_size) find more spread")
-        said.append(
-            f"no signal: in every group all rewards are equal ({kind}), so every advantage is 0"
-            f"{' and only the KL term moves the policy' if 'kl' in metrics else ''}; {remedy}."
-        )
-    if metrics.get("completions/clipped_ratio", 0.0) >= 1:
-        said.append(
-            "every completion was cut at the limit and none ended: raise --rollout.max_tokens, or check the EOS ids."
-        )
-    if not all(map(math.isfinite, (metrics.get("loss", 0.0), metrics.get("grad_norm", 0.0)))):
-        said.append(
-            "loss or gradient is not a finite number, and the parameters are lost with it: lower the learning rate, "
-            "and go on from a checkpoint before this step."
-        )
-    if metrics.get("sampling/sampling_logp_difference/mean", 0.0) > 0.1:
-        said.append(
-            "sampler and trainer disagree on the log-probability of the same tokens by "
-            f"{metrics['sampling/sampling_logp_difference/mean']:.2g} on average: a bug, or a dtype too coarse."
-        )
-    return said
 
 
 def _explained(path: pathlib.Path, error: OSError) -> WorkdirError:

@@ -61,6 +61,30 @@ def test_a_complete_run_is_left_alone(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_diagnosis_is_said_when_it_begins_and_then_as_rarely_as_other_lines(tmp_path, capsys):
+    def often_cut(state, journal, interrupt):
+        step = int(state.step) + 1
+        cut = {"completions/clipped_ratio": float(step >= 5 and step != 8), "loss": 1.0}
+        mismatch = {"sampling/sampling_logp_difference/mean": 0.2 + step / 100 if step == 12 else 0.0}
+        return Experience(batch=np.float32(0), prompts_consumed=1, metrics=cut | mismatch)
+
+    run(tmp_path, 80, experience=often_cut, checkpoints=CheckpointConfig(every=40))  # a line every 4 steps
+    lines = [line for line in capsys.readouterr().out.splitlines() if "truncated:" in line or "mismatch:" in line]
+    assert [line.split(": ")[1:3] for line in lines[:4]] == [
+        ["step 5", "truncated"], ["step 9", "truncated"], ["step 12", "mismatch"], ["step 13", "truncated"],
+    ]  # fmt: skip
+    assert len(lines) == 1 + len(range(5, 81, 4))
+
+
+def test_the_screen_shows_the_history_to_the_diagnoses(tmp_path, capsys):
+    def collapsing(state, journal, interrupt):
+        metrics = {"reward": 0.0, "entropy": 1.0 if int(state.step) == 0 else 0.05}
+        return Experience(batch=np.float32(0), prompts_consumed=1, metrics=metrics)
+
+    run(tmp_path, 2, experience=collapsing)
+    assert "step 2: entropy collapse: 0.05 nats a token, 5.0% of the first step's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_last_step_and_says_so_in_the_exit_code(tmp_path, number, capsys):
     def signalled(state, journal, interrupt):
