@@ -73,8 +73,9 @@ def phase(
     else:
         state = training.init_train_state(policy, params(), transformation, objective, mesh)
     step = training.make_train_step(
-        policy, transformation, objective, update, like=state, key=jax.random.fold_in(key, 1)
-    )
+        policy, transformation, objective, update, like=state, key=jax.random.fold_in(key, 1),
+        clip_norm=optimizer.clip_norm,
+    )  # fmt: skip
     return loop.train(
         state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
         learning_rate=schedule, checkpoints=checkpoints, **options,
@@ -132,8 +133,8 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
     return (
         f"a step: {rollout.prompts} prompts x {rollout.group_size} = {completions} completions of up to {max_tokens} "
         f"tokens; {update.epochs} epochs x {update.minibatches} minibatches = {update.epochs * update.minibatches} "
-        f"optimizer steps of {each} completions, {each // (update.microbatches * shards)} at a time on each of "
-        f"{shards} data shards"
+        f"optimizer steps of {each} completions; short ones share rows, {each // (update.microbatches * shards)} at a "
+        f"time on each of {shards} data shards"
     )
 
 

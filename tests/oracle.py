@@ -161,6 +161,32 @@ def grpo(logprobs, advantages, mask, *, old=None, ref=None, weights=None, clip_l
     return loss, gradient, metrics | ({"kl": mean(kls)} if kl_coef else {})
 
 
+def importance_correction(old, sampler, mask, level, bound, masked):
+    """The correction of each token, and what is logged of it."""
+    correction, weights, differences = np.zeros(mask.shape), [], []
+    for i, t in zip(*np.nonzero(mask), strict=True):
+        tokens = [t] if level == "token" else [u for u in range(mask.shape[1]) if mask[i, u]]
+        weight = math.prod(math.exp(float(old[i, u]) - float(sampler[i, u])) for u in tokens)
+        weights.append(weight)
+        differences.append(abs(float(old[i, t]) - float(sampler[i, t])))
+        correction[i, t] = (weight if 1 / bound <= weight <= bound else 0.0) if masked else min(weight, bound)
+    name, count = "sampling/sampling_logp_difference", max(len(weights), 1)
+    squares = sum(w**2 for w in weights)
+    return correction, {
+        f"{name}/mean": sum(differences) / count,
+        f"{name}/max": max(differences, default=0.0),
+        "sampling/effective_sample_size": sum(weights) ** 2 / (count * squares) if weights else 0.0,
+        "sampling/frac_out_of_bounds": sum(not 1 / bound <= w <= bound for w in weights) / count,
+    }
+
+
+def top_entropies(entropies, mask, share):
+    kept = sorted((float(h) for h in entropies[mask]), reverse=True)[: math.ceil(share * mask.sum())]
+    return np.array(
+        [[bool(m) and h >= kept[-1] for h, m in zip(*row, strict=True)] for row in zip(entropies, mask, strict=True)]
+    )
+
+
 def log_weight(level, i, t, logprobs, frozen, old, mask):
     """The logarithm of the importance weight of a token; `frozen` stands where no gradient flows."""
     ratio = lambda x, u: float(x[i, u]) - float(old[i, u])

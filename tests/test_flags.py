@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from experiments import countdown
-from grpo_jax import loop, objectives, rollouts, sharding, training
+from grpo_jax import loop, losses, objectives, rollouts, sharding, training
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data.countdown import Countdown
 from grpo_jax.data.sources import Prompt
@@ -30,10 +30,11 @@ OTHER = {
     "advantages": {"baseline": "batch", "scale": "none", "ddof": 0, "epsilon": 1.0, "count_truncated": False,
                    "train_truncated": False},
     "loss": {"objective": "gspo", "kl_coef": 1.0, "kl": "k2", "weighted_kl": True, "clip_low": 0.01, "clip_high": 0.01,
-             "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1},
+             "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1, "top_entropy": 0.5, "correction": "token_truncate",
+             "correction_bound": 1.01},
     "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
                   "epsilon": 1.0, "weight_decay": 0.1},
-    "update": {"epochs": 2, "minibatches": 2, "microbatches": 2},
+    "update": {"epochs": 2, "minibatches": 2, "microbatches": 2, "reference_every": 2, "reference_mix": 0.5},
     "train": {"steps": 7, "seed": 1, "format_reward": 0.5, "samples_every": 1},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
     "evaluation": {"every": 3, "prompts": 6, "sampled_prompts": 5, "samples": 3, "temperature": 2.0, "top_p": 0.5,
@@ -56,6 +57,7 @@ BASE = {
     "evaluation": {"every": 2, "prompts": 4, "sampled_prompts": 4, "samples": 2},
     "checkpoints": {"every": 2, "keep_latest": 2, "keep_best": 1},
     "optimizer": {"warmup_steps": 2, "learning_rate": 0.1, "decay": "constant"},
+    "update": {"reference_every": 3},
 }
 FIELDS = [(section, field) for section, fields in OTHER.items() for field in fields]
 
@@ -102,8 +104,14 @@ def observe_loss(config, tmp_path):
     objective = objectives.make_objective(config["loss"])
     new, old, ref = (jax.random.normal(jax.random.key(i), (4, 5)) / 10 for i in range(3))
     mask, signs = jnp.ones((4, 5), bool), jnp.array([1.0, -1.0, 2.0, -2.0])
-    given = {"entropies": mask * 1.0, "old_logprobs": old, "ref_logprobs": ref}
-    return float(objective.loss(new, signs, mask, weights=objective.token_weights(mask), **given)[0])
+    entropies = jnp.abs(ref)
+    weights, metrics = objective.correction(old, ref, mask)
+    given = {"entropies": entropies, "old_logprobs": old, "ref_logprobs": ref}
+    given["correction"] = losses.top_entropies(entropies, mask, objective.top_entropy) * (
+        weights if objective.corrects else 1.0
+    )
+    loss, _ = objective.loss(new, signs, mask, weights=objective.token_weights(mask), **given)
+    return float(loss), {name: float(metric.value()) for name, metric in metrics.items()}
 
 
 def observe_optimizer(config, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.metrics import Max, Mean, finalize, masked_mean, merge
+from grpo_jax.metrics import EffectiveSampleSize, Max, Mean, add, empty, finalize, masked_mean, merge
 
 VALUES = np.array([3.0, -1, 4, 1, -5, 9, 2, -6], np.float32)  # whole numbers: sums are exact in any order
 
@@ -37,3 +37,23 @@ def test_masked_mean_of_booleans():
 
 def test_nothing_counted_is_zero():
     assert masked_mean(jnp.full(3, jnp.nan), jnp.zeros(3, bool)).value() == 0
+
+
+def test_effective_sample_size():
+    """Of weights 1, 1, 4 it is 36 / (3 x 18); two parts are one."""
+    part = lambda *w: EffectiveSampleSize(
+        total=jnp.float32(sum(w)), squares=jnp.float32(sum(x * x for x in w)), count=jnp.float32(len(w))
+    )
+    assert part(1, 1, 4).value() == pytest.approx(2 / 3)
+    assert part(3, 3).value() == 1
+    assert part().value() == 0
+    assert add({"a": part(1, 4)}, {"a": part(1)})["a"].value() == pytest.approx(2 / 3)
+
+
+def test_what_adds_nothing():
+    metrics = {
+        "a": Mean(total=jnp.float32(3), count=jnp.float32(2)),
+        "b": Max(top=jnp.float32(-7)),
+        "c": EffectiveSampleSize(total=jnp.float32(3), squares=jnp.float32(5), count=jnp.float32(2)),
+    }
+    assert finalize(add(empty(metrics), metrics)) == finalize(metrics)

@@ -281,7 +281,7 @@ def test_batch_arithmetic_by_hand():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=3, fsdp=2))
     assert runs.batch_arithmetic(rollout, update, mesh, 99) == (
         "a step: 12 prompts x 4 = 48 completions of up to 99 tokens; 3 epochs x 2 minibatches = 6 optimizer steps of "
-        "24 completions, 2 at a time on each of 6 data shards"
+        "24 completions; short ones share rows, 2 at a time on each of 6 data shards"
     )
 
 

@@ -162,6 +162,133 @@ def test_an_entropy_bonus_is_learned_from(monkeypatch, policy, params, batch, si
     assert_trees_close(jax.tree.map(jnp.subtract, params, jax.device_get(state.params)), gradient)
 
 
+# Rows that completions share ----------------------------------------------------------------------------
+
+
+def packed_and_not(policy, params, batch, update, objective=None, sizes=(1, 1, 1)):
+    """(state, metrics) of an update, with one completion a row, and with as many as fit."""
+    results = []
+    for kind in (dataclasses.replace(policy, max_segments=1), policy):
+        state = make_state(kind, params, optax.sgd(1.0), objective, sizes)
+        step = make_train_step(kind, optax.sgd(1.0), objective or grpo(LOSS), update, like=state, key=KEY)
+        state, metrics = step(state, batch)
+        results.append((jax.device_get(state.params), jax.device_get(metrics)))
+    return results
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_shared_rows_change_nothing_but_how_many_there_are(monkeypatch, policy, params, sizes, chunked):
+    if chunked:
+        monkeypatch.setitem(token_logprobs.__kwdefaults__, "chunk", 32)
+        monkeypatch.setattr(logprobs_lib, "_IDS", 4)
+    batch = make_batch(policy, params, columns=3 * T)  # of which a completion has T at most
+    advantages = np.random.default_rng(2).normal(size=batch.mask.shape).astype(np.float32)
+    batch = dataclasses.replace(batch, advantages=advantages)
+    objective = make_objective(LossConfig(objective="gspo_token", kl_coef=0.2, entropy_coef=0.1))
+    update = UpdateConfig(epochs=2, microbatches=4)
+    alone, shared = packed_and_not(policy, params, batch, update, objective, sizes)
+    assert_trees_close(shared[0], alone[0], atol=2e-5)
+    fill = [metrics.pop("packing/fill") for _, metrics in (alone, shared)]
+    real = (batch.prompt_mask.sum(axis=1) * batch.mask.any(axis=1) + batch.mask.sum(axis=1)).sum()
+    assert fill[0] == pytest.approx(real / (B * (4 + 3 * T)))
+    assert fill[1] >= 1.99 * fill[0]  # half of the microbatches at most were run
+    assert_trees_close(shared[1], alone[1], atol=2e-5)
+
+
+def test_lengths_do_not_recompile(policy, params):
+    traced = []
+
+    def hidden(*arguments):
+        traced.append(1)
+        return policy.hidden(*arguments)
+
+    counted = dataclasses.replace(policy, hidden=hidden)
+    state = make_state(counted, params, optax.sgd(0.1))
+    step = make_train_step(counted, optax.sgd(0.1), grpo(LOSS), UpdateConfig(microbatches=4), like=state, key=KEY)
+    batch, counts = make_batch(policy, params), []
+    for longest in (1, 3, 5, 2, 0):
+        state, _ = step(state, dataclasses.replace(batch, mask=batch.mask & (np.arange(T)[None] < longest)))
+        counts.append(len(traced))
+    assert len(set(counts)) == 1
+    assert step._cache_size() == 1
+
+
+def test_an_update_without_a_token_changes_nothing(policy, params, batch):
+    state = make_state(policy, params, optax.sgd(1.0))
+    step = make_train_step(policy, optax.sgd(1.0), grpo(LOSS), UpdateConfig(microbatches=2), like=state, key=KEY)
+    state, metrics = step(state, dataclasses.replace(batch, mask=np.zeros_like(batch.mask)))
+    assert_trees_close(state.params, params, atol=0)
+    assert all(np.isfinite(x) for x in jax.tree.leaves(metrics))
+
+
+# What the update knows of sampler, entropies and reference ------------------------------------------------
+
+
+@pytest.mark.parametrize("update", [UpdateConfig(microbatches=2), UpdateConfig(minibatches=2)], ids=["one", "two"])
+@pytest.mark.parametrize("kind", ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_the_correction_multiplies_the_surrogate(policy, params, batch, kind, update):
+    """At rate 0 every minibatch sees the same parameters; then the loss is linear in the correction."""
+    rng = np.random.default_rng(1)
+    off = batch.sampler_logprobs + rng.normal(scale=0.6, size=batch.mask.shape).astype(np.float32)
+    objective = make_objective(LossConfig(objective="dr_grpo", kl_coef=0.0, correction=kind, correction_bound=1.5))
+    state = make_state(policy, params, optax.sgd(0.0), objective, (2, 2, 1))
+    step = make_train_step(policy, optax.sgd(0.0), objective, update, like=state, key=KEY)
+    _, metrics = step(state, dataclasses.replace(batch, sampler_logprobs=np.where(batch.mask, off, np.nan)))
+    level, masked = ("token", False) if kind == "none" else (kind.split("_")[0], kind.endswith("mask"))
+    correction, said = oracle.importance_correction(batch.sampler_logprobs, off, batch.mask, level, 1.5, masked)
+    terms = (correction if kind != "none" else batch.mask) * batch.advantages[:, None]
+    np.testing.assert_allclose(metrics["loss"], -terms.sum() / batch.mask.size, atol=1e-5)
+    for name, value in said.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_only_tokens_of_great_entropy_learn(policy, params, batch, sizes):
+    objective = make_objective(LossConfig(objective="dapo", kl_coef=0.0, top_entropy=0.3))
+    state = make_state(policy, params, optax.sgd(1.0), objective, sizes)
+    step = make_train_step(policy, optax.sgd(1.0), objective, UpdateConfig(microbatches=2), like=state, key=KEY)
+    state, _ = step(state, batch)
+    tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
+    entropies = np.asarray(LOGPROBS(policy, params, *tokens, batch.temperature)[1])
+    learns = oracle.top_entropies(entropies, batch.mask, 0.3)
+    assert learns.sum() == np.ceil(0.3 * batch.mask.sum())
+
+    def loss(params):
+        logprobs, *_ = completion_logprobs(policy, params, *tokens, batch.temperature)
+        terms = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs)) * batch.advantages[:, None]
+        return -jnp.where(learns, terms, 0).sum() / batch.mask.sum()
+
+    assert_trees_close(
+        jax.tree.map(jnp.subtract, params, jax.device_get(state.params)), jax.jit(jax.grad(loss))(params)
+    )
+
+
+def test_the_reference_moves_every_so_many_steps(policy, params, batch):
+    update = UpdateConfig(reference_every=2, reference_mix=0.25)
+    state = make_state(policy, params, optax.sgd(0.5), sizes=(2, 2, 2))
+    step = make_train_step(policy, optax.sgd(0.5), grpo(LOSS), update, like=state, key=KEY)
+    expected = jax.device_get(state.reference)
+    for n in range(1, 5):
+        state, _ = step(state, batch)
+        if n % 2 == 0:
+            new = jax.device_get(state.params)
+            expected = jax.tree.map(lambda ref, p: 0.75 * ref + 0.25 * p, expected, new)
+        assert_trees_close(state.reference, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="reference_every=2: the objective has no reference"):
+        make_train_step(policy, optax.sgd(0.5), grpo(LossConfig(kl_coef=0.0)), update, like=state, key=KEY)
+
+
+def test_clipped_gradients_are_counted(policy, params, batch):
+    state = make_state(policy, params, optax.sgd(0.0))
+    for clip_norm, expected in ((1e-6, 1.0), (1e6, 0.0)):
+        step = make_train_step(
+            policy, optax.sgd(0.0), grpo(LOSS), UpdateConfig(epochs=2), like=state, key=KEY, clip_norm=clip_norm
+        )
+        state, metrics = step(state, batch)
+        assert metrics["grad_clipped"] == expected
+
+
 # Several updates ------------------------------------------------------------------------------------
 
 
@@ -366,6 +493,12 @@ def test_the_optimizer_is_clipped_adamw(clip_norm):
         (LossConfig, {"clip_low": 1.5}, r"clip_low=1\.5"),
         (LossConfig, {"clip_low": 0.0}, r"clip_low=0\.0"),
         (LossConfig, {"clip_high": 0.0}, r"clip_high=0\.0"),
+        (LossConfig, {"top_entropy": 0.0}, r"top_entropy=0\.0"),
+        (LossConfig, {"correction": "tis"}, r"correction='tis' must be none or one of token_truncate"),
+        (LossConfig, {"correction_bound": 1.0}, r"correction_bound=1\.0 above 1"),
+        (UpdateConfig, {"reference_every": -1}, "reference_every=-1"),
+        (UpdateConfig, {"reference_every": 1, "reference_mix": 0.0}, r"reference_mix=0\.0"),
+        (UpdateConfig, {"reference_mix": 0.5}, r"reference_mix=0\.5 needs reference_every"),
     ],
 )
 def test_config_errors(config, options, match):

@@ -267,8 +267,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
                 x = layers[window](x, layer_params)
             return x, None
 
-        # A device looks all rows up in its part of the table, split over fsdp by width, before they change places. (Of a
-        # tied head `token_logprobs` wants other parts, of ids: looked up in those, rows would be sums over devices.)
+        # A device looks all rows up in its part of the table, split over fsdp by width, before they change places.
+        # (Of a tied head `token_logprobs` wants parts by ids: looked up in those, rows would be sums over devices.)
         table = params["embedding"]
         if mesh is not None:
             table = jax.lax.with_sharding_constraint(table, shardings(table, param_axes["embedding"], mesh))
