@@ -24,9 +24,10 @@ from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
-from grpo_jax.rollouts import AdvantageConfig, Demonstrations, GroupRollouts, RolloutConfig, Sampler
+from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig, Sampler
 from grpo_jax.telemetry import write_atomically
 from grpo_jax.types import TrainState
 
@@ -165,13 +166,15 @@ class Experiment:
         sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": self.config["warm_start"].batch}
         runs.check_multiples(self.mesh, sizes)
         self.task.problem("held_out", 0)
+        self.rollouts()
 
     def rollouts(self, **changes: Any) -> GroupRollouts:
         """GRPO's experience, from training problems."""
+        options = {"config": self.config["rollout"], "advantages": self.config["advantages"]}
         return GroupRollouts(
             sampler=self.sampler, source=self.task.source("train"), rewards=self.rewards,
-            config=self.config["rollout"], advantages=self.config["advantages"], estimator=self.objective.advantages,
-            **changes,
+            reference_logprobs=training.make_reference_logprobs(self.policy, self.config["update"], self.mesh),
+            **{"objective": self.objective, **options, **changes},
         )  # fmt: skip
 
     def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
@@ -238,7 +241,10 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
     config = experiment.config
     more = demonstrations(Countdown(config["task"], config["train"].seed + 1_000_003), config["warm_start"].batch)
     # Completions of the warm start itself, of which only the right ones train.
-    own = experiment.rollouts(params_of=lambda state: params, select=lambda s: s.by_name[ACCURACY.name] > 0.5)
+    own = experiment.rollouts(
+        objective=objectives.supervised(), advantages=AdvantageConfig(), params_of=lambda state: params,
+        select=lambda s: s.by_name[ACCURACY.name] > 0.5,
+    )  # fmt: skip
     curves = {}
     for name, experience in (("continued supervision", more), ("supervision on own correct samples", own)):
         run = functools.partial(

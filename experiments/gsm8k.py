@@ -22,7 +22,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import runs, tasks
 from experiments.flags import section
-from grpo_jax import loop, objectives, rollouts, sharding, training
+from grpo_jax import loop, objectives, outcomes, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
@@ -85,7 +85,7 @@ SECTIONS: dict[str, type[Any]] = {
     "data": tasks.DataConfig,
     "reward": tasks.RewardConfig,
     "rollout": RolloutConfig,
-    "advantages": rollouts.AdvantageConfig,
+    "advantages": outcomes.AdvantageConfig,
     "loss": LossConfig,
     "optimizer": OptimizerConfig,
     "update": UpdateConfig,
@@ -129,7 +129,8 @@ class Experiment(tasks.Opened):
             rewards=self.task.rewards(self.config["reward"], rollout.max_tokens),
             config=rollout,
             advantages=self.config["advantages"],
-            estimator=self.objective.advantages,
+            objective=self.objective,
+            reference_logprobs=training.make_reference_logprobs(self.policy, self.config["update"], self.mesh),
         )
 
     def print_plan(self) -> int:

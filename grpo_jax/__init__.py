@@ -23,6 +23,7 @@ _HOME = {
         "token_mean",
     ),
     "objectives": ("LossConfig", "Objective", "grpo", "make_objective", "supervised"),
+    "outcomes": ("AdvantageConfig", "Outcome"),
     "logprobs": ("completion_logprobs", "token_logprobs"),
     "sampling": ("generate",),
     "training": (

@@ -239,12 +239,12 @@ def combine_rewards(
 
 def process_advantages(
     step_rewards: jax.Array,
-    step_ends: jax.Array,
     mask: jax.Array,
     group_size: int,
     *,
     ddof: int = 1,
     epsilon: float = 1e-4,
+    counted: jax.Array | None = None,
 ) -> jax.Array:
     r"""Process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3).
 
@@ -256,33 +256,33 @@ def process_advantages(
     group whose steps' rewards are all equal, or that has fewer than two, gets exactly 0.
 
     Args:
-      step_rewards: [B, J] float, the reward of each step; anything where there is none, also NaN.
-      step_ends: [B, J] int32, the index of a step's last token; -1: no step. In any order.
+      step_rewards: [B, T] float, the reward of the step that ends at a token; NaN where none does.
       mask: [B, T] bool, the tokens of completions.
       group_size: G, at least 2; it divides B.
       ddof: as in `group_advantages`.
       epsilon: as in `group_advantages`.
+      counted: [B] bool, the completions whose steps count in R; None: all. The others are measured by them.
 
     Returns:
       [B, T] float32; 0 behind a completion's last step, and where the mask is false.
 
     Raises:
-      ValueError: G < 2 or no divisor of B, no place for a step, shapes that differ, or ddof not 0 or 1.
+      ValueError: G < 2 or no divisor of B, shapes that differ, or ddof not 0 or 1.
     """
-    chex.assert_rank([step_rewards, step_ends, mask], 2)
-    _same_shape("step_ends", step_ends, "step_rewards", step_rewards)
-    completions, steps = step_rewards.shape
-    if group_size < 2 or completions % group_size or mask.shape[0] != completions or not steps:
+    chex.assert_rank([step_rewards, mask], 2)
+    _same_shape("mask", mask, "step_rewards", step_rewards)
+    completions, columns = mask.shape
+    if group_size < 2 or completions % group_size:
         raise ValueError(
-            f"group_size={group_size}, step_rewards of shape {step_rewards.shape}, mask of shape {mask.shape}: "
-            "expected groups of 2 or more, a multiple of that of completions in both, and at least one column of steps "
-            "(step_ends=-1 where there is none)."
+            f"group_size={group_size}, step_rewards of shape {step_rewards.shape}: expected groups of 2 or more, and a "
+            "multiple of that of completions."
         )
-    group = lambda x: x.reshape(-1, group_size * steps)
-    normalized = group_advantages(group(step_rewards), ddof=ddof, epsilon=epsilon, counted=group(step_ends >= 0))
-    ahead = step_ends[:, :, None] >= jnp.arange(mask.shape[1])[None, None, :]  # [B, J, T]; -1 is never ahead
-    sums = jnp.where(ahead, normalized.reshape(completions, steps)[:, :, None], 0).sum(axis=1)
-    return jnp.where(mask, sums, 0)
+    group = lambda x: x.reshape(-1, group_size * columns)
+    ends = ~jnp.isnan(step_rewards) & mask
+    of_group = ends if counted is None else ends & counted[:, None]
+    normalized = group_advantages(group(step_rewards), ddof=ddof, epsilon=epsilon, counted=group(of_group))
+    ahead = jnp.cumsum(jnp.where(ends, normalized.reshape(mask.shape), 0)[:, ::-1], axis=1)[:, ::-1]
+    return jnp.where(mask, ahead, 0)
 
 
 def gae(
@@ -327,18 +327,26 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(advantages: jax.Array, mask: jax.Array, *, epsilon: float = 1e-4) -> jax.Array:
+def whiten(
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    ddof: int = 0,
+    epsilon: float = 1e-4,
+    counted: jax.Array | None = None,
+) -> jax.Array:
     r"""Advantages standardized over all tokens of the batch (REINFORCE++, arXiv 2501.03262).
 
     .. math:: \frac{A_{i,t} - \mathrm{mean}(A)}{\mathrm{std}(A) + \epsilon}
 
-    A long completion weighs more than a short one in mean and deviation (divided by the number of tokens).
-    Equal advantages become exactly 0.
+    A long completion weighs more than a short one in mean and deviation. Equal advantages become exactly 0.
 
     Args:
       advantages: [B, T] float; anything where the mask is false.
       mask: [B, T] bool. Of the whole batch: parts of it have other means.
+      ddof: as in `group_advantages`.
       epsilon: added to the standard deviation.
+      counted: [B] bool, the completions whose tokens count in mean and deviation; None: all.
 
     Returns:
       [B, T] float32; 0 where the mask is false.
@@ -348,5 +356,5 @@ def whiten(advantages: jax.Array, mask: jax.Array, *, epsilon: float = 1e-4) -> 
     """
     chex.assert_rank([advantages, mask], 2)
     _same_shape("mask", mask, "advantages", advantages)
-    options = {"ddof": 0, "epsilon": epsilon, "counted": mask}
+    options = {"ddof": ddof, "epsilon": epsilon, "counted": mask if counted is None else mask & counted[:, None]}
     return jnp.where(mask, group_advantages(advantages, baseline=batch_mean, scale=batch_std, **options), 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from grpo_jax import advantages, losses
+from grpo_jax import advantages, losses, outcomes
 from grpo_jax.metrics import Metrics
 
 __all__ = [
@@ -18,10 +18,12 @@ __all__ = [
     "dapo",
     "dr_grpo",
     "grpo",
+    "grpo_process",
     "gspo",
     "gspo_token",
     "make_objective",
     "mdpo",
+    "ppo",
     "reinforce",
     "reinforce_batch",
     "reinforce_plus_plus",
@@ -38,14 +40,21 @@ class Objective:
     # (logprobs, advantages, mask, *, entropies, old_logprobs, ref_logprobs, correction, weights) -> (loss, metrics)
     loss: Callable[..., tuple[jax.Array, Metrics]]
     token_weights: Callable[[jax.Array], jax.Array]  # mask [b, T] of a whole minibatch -> weights
-    needs_reference: bool = False
-    # (rewards [P, G], *, ddof, epsilon, counted) -> advantages [P, G]
-    advantages: Callable[..., jax.Array] = advantages.group_advantages
+    needs_reference: bool = False  # the state holds one
+    advantages: outcomes.Estimator = outcomes.outcome_supervision
+    needs_steps: bool = False  # advantages look at the rewards of steps
+    reward_kl: losses.Estimator | None = None  # of the KL that is taken from the reward; None: nothing is
+    reward_kl_coef: float = 0.0
     # (old log-probabilities, the sampler's, mask) -> (correction, metrics); the metrics always, and where it
     # `corrects` the loss too
     correction: Callable[..., tuple[jax.Array, Metrics]] = losses.importance_correction
     corrects: bool = False
     top_entropy: float = 1.0  # share of the rollout's tokens, those of the greatest entropy, whose surrogate counts
+
+    @property
+    def reference_in_loss(self) -> bool:
+        """Whether the loss takes the reference's log-probabilities."""
+        return self.needs_reference and self.reward_kl is None
 
 
 ESTIMATORS: Mapping[str, losses.Estimator] = {
@@ -72,6 +81,7 @@ class LossConfig:
     kl_coef: float = 0.04  # beta; 0: no reference is held and no reference pass runs
     kl: str = "k3"  # estimator of the KL: k1, k2, k3; k1+ and k3+ have the gradient of k2, which is the KL's
     weighted_kl: bool = False  # the estimate times the token's ratio: unbiased off-policy too
+    kl_in_reward: bool = False  # the penalty is taken from the reward, and the loss has none
     clip_low: float | None = None  # epsilon below a ratio of 1; None: the objective's own
     clip_high: float | None = None  # epsilon above a ratio of 1; None: the objective's own
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative, above 1; 0: none
@@ -88,6 +98,11 @@ class LossConfig:
             raise ValueError(f"kl_coef={self.kl_coef} must be 0 or more.")
         if self.kl not in ESTIMATORS:
             raise ValueError(f"kl={self.kl!r} must be one of {', '.join(ESTIMATORS)}.")
+        if self.kl_in_reward and (self.weighted_kl or self.kl.endswith("+")):
+            raise ValueError(
+                f"kl_in_reward=True with weighted_kl={self.weighted_kl}, kl={self.kl!r}: a reward has no gradient to "
+                "correct. Leave weighted_kl out, and take k1, k2 or k3."
+            )
         if (self.clip_low is not None and not 0 < self.clip_low <= 1) or (
             self.clip_high is not None and self.clip_high <= 0
         ):
@@ -123,23 +138,34 @@ def _policy(
     *,
     level: losses.Level = losses.token_level,
     token_weights: Callable[[jax.Array], jax.Array] = losses.sequence_mean,
-    baseline: advantages.Baseline = advantages.group_mean,
-    scale: advantages.Scale = advantages.group_std,
+    estimator: outcomes.Estimator = outcomes.outcome_supervision,
+    needs_steps: bool = False,
 ) -> Objective:
+    in_reward = config.kl_in_reward and config.kl_coef != 0
     return Objective(
         loss=functools.partial(
             losses.policy_loss, surrogate=surrogate, level=level, clamp=config.clamp, kl=ESTIMATORS[config.kl],
-            kl_coef=config.kl_coef, weighted_kl=config.weighted_kl, entropy_coef=config.entropy_coef,
+            kl_coef=0.0 if in_reward else config.kl_coef, weighted_kl=config.weighted_kl,
+            entropy_coef=config.entropy_coef,
         ),
         token_weights=token_weights,
         needs_reference=config.kl_coef != 0,
-        advantages=functools.partial(advantages.group_advantages, baseline=baseline, scale=scale),
+        advantages=estimator,
+        needs_steps=needs_steps,
+        reward_kl=ESTIMATORS[config.kl] if in_reward else None,
+        reward_kl_coef=config.kl_coef if in_reward else 0.0,
         correction=functools.partial(
             losses.importance_correction, bound=config.correction_bound, **CORRECTIONS.get(config.correction, {})
         ),
         corrects=config.correction != "none",
         top_entropy=config.top_entropy,
     )  # fmt: skip
+
+
+def _relative(
+    baseline: advantages.Baseline = advantages.group_mean, scale: advantages.Scale = advantages.group_std
+) -> outcomes.Estimator:
+    return functools.partial(outcomes.outcome_supervision, baseline=baseline, scale=scale)
 
 
 def _clipped(config: LossConfig, low: float = 0.2, high: float = 0.2) -> losses.Surrogate:
@@ -159,13 +185,27 @@ def grpo(config: LossConfig | None = None) -> Objective:
     return _policy(config, _clipped(config))
 
 
+def grpo_process(config: LossConfig) -> Objective:
+    r"""GRPO with process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3): rewards of steps.
+
+    .. math:: A_{i,t} = \sum_{j:\ end(j) \ge t} (r_i^{(j)} - \mathrm{mean}(R)) / \mathrm{std}(R)
+
+    in the loss of `grpo`, with R the rewards of all steps of the group. A plain reward is a step that ends with the
+    completion; of several rewards the weighted sum counts, at every token where a step of one of them ends.
+    """
+    _refuse(config, "grpo_process", "kl_in_reward")
+    return _policy(config, _clipped(config), estimator=outcomes.process_supervision, needs_steps=True)
+
+
 def dr_grpo(config: LossConfig) -> Objective:
     r"""Dr. GRPO (arXiv 2503.20783): neither a completion's length nor its group's deviation weighs tokens.
 
     .. math:: \frac1{G\,T} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A), \quad
        A_i = r_i - \mathrm{mean}(r)
     """
-    return _policy(config, _clipped(config), token_weights=losses.fixed_length, scale=advantages.no_scale)
+    return _policy(
+        config, _clipped(config), token_weights=losses.fixed_length, estimator=_relative(scale=advantages.no_scale)
+    )
 
 
 def dapo(config: LossConfig) -> Objective:
@@ -238,7 +278,10 @@ def reinforce_batch(config: LossConfig) -> Objective:
 
 def _reinforce(config: LossConfig, baseline: advantages.Baseline) -> Objective:
     return _policy(
-        config, losses.unclipped(), token_weights=losses.sequence_sum, baseline=baseline, scale=advantages.no_scale
+        config,
+        losses.unclipped(),
+        token_weights=losses.sequence_sum,
+        estimator=_relative(baseline, advantages.no_scale),
     )
 
 
@@ -248,7 +291,21 @@ def reinforce_plus_plus(config: LossConfig) -> Objective:
     .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A), \quad
        A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}_{batch}
     """
-    return _policy(config, _clipped(config), token_weights=losses.token_mean, scale=advantages.batch_std)
+    return _policy(
+        config, _clipped(config), token_weights=losses.token_mean, estimator=_relative(scale=advantages.batch_std)
+    )
+
+
+def ppo(config: LossConfig) -> Objective:
+    r"""PPO's clip (arXiv 1707.06347, eq. 7) with generalized advantages (arXiv 1506.02438), and without a critic.
+
+    .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \min(\rho A_{i,t}, \mathrm{clip}(\rho, 1 \pm 0.2) A_{i,t}), \quad
+       A_{i,t} = \mathrm{whiten}\big(\sum_l (\gamma\lambda)^l \delta_{i,t+l}\big)
+
+    A departure from the paper: there is no critic, and every state of a completion is worth what the others of its
+    group got on average (`outcomes.leave_one_out_gae`). Those who have one call `gae` and `policy_loss` themselves.
+    """
+    return _policy(config, _clipped(config), token_weights=losses.token_mean, estimator=outcomes.whitened_gae)
 
 
 def mdpo(config: LossConfig) -> Objective:
@@ -263,7 +320,8 @@ def mdpo(config: LossConfig) -> Objective:
 OBJECTIVES: Mapping[str, Callable[[LossConfig], Objective]] = {
     function.__name__: function
     for function in (
-        grpo, dr_grpo, dapo, gspo, gspo_token, cispo, sapo, rloo, reinforce, reinforce_batch, reinforce_plus_plus, mdpo
+        grpo, grpo_process, dr_grpo, dapo, gspo, gspo_token, cispo, sapo, rloo, reinforce, reinforce_batch,
+        reinforce_plus_plus, ppo, mdpo,
     )
 }  # fmt: skip
 

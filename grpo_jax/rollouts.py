@@ -14,16 +14,16 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from grpo_jax import sampling, sharding
-from grpo_jax.advantages import BASELINES, SCALES, constant_groups, group_advantages
 from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
+from grpo_jax.objectives import Objective
+from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
 from grpo_jax.rewards import Item, Reward, RewardError, Scores, score
 from grpo_jax.training import train_batch
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, TrainBatch, TrainState
 
 __all__ = [
-    "AdvantageConfig",
     "Demonstrations",
     "Experience",
     "GroupRollouts",
@@ -69,33 +69,6 @@ class RolloutConfig:
         check_stop(self.stop)
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be 0 or more, top_p={self.top_p} in (0, 1].")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdvantageConfig:
-    """How rewards become advantages."""
-
-    baseline: str = ""  # group, leave_one_out, batch or none; empty: the objective's own
-    scale: str = ""  # what they are divided by, the deviation of: group, batch, or none; empty: the objective's own
-    ddof: int = 1  # 1: sample deviation (divide by G - 1); 0: divide by G
-    epsilon: float = 1e-4  # added to the standard deviation
-    count_truncated: bool = True  # completions that were cut at the limit count in baseline and scale
-    train_truncated: bool = True  # and train
-
-    def __post_init__(self) -> None:
-        if self.ddof not in (0, 1) or self.epsilon < 0:
-            raise ValueError(f"ddof={self.ddof} must be 0 or 1, epsilon={self.epsilon} 0 or more.")
-        for name, table in (("baseline", BASELINES), ("scale", SCALES)):
-            if getattr(self, name) not in ("", *table):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(table)}, or empty.")
-
-    def __call__(self, estimator: Callable[..., jax.Array], rewards: jax.Array, finished: np.ndarray) -> jax.Array:
-        """Advantages [P, G] of rewards [P, G], by an objective's estimator or what is named here; finished [P, G]."""
-        options: dict[str, Any] = {"ddof": self.ddof, "epsilon": self.epsilon}
-        options |= {"baseline": BASELINES[self.baseline]} if self.baseline else {}
-        options |= {"scale": SCALES[self.scale]} if self.scale else {}
-        options |= {} if self.count_truncated else {"counted": jnp.asarray(finished)}
-        return estimator(rewards, **options)
 
 
 def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -241,12 +214,24 @@ class GroupRollouts:
     source: Source
     rewards: Sequence[Reward]
     config: RolloutConfig
-    advantages: AdvantageConfig = AdvantageConfig()
-    estimator: Callable[..., jax.Array] = group_advantages  # an objective's
+    objective: Objective  # whose advantages
+    advantages: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
+    # (params, rollout, temperature) -> [B, T], for a penalty in the reward: `training.make_reference_logprobs`.
+    reference_logprobs: Callable[[PyTree, Rollout, float], jax.Array] | None = None
     # Whose completions: the policy's own, or another's for comparison.
     params_of: Callable[[TrainState], PyTree] | None = None
     # Which completions train: [B] rewards by name -> [B] bool; all of them by default.
     select: Callable[[Scores], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the pieces do not fit together."""
+        if self.objective.reward_kl is not None and self.reference_logprobs is None:
+            raise ValueError("kl_in_reward needs reference_logprobs: training.make_reference_logprobs makes them.")
+        _ = self._estimate
+
+    @functools.cached_property
+    def _estimate(self) -> Callable[[Outcome], jax.Array]:
+        return self.advantages.of(self.objective.advantages)
 
     def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
         """Samples, scores and standardizes the groups of the prompts at the state's cursor."""
@@ -265,27 +250,58 @@ class GroupRollouts:
         total = scores.total(self.rewards)
         scored = time.perf_counter()
 
-        finished = host.finished.reshape(-1, group)
-        advantages = self.advantages(self.estimator, jnp.asarray(total.reshape(-1, group)), finished)
-        selected = np.ones(finished.size, bool) if self.select is None else self.select(scores)
+        outcome = self._outcome(scores, host)
+        constant = np.asarray(without_signal(outcome))
+        penalties, penalty_metrics = self._penalties(state, rollout, host)
+        advantages = self._estimate(dataclasses.replace(outcome, penalties=penalties))
+        selected = np.ones(len(host.finished), bool) if self.select is None else self.select(scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
         batch = train_batch(rollout, advantages, temperature=config.temperature, selected=jnp.asarray(selected))
-        metrics = _rollout_metrics(self.rewards, scores, total.reshape(-1, group), host)
+        per_completion, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
+        metrics = _rollout_metrics(self.rewards, scores, total.reshape(-1, group), constant, host)
+        metrics |= {"advantage/abs_mean": abs_mean, **penalty_metrics}
         if self.params_of is not None:
             # The sampler's policy is not the trainer's, and its advantages are not used: nothing to say of either.
             batch = dataclasses.replace(batch, sampler_logprobs=None)
-            metrics = {name: value for name, value in metrics.items() if not name.startswith("frac_")}
+            metrics = {name: value for name, value in metrics.items() if not name.startswith(("frac_", "advantage/"))}
         return Experience(
             batch=batch,
             prompts_consumed=config.prompts,
             metrics=metrics,
-            samples=_samples(prompts, host, tokenizer, group, scores, total, np.asarray(batch.advantages)),
+            samples=_samples(prompts, host, tokenizer, group, scores, total, per_completion),
             rollout_tokens=int(host.mask.sum()),
             train_tokens=int(group * host.prompt_mask.sum() + host.mask.sum()),
             rollout_seconds=sampled - started,
             reward_seconds=scored - sampled,
         )
+
+    def _outcome(self, scores: Scores, rollout: Rollout) -> Outcome:
+        """Of a rollout that lies on the host; without penalties."""
+        names, weights = [r.name for r in self.rewards], np.array([r.weight for r in self.rewards])
+        shape = (-1, self.config.group_size)
+        counted = self.advantages.counted(rollout.finished.reshape(shape))
+        rewards = np.stack([scores.by_name[name].reshape(shape) for name in names])
+        steps = None
+        if self.objective.needs_steps:
+            lengths, columns = rollout.mask.sum(axis=1), rollout.mask.shape[1]
+            each = np.stack([scores.by_token(name, lengths, columns) for name in names])
+            each[weights == 0] = np.nan  # a reward that is only logged has no steps
+            of_group, counted_tokens = (len(counted), -1), np.repeat(counted, columns, axis=1)
+            steps = self.advantages.combine(each.reshape(len(names), *of_group), weights, counted_tokens)
+            steps = steps.reshape(rollout.mask.shape)
+        combined = self.advantages.combine(rewards, weights, counted)
+        return Outcome(rewards=combined, counted=counted, mask=rollout.mask, step_rewards=steps)
+
+    def _penalties(self, state: TrainState, rollout: Rollout, host: Rollout) -> tuple[np.ndarray | None, dict]:
+        """[B, T] float32 to take from the rewards, and their metrics."""
+        if self.objective.reward_kl is None or self.reference_logprobs is None:
+            return None, {}
+        reference = jax.device_get(self.reference_logprobs(state.reference, rollout, self.config.temperature))
+        kl = np.where(host.mask, self.objective.reward_kl(host.logprobs, reference), 0).astype(np.float32)
+        penalties = self.objective.reward_kl_coef * kl
+        means = {"kl": kl.sum() / host.mask.sum(), "reward/kl_penalty": penalties.sum(axis=1).mean()}
+        return penalties, {name: float(value) for name, value in means.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,9 +371,17 @@ def _journaled_scores(rewards, prompts, rollout, tokenizer, group_size, journal,
     return Scores.of(recorded)
 
 
-def _rollout_metrics(rewards, scores: Scores, grouped: np.ndarray, rollout: Rollout) -> dict[str, float]:
+def _over_tokens(advantages: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """Advantages [B] or [B, T] -> the mean of each completion's [B], and the mean size of all, tokens where [B, T]."""
+    if advantages.ndim == 1:
+        return advantages, float(np.abs(advantages).mean())
+    return advantages.sum(axis=1) / np.maximum(mask.sum(axis=1), 1), float(np.abs(advantages[mask]).mean())
+
+
+def _rollout_metrics(
+    rewards, scores: Scores, grouped: np.ndarray, constant: np.ndarray, rollout: Rollout
+) -> dict[str, float]:
     lengths, finished = rollout.mask.sum(axis=1), rollout.finished
-    constant = np.asarray(constant_groups(jnp.asarray(grouped)))  # as the advantages see them
     metrics = {
         "reward": grouped.mean(),
         "reward_std": grouped.std(axis=1, ddof=1).mean(),

@@ -30,6 +30,7 @@ __all__ = [
     "check_divides",
     "init_train_state",
     "make_optimizer",
+    "make_reference_logprobs",
     "make_train_step",
     "state_shardings",
     "train_batch",
@@ -151,24 +152,51 @@ def train_batch(
 
     Args:
       rollout: P prompts with G completions each.
-      advantages: [P, G] float32.
+      advantages: [P, G] or [B] float32, or of tokens, [B, T].
       temperature: at which the rollout was sampled.
       selected: [B] bool, the completions that train; None: all.
 
     Returns:
       TrainBatch of B = P·G completions.
     """
-    prompts, group = advantages.shape
-    chex.assert_shape(rollout.mask, (prompts * group, None))
+    completions, prompts = len(rollout.mask), len(rollout.prompt_mask)
+    if advantages.size == completions:
+        advantages = advantages.reshape(-1)
+    else:
+        chex.assert_equal_shape([advantages, rollout.mask])
+    group = completions // prompts
     return TrainBatch(
         prompt_tokens=jnp.repeat(rollout.prompt_tokens, group, axis=0),
         prompt_mask=jnp.repeat(rollout.prompt_mask, group, axis=0),
         completion_tokens=rollout.completion_tokens,
         mask=rollout.mask if selected is None else rollout.mask & selected[:, None],
-        advantages=advantages.reshape(-1),
+        advantages=advantages,
         sampler_logprobs=rollout.logprobs,
-        temperature=jnp.full(prompts * group, temperature, jnp.float32),
+        temperature=jnp.full(completions, temperature, jnp.float32),
     )
+
+
+def make_reference_logprobs(
+    policy: Policy, update: UpdateConfig, mesh: Mesh
+) -> Callable[[PyTree, Rollout, float], jax.Array]:
+    """Compiles what a penalty in the reward needs of the reference, before there are advantages.
+
+    Args:
+      policy: the model.
+      update: as many completions at a time as in a microbatch.
+      mesh: where rollout and parameters lie.
+
+    Returns:
+      `(params, rollout, temperature) -> logprobs [B, T] float32`, 0 where the rollout's mask is false.
+    """
+    parts = update.minibatches * update.microbatches
+
+    @jax.jit
+    def logprobs(params, rollout: Rollout, temperature):
+        batch = train_batch(rollout, jnp.zeros(rollout.mask.shape[0]), temperature=temperature)
+        return frozen_logprobs(policy, params, batch, parts, mesh)[0]
+
+    return logprobs
 
 
 @record
@@ -284,7 +312,7 @@ def make_train_step(
         frozen = functools.partial(
             frozen_logprobs, policy, batch=batch, parts=update.minibatches * update.microbatches, mesh=mesh
         )
-        ref = frozen(state.reference)[0] if objective.needs_reference else None
+        ref = frozen(state.reference)[0] if objective.reference_in_loss else None
         old, learns = None, None
         # With a single update the old policy is the one that is differentiated: no pass is spent on it.
         if optimizer_steps > 1 or objective.top_entropy < 1:

@@ -86,7 +86,7 @@ class TrainBatch:
     prompt_mask: Array  # [B, L] bool, padding on either side
     completion_tokens: Array  # [B, T] int32
     mask: Array  # [B, T] bool, the tokens that train
-    advantages: Array  # [B] float32, or [B, T]
+    advantages: Array  # [B] or [B, T] float32
     sampler_logprobs: Array | None  # [B, T] float32, untruncated, at the temperature; None: nothing was sampled
     temperature: Array  # [B] float32, at which the trainer takes log-probabilities (0 stands for 1)
 

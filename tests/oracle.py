@@ -67,12 +67,13 @@ def combine_rewards(rewards, weights, normalize=False):
     return total
 
 
-def process_advantages(step_rewards, step_ends, mask, group_size, ddof=1, epsilon=1e-4):
+def process_advantages(step_rewards, mask, group_size, ddof=1, epsilon=1e-4, counted=None):
+    """Rewards [B, T] of the steps that end at tokens, NaN where none does."""
     advantages = np.zeros(mask.shape)
+    steps = [[(t, float(r)) for t, r in enumerate(row) if not math.isnan(r)] for row in step_rewards]
     for b, t in zip(*np.nonzero(mask), strict=True):
         first = b - b % group_size
-        rows = range(first, first + group_size)
-        steps = {i: [(e, float(r)) for e, r in zip(step_ends[i], step_rewards[i], strict=True) if e >= 0] for i in rows}
+        rows = [i for i in range(first, first + group_size) if counted is None or counted[i]]
         every = [r for i in rows for _, r in steps[i]]
         if len(set(every)) > 1:
             mean, std = math.fsum(every) / len(every), deviation(every, ddof)
@@ -92,11 +93,12 @@ def gae(rewards, values, mask, discount, smoothing):
     return advantages, returns
 
 
-def whiten(advantages, mask, epsilon):
-    tokens = [float(advantages[i, t]) for i, t in zip(*np.nonzero(mask), strict=True)]
+def whiten(advantages, mask, epsilon, ddof=0, counted=None):
+    rows = range(len(mask)) if counted is None else np.flatnonzero(counted)
+    tokens = [float(advantages[i, t]) for i, t in zip(*np.nonzero(mask), strict=True) if i in rows]
     if len(set(tokens)) < 2:
         return np.zeros(mask.shape)
-    mean, std = math.fsum(tokens) / len(tokens), deviation(tokens, 0)
+    mean, std = math.fsum(tokens) / len(tokens), deviation(tokens, ddof)
     return np.array(
         [[(float(x) - mean) / (std + epsilon) if trains else 0.0 for x, trains in zip(*rows, strict=True)]
          for rows in zip(advantages, mask, strict=True)]

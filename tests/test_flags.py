@@ -27,11 +27,11 @@ OTHER = {
     "warm_start": {"steps": 3, "batch": 4, "learning_rate": 0.1, "seed": 5},
     "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 3, "temperature": 0.5, "top_k": 1, "top_p": 0.01,
                 "stop": tuple("0123456789+-*/()= :")},
-    "advantages": {"baseline": "batch", "scale": "none", "ddof": 0, "epsilon": 1.0, "count_truncated": False,
-                   "train_truncated": False},
-    "loss": {"objective": "gspo", "kl_coef": 1.0, "kl": "k2", "weighted_kl": True, "clip_low": 0.01, "clip_high": 0.01,
-             "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1, "top_entropy": 0.5, "correction": "token_truncate",
-             "correction_bound": 1.01},
+    "advantages": {"baseline": "batch", "scale": "none", "ddof": 0, "epsilon": 1.0, "smoothing": 0.5, "discount": 0.5,
+                   "normalize_each": True, "count_truncated": False, "train_truncated": False},
+    "loss": {"objective": "gspo", "kl_coef": 1.0, "kl": "k2", "weighted_kl": True, "kl_in_reward": True,
+             "clip_low": 0.01, "clip_high": 0.01, "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1,
+             "top_entropy": 0.5, "correction": "token_truncate", "correction_bound": 1.01},
     "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
                   "epsilon": 1.0, "weight_decay": 0.1},
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2, "reference_every": 2, "reference_mix": 0.5},
@@ -79,6 +79,16 @@ def observe_model(config, tmp_path):
 
 
 def observe_advantages(config, tmp_path):
+    """Of objectives that between them have a place for every field, each asked for those that it has a place for."""
+    without = lambda **left_out: dataclasses.replace(config["advantages"], **left_out)
+    default = countdown.AdvantageConfig()
+    return (
+        advantages_of("grpo", without(smoothing=default.smoothing, discount=default.discount)),
+        advantages_of("ppo", without(baseline=default.baseline, scale=default.scale)),
+    )
+
+
+def advantages_of(name, config):
     """Of two groups, with a completion that was cut: advantages, and which tokens train."""
     finished, rows = np.array([True, True, False, True, True, True]), (6, 3)
 
@@ -92,8 +102,9 @@ def observe_advantages(config, tmp_path):
     sampler.tokenizer = Countdown.tokenizer
     experience = rollouts.GroupRollouts(
         sampler=sampler, source=lambda i: Prompt(text="1"), config=rollouts.RolloutConfig(prompts=2, group_size=3),
-        rewards=[Reward(name="r", function=lambda **_: [1.0, 0.0, 0.5, 0.2, 0.9, 0.1])],
-        advantages=config["advantages"],
+        rewards=[Reward(name="r", function=lambda **_: [1.0, 0.0, 0.5, 0.2, 0.9, 0.1]),
+                 Reward(name="s", function=lambda **_: [0.0, 9.0, 1.0, 0.0, 0.0, 2.0])],
+        advantages=config, objective=objectives.make_objective(objectives.LossConfig(objective=name)),
     )  # fmt: skip
     journal = types.SimpleNamespace(read=lambda *_: None, write=lambda *_: None)
     batch = experience(types.SimpleNamespace(params=None, cursor=0, step=0), journal, lambda: None).batch

@@ -134,6 +134,18 @@ def test_steps_are_kept_and_their_sum_is_the_outcome():
     assert run(lambda **_: [1.0, 2.0, 3.0])[0].steps == {}
 
 
+def test_rewards_by_token():
+    """Steps where they end, a plain number at the last token, nothing where none applies or there is no step."""
+    scores = Scores.of({"r0": [[(0, 0.5), (1, 0.25)], 3.0, []], "r1": [1.0, None, 2.0]})
+    none = np.nan
+    np.testing.assert_array_equal(
+        scores.by_token("r0", [2, 2, 4], 4), [[0.5, 0.25, none, none], [none, 3, none, none], [none] * 4]
+    )
+    np.testing.assert_array_equal(
+        scores.by_token("r1", np.array([2, 2, 4]), 4), [[none, 1, none, none], [none] * 4, [none, none, none, 2]]
+    )
+
+
 def test_a_journal_gives_back_the_same_scores(tmp_path):
     scores, _ = run(
         lambda **_: [[(0, 0.1)], [(0, 0.1), (1, 0.2)], []], lambda **_: [None, 1 / 3, [(2, -1e-300)]],

@@ -7,9 +7,14 @@ import pytest
 from grpo_jax import sharding
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.objectives import LossConfig, make_objective
+from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rollouts import GroupRollouts, RolloutConfig, Sampler
+from grpo_jax.training import UpdateConfig, make_reference_logprobs
+from tests import oracle
 
 TOKENIZER = ByteTokenizer("abcdefgh")
 CONFIG = TransformerConfig(
@@ -39,12 +44,19 @@ class Journal(dict):
         self[step, digest] = scores
 
 
-def collect(sampler, function, journal=None, source=lambda i: Prompt(text="abc"[: 1 + i % 3], columns={"n": i})):
-    rollouts = GroupRollouts(
-        sampler=sampler, source=source, rewards=[Reward(name="r", function=function)],
-        config=RolloutConfig(prompts=P, group_size=G),
-    )  # fmt: skip
-    state = types.SimpleNamespace(params=init_params(CONFIG, jax.random.key(0)), cursor=8, step=2)
+def objective_of(name, **changes):
+    return make_objective(LossConfig(objective=name, **changes))
+
+
+def collect(
+    sampler, function, journal=None, source=lambda i: Prompt(text="abc"[: 1 + i % 3], columns={"n": i}), **options
+):
+    """Of the policy with the first parameters; those of the reference are others."""
+    rewards = function if isinstance(function, list) else [Reward(name="r", function=function)]
+    options = {"config": RolloutConfig(prompts=P, group_size=G), "objective": objective_of("grpo"), **options}
+    rollouts = GroupRollouts(sampler=sampler, source=source, rewards=rewards, **options)
+    params, reference = (init_params(CONFIG, jax.random.key(seed)) for seed in (0, 1))
+    state = types.SimpleNamespace(params=params, reference=reference, cursor=8, step=2)
     return rollouts(state, Journal() if journal is None else journal, lambda: None)
 
 
@@ -69,6 +81,7 @@ def test_a_step_of_experience(sampler):
     assert metrics["frac_groups_all_right"] == 0
     lengths = np.asarray(experience.batch.mask).sum(1)
     assert metrics["completions/mean_length"] == pytest.approx(lengths.mean())
+    assert metrics["advantage/abs_mean"] == pytest.approx(3 / 16, abs=1e-3)
     assert experience.rollout_tokens == lengths.sum()
     assert [len(c) <= 5 for c in seen["completions"]] == [True] * (P * G)
 
@@ -80,6 +93,97 @@ def test_a_replay_reads_the_journal_and_does_not_ask_the_world_again(sampler):
     first, second = collect(sampler, reward, journal), collect(sampler, reward, journal)
     np.testing.assert_array_equal(first.batch.advantages, second.batch.advantages)
     assert next(answers) == 2.0
+
+
+def test_rewards_of_steps_reach_the_tokens(sampler):
+    """Of two rewards one has steps; where both end a step they are summed by weight, and one is only logged."""
+    rng = np.random.default_rng(0)
+    seen = {}
+
+    def steps(completion_ids, **_):
+        """At the first token and at every second one behind; nothing at all for some."""
+        seen["steps"] = [[(t, float(rng.normal())) for t in range(0, len(c), 2)] for c in completion_ids]
+        seen["steps"][5], seen["steps"][6] = [], None
+        return seen["steps"]
+
+    def plain(completion_ids, **_):
+        seen["plain"] = [float(x) for x in rng.normal(size=len(completion_ids))]
+        return seen["plain"]
+
+    rewards = [Reward(name="s", function=steps), Reward(name="p", function=plain, weight=0.5),
+               Reward(name="logged", function=lambda completion_ids, **_: [9.0] * P * G, weight=0.0)]  # fmt: skip
+    experience = collect(sampler, rewards, objective=objective_of("grpo_process"))
+    mask = np.asarray(experience.batch.mask)
+    tokens = np.full(mask.shape, np.nan)
+    for row, of_steps, of_completion, length in zip(tokens, seen["steps"], seen["plain"], mask.sum(1), strict=True):
+        for end, value in of_steps or []:
+            row[end] = value
+        row[length - 1] = np.nan_to_num(row[length - 1]) + 0.5 * of_completion
+    expected = oracle.process_advantages(tokens, mask, G)
+    np.testing.assert_allclose(experience.batch.advantages, expected, atol=1e-4)
+    assert experience.metrics["advantage/abs_mean"] == pytest.approx(np.abs(expected[mask]).mean(), rel=1e-3)
+    shown = experience.samples[0]
+    assert shown["advantage"] == pytest.approx(expected[0][mask[0]].mean(), abs=1e-4)
+
+
+def test_without_steps_process_supervision_is_grpo(sampler):
+    values = np.random.default_rng(1).normal(size=P * G)
+    rewards = [Reward(name="a", function=lambda **_: list(values)),
+               Reward(name="b", function=lambda **_: list(values**2), weight=0.3)]  # fmt: skip
+    ours = collect(sampler, rewards, objective=objective_of("grpo_process")).batch
+    theirs = collect(sampler, rewards, objective=objective_of("grpo")).batch
+    assert ours.advantages.shape == ours.mask.shape
+    assert theirs.advantages.shape == (P * G,)
+    np.testing.assert_allclose(ours.advantages, np.where(ours.mask, theirs.advantages[:, None], 0), rtol=1e-5)
+
+
+def test_each_reward_may_be_normalized_first(sampler):
+    a, b = np.random.default_rng(2).normal(size=(2, P * G))
+    b *= 100
+    rewards = [Reward(name="a", function=lambda **_: list(a)), Reward(name="b", function=lambda **_: list(b))]
+    for normalize, parts in ((True, [oracle.group_advantages(x.reshape(P, G)) for x in (a, b)]), (False, [a, b])):
+        got = collect(sampler, rewards, advantages=AdvantageConfig(normalize_each=normalize))
+        expected = oracle.group_advantages(np.reshape(parts[0] + parts[1], (P, G)))
+        np.testing.assert_allclose(np.reshape(got.batch.advantages, (P, G)), expected, atol=1e-4)
+        assert got.metrics["reward"] == pytest.approx((a + b).mean(), rel=1e-4)  # as it is
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_the_kl_may_be_taken_from_the_reward(name, mesh):
+    objective = objective_of(name, kl="k1", kl_coef=0.5, kl_in_reward=True)
+    rewards, sampler = np.random.default_rng(3).normal(size=(P, G)), make_sampler(**mesh)
+    update = UpdateConfig(microbatches=2)
+    experience = collect(
+        sampler, lambda **_: list(rewards.reshape(-1)), objective=objective,
+        reference_logprobs=make_reference_logprobs(POLICY, update, sharding.make_mesh(sharding.MeshConfig(**mesh))),
+    )  # fmt: skip
+    batch = jax.device_get(experience.batch)
+    tokens = batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.mask
+    of = lambda seed: completion_logprobs(POLICY, init_params(CONFIG, jax.random.key(seed)), *tokens, 1.0)[0]
+    kl = np.where(batch.mask, of(0) - of(1), 0)
+    assert np.abs(kl).max() > 0.01
+    metrics = experience.metrics
+    assert metrics["kl"] == pytest.approx(kl.sum() / batch.mask.sum(), rel=1e-3)
+    assert metrics["reward/kl_penalty"] == pytest.approx(0.5 * kl.sum() / (P * G), rel=1e-3)
+    assert metrics["reward"] == pytest.approx(rewards.mean(), rel=1e-4)
+    returns = rewards - 0.5 * kl.sum(axis=1).reshape(P, G)
+    others = (returns.sum(axis=1, keepdims=True) - returns) / (G - 1)
+    if name == "rloo":
+        np.testing.assert_allclose(batch.advantages, (returns - others).reshape(-1), atol=1e-4)
+        return
+    by_token = -0.5 * kl
+    by_token[np.arange(P * G), batch.mask.sum(axis=1) - 1] += rewards.reshape(-1)
+    values = np.broadcast_to(others.reshape(-1, 1), kl.shape)
+    advantages, _ = oracle.gae(by_token, values, batch.mask, 1.0, 0.95)
+    np.testing.assert_allclose(batch.advantages, oracle.whiten(advantages, batch.mask, 1e-4, ddof=1), atol=1e-4)
+
+
+def test_what_does_not_fit_together_is_refused_at_once(sampler):
+    with pytest.raises(ValueError, match="kl_in_reward needs reference_logprobs"):
+        collect(sampler, None, objective=objective_of("grpo", kl_in_reward=True))
+    with pytest.raises(ValueError, match=r"no place for smoothing=0\.5"):
+        collect(sampler, None, advantages=AdvantageConfig(smoothing=0.5))
 
 
 def test_a_reward_that_misbehaves_is_an_error(sampler):

@@ -359,6 +359,8 @@ def test_train_batch_joins_a_rollout_and_its_advantages(selected):
         logprobs=-jnp.arange(8.0).reshape(4, 2), sampler_logprobs=jnp.zeros((4, 2)),
     )  # fmt: skip
     got = train_batch(rollout, jnp.array([[1.0, 2.0], [3.0, 4.0]]), temperature=0.5, selected=selected)
+    for advantages in (jnp.arange(4.0), jnp.arange(8.0).reshape(4, 2)):  # of completions, of tokens
+        np.testing.assert_array_equal(train_batch(rollout, advantages).advantages, advantages)
     expected = TrainBatch(
         prompt_tokens=[[5, 6], [5, 6], [7, 0], [7, 0]], prompt_mask=[[1, 1], [1, 1], [1, 0], [1, 0]],
         completion_tokens=rollout.completion_tokens, mask=mask if selected is None else mask & selected[:, None],

@@ -49,7 +49,7 @@ class Scores:
     """The rewards of a step: one number a completion from each function, NaN where it does not apply."""
 
     # Each [B] float64. Of a process reward, the sum over the steps: the return of the completion, which is what
-    # outcome supervision sees (no steps: 0).
+    # outcome supervision sees (no steps: 0). Process supervision sees `by_token`.
     by_name: Mapping[str, np.ndarray]
     # Of the functions that gave steps, [B]: the steps of each completion, None where an item was none.
     steps: Mapping[str, Sequence[Steps | None]] = dataclasses.field(default_factory=dict)
@@ -71,6 +71,17 @@ class Scores:
         for name, steps in self.steps.items():
             plain[name] = [value if x is None else x for value, x in zip(plain[name], steps, strict=True)]
         return plain
+
+    def by_token(self, name: str, lengths: Sequence[int] | np.ndarray, columns: int) -> np.ndarray:
+        """[B, T] float64: the reward of the step that ends at a token, NaN where none does.
+
+        A plain number is one step, which ends with the completion of that length.
+        """
+        tokens = np.full((len(lengths), columns), np.nan)
+        for row, item, length in zip(tokens, self.items()[name], lengths, strict=True):
+            for end, value in item if _is_steps(item) else [] if item is None else [(length - 1, item)]:
+                row[end] = value
+        return tokens
 
     def total(self, rewards: Sequence[Reward]) -> np.ndarray:
         """[B] float64: the weighted sum of the rewards that apply."""
