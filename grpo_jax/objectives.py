@@ -85,6 +85,7 @@ class LossConfig:
     clip_low: float | None = None  # epsilon below a ratio of 1; None: the objective's own
     clip_high: float | None = None  # epsilon above a ratio of 1; None: the objective's own
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative, above 1; 0: none
+    mdpo_coef: float = 1.0  # lambda, of the KL to the old policy that mdpo has in place of a clip
     clamp: float = 0.0  # log-ratios are cut to this; 0: they are not
     entropy_coef: float = 0.0  # of the entropy that is added to what is maximized
     top_entropy: float = 1.0  # the share of tokens, those of the greatest entropy, that learn; below 1 it costs a pass
@@ -98,6 +99,10 @@ class LossConfig:
             raise ValueError(f"kl_coef={self.kl_coef} must be 0 or more.")
         if self.kl not in ESTIMATORS:
             raise ValueError(f"kl={self.kl!r} must be one of {', '.join(ESTIMATORS)}.")
+        if not self.kl_coef and (self.kl_in_reward or self.weighted_kl):
+            raise ValueError(
+                f"kl_in_reward={self.kl_in_reward}, weighted_kl={self.weighted_kl}: with kl_coef=0 there is no KL."
+            )
         if self.kl_in_reward and (self.weighted_kl or self.kl.endswith("+")):
             raise ValueError(
                 f"kl_in_reward=True with weighted_kl={self.weighted_kl}, kl={self.kl!r}: a reward has no gradient to "
@@ -114,8 +119,11 @@ class LossConfig:
                 f"correction={self.correction!r} must be none or one of {', '.join(CORRECTIONS)}, "
                 f"correction_bound={self.correction_bound} above 1."
             )
-        if 0 < self.dual_clip <= 1 or self.dual_clip < 0 or self.clamp < 0:
-            raise ValueError(f"dual_clip={self.dual_clip} must be above 1 or 0, clamp={self.clamp} 0 or more.")
+        if 0 < self.dual_clip <= 1 or self.dual_clip < 0 or min(self.clamp, self.mdpo_coef) < 0:
+            raise ValueError(
+                f"dual_clip={self.dual_clip} must be above 1 or 0, clamp={self.clamp} and mdpo_coef={self.mdpo_coef} "
+                "0 or more."
+            )
 
 
 def _bounds(config: LossConfig, low: float, high: float) -> tuple[float, float]:
@@ -180,6 +188,8 @@ def grpo(config: LossConfig | None = None) -> Objective:
 
     .. math:: \frac1G \sum_i \frac1{|o_i|} \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A) - \beta k_3,
        \quad A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}(r)
+
+    The paper says neither which deviation nor what is added to it: `AdvantageConfig` has TRL's, the sample's and 1e-4.
     """
     config = LossConfig() if config is None else config
     return _policy(config, _clipped(config))
@@ -202,6 +212,8 @@ def dr_grpo(config: LossConfig) -> Objective:
 
     .. math:: \frac1{G\,T} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A), \quad
        A_i = r_i - \mathrm{mean}(r)
+
+    The paper's equation divides by no length at all; its listing and its implementation divide by the limit T.
     """
     return _policy(
         config, _clipped(config), token_weights=losses.fixed_length, estimator=_relative(scale=advantages.no_scale)
@@ -214,6 +226,8 @@ def dapo(config: LossConfig) -> Objective:
     .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 - 0.2, 1 + 0.28) A)
 
     Over the whole minibatch, whatever it was cut into: what TRL calls `dapo`; its `bnpo` is that of one microbatch.
+    The rest of DAPO: `kl_coef=0`, the reward for overlong completions, and dynamic sampling, of which the paper's
+    implementation throws surplus groups away and ours keeps them for the next step.
     """
     return _policy(config, _clipped(config, 0.2, 0.28), token_weights=losses.token_mean)
 
@@ -221,13 +235,18 @@ def dapo(config: LossConfig) -> Objective:
 def gspo(config: LossConfig) -> Objective:
     r"""GSPO (arXiv 2507.18071, eq. 5 and 7): one ratio for a completion, the geometric mean of its tokens'.
 
-    .. math:: \frac1G \sum_i \min(s_i A_i, \mathrm{clip}(s_i, 1 - 3\cdot10^{-4}, 1 + 4\cdot10^{-4}) A_i)
+    .. math:: \frac1G \sum_i \min(s_i A_i, \mathrm{clip}(s_i, 1 - 3\cdot10^{-4}, 1 + 4\cdot10^{-4}) A_i), \quad
+       s_i = \big(\pi(o_i) / \pi_{old}(o_i)\big)^{1 / |o_i|}
     """
     return _policy(config, _clipped(config, 3e-4, 4e-4), level=losses.sequence_level)
 
 
 def gspo_token(config: LossConfig) -> Objective:
-    r"""GSPO-token (arXiv 2507.18071): the ratio of `gspo`, with a gradient for each token's own advantage."""
+    r"""GSPO-token (arXiv 2507.18071, eq. 13 and 14): `gspo`, with a gradient for each token's own advantage.
+
+    .. math:: \frac1G \sum_i \frac1{|o_i|} \sum_t \min(s_{i,t} A_{i,t}, \mathrm{clip}(s_{i,t}) A_{i,t}), \quad
+       s_{i,t} = \mathrm{sg}[s_i]\, \pi(o_{i,t}) / \mathrm{sg}[\pi(o_{i,t})]
+    """
     return _policy(config, _clipped(config, 3e-4, 4e-4), level=losses.sequence_level_token_gradient)
 
 
@@ -236,7 +255,8 @@ def cispo(config: LossConfig) -> Objective:
 
     .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \mathrm{sg}[\min(\rho, 1 + \epsilon_{high})]\, A \log\pi
 
-    The paper gives no number for the bound; 1 + 4 is that of ScaleRL (arXiv 2510.13786).
+    The paper gives no number for the bound; 1 + 4 is that of ScaleRL (arXiv 2510.13786). TRL's `epsilon_high` is the
+    bound itself, and not what is above 1.
     """
     _refuse(config, "cispo", "dual_clip")
     return _policy(config, losses.clipped_weight(*_bounds(config, 1.0, 4.0)), token_weights=losses.token_mean)
@@ -258,20 +278,29 @@ def rloo(config: LossConfig) -> Objective:
 
     .. math:: \frac1G \sum_i A_i \log\pi(o_i), \quad A_i = r_i - \frac1{G-1} \sum_{j \ne i} r_j
 
-    With the ratio in place of the logarithm, whose gradient on-policy is the same.
+    With the ratio in place of the logarithm, whose gradient on-policy is the same. The paper takes the KL from the
+    reward (`kl_in_reward`); TRL's trainer has one clipped ratio for a completion, the product of its tokens'.
     """
     _refuse(config, "rloo", "dual_clip", "clip_low", "clip_high")
     return _reinforce(config, advantages.leave_one_out_mean)
 
 
 def reinforce(config: LossConfig) -> Objective:
-    r"""REINFORCE (Williams 1992), without a baseline: :math:`\frac1G \sum_i r_i \log\pi(o_i)`."""
+    r"""REINFORCE (Williams 1992), without a baseline.
+
+    .. math:: \frac1G \sum_i r_i \log\pi(o_i)
+
+    With the ratio in place of the logarithm, as `rloo`.
+    """
     _refuse(config, "reinforce", "dual_clip", "clip_low", "clip_high")
     return _reinforce(config, advantages.no_baseline)
 
 
 def reinforce_batch(config: LossConfig) -> Objective:
-    r"""REINFORCE against the mean of the batch: :math:`A_i = r_i - \mathrm{mean}_{batch}(r)`."""
+    r"""REINFORCE (Williams 1992) against the mean of the batch.
+
+    .. math:: \frac1G \sum_i A_i \log\pi(o_i), \quad A_i = r_i - \mathrm{mean}_{batch}(r)
+    """
     _refuse(config, "reinforce_batch", "dual_clip", "clip_low", "clip_high")
     return _reinforce(config, advantages.batch_mean)
 
@@ -290,6 +319,9 @@ def reinforce_plus_plus(config: LossConfig) -> Objective:
 
     .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A), \quad
        A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}_{batch}
+
+    Without the group, for one completion a prompt: `AdvantageConfig(baseline="batch")`. The paper's implementation has
+    the KL in the rewards of tokens; `kl_in_reward` takes its sum from the completion's.
     """
     return _policy(
         config, _clipped(config), token_weights=losses.token_mean, estimator=_relative(scale=advantages.batch_std)
@@ -312,9 +344,12 @@ def mdpo(config: LossConfig) -> Objective:
     r"""Mirror descent (MDPO, arXiv 2005.09814): the KL to the old policy in place of the clip.
 
     .. math:: \frac1G \sum_i \frac1{|o_i|} \sum_t \rho A - \lambda (\rho\log\rho - \rho + 1)
+
+    The paper has the KL of whole distributions; this is its estimate from the tokens that were sampled. Its
+    :math:`\lambda = 1 / t_k` may change with the steps; here it stays.
     """
     _refuse(config, "mdpo", "dual_clip", "clip_low", "clip_high")
-    return _policy(config, losses.mirror_descent())
+    return _policy(config, losses.mirror_descent(config.mdpo_coef))
 
 
 OBJECTIVES: Mapping[str, Callable[[LossConfig], Objective]] = {
@@ -332,6 +367,8 @@ def make_objective(config: LossConfig) -> Objective:
     Raises:
       ValueError: the configuration sets what this objective has no place for.
     """
+    if config.objective != "mdpo":
+        _refuse(config, config.objective, "mdpo_coef")
     return OBJECTIVES[config.objective](config)
 
 

@@ -31,7 +31,7 @@ OTHER = {
                    "normalize_each": True, "count_truncated": False, "train_truncated": False},
     "loss": {"objective": "gspo", "kl_coef": 1.0, "kl": "k2", "weighted_kl": True, "kl_in_reward": True,
              "clip_low": 0.01, "clip_high": 0.01, "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1,
-             "top_entropy": 0.5, "correction": "token_truncate", "correction_bound": 1.01},
+             "mdpo_coef": 0.5, "top_entropy": 0.5, "correction": "token_truncate", "correction_bound": 1.01},
     "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
                   "epsilon": 1.0, "weight_decay": 0.1},
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2, "reference_every": 2, "reference_mix": 0.5},
@@ -112,16 +112,22 @@ def advantages_of(name, config):
 
 
 def observe_loss(config, tmp_path):
-    objective = objectives.make_objective(config["loss"])
+    """Of the objective, and of mirror descent, which has no clip and the only use for `mdpo_coef`."""
+    config = config["loss"]
+    mirror = {"objective": "mdpo", "dual_clip": 0.0, "clip_low": None, "clip_high": None}
+    return [loss_of(dataclasses.replace(config, **changes)) for changes in ({"mdpo_coef": 1.0}, mirror)]
+
+
+def loss_of(config):
+    objective = objectives.make_objective(config)
     new, old, ref = (jax.random.normal(jax.random.key(i), (4, 5)) / 10 for i in range(3))
-    mask, signs = jnp.ones((4, 5), bool), jnp.array([1.0, -1.0, 2.0, -2.0])
-    entropies = jnp.abs(ref)
+    mask, signs, entropies = jnp.ones((4, 5), bool), jnp.array([1.0, -1.0, 2.0, -2.0]), jnp.abs(ref)
     weights, metrics = objective.correction(old, ref, mask)
-    given = {"entropies": entropies, "old_logprobs": old, "ref_logprobs": ref}
-    given["correction"] = losses.top_entropies(entropies, mask, objective.top_entropy) * (
-        weights if objective.corrects else 1.0
-    )
-    loss, _ = objective.loss(new, signs, mask, weights=objective.token_weights(mask), **given)
+    learns = losses.top_entropies(entropies, mask, objective.top_entropy)
+    loss, _ = objective.loss(
+        new, signs, mask, weights=objective.token_weights(mask), entropies=entropies, old_logprobs=old,
+        ref_logprobs=ref, correction=learns * (weights if objective.corrects else 1.0),
+    )  # fmt: skip
     return float(loss), {name: float(metric.value()) for name, metric in metrics.items()}
 
 

@@ -126,7 +126,6 @@ def test_a_penalty_in_the_reward_is_not_in_the_loss(name):
     assert ours == theirs
     assert inside.reward_kl_coef == 0.5
     np.testing.assert_allclose(inside.reward_kl(logprobs, ref), (logprobs - ref) ** 2 / 2, rtol=1e-6)
-    assert make_objective(LossConfig(objective=name, kl_coef=0.0, kl_in_reward=True)).reward_kl is None
 
 
 @pytest.mark.parametrize(
@@ -169,7 +168,11 @@ def test_the_clip_can_be_set(name):
         ({"clip_low": 0.0}, r"clip_low=0.0 must lie in \(0, 1\]"),
         ({"clip_high": 0.0}, "clip_high=0.0 above 0"),
         ({"dual_clip": 0.5}, "dual_clip=0.5 must be above 1 or 0"),
-        ({"clamp": -1.0}, "clamp=-1.0 0 or more"),
+        ({"clamp": -1.0}, "clamp=-1.0 and"),
+        ({"mdpo_coef": -1.0}, "mdpo_coef=-1.0 0 or more"),
+        ({"mdpo_coef": 0.5}, "objective 'grpo' has no place for mdpo_coef=0.5"),
+        ({"kl_coef": 0.0, "kl_in_reward": True}, "kl_in_reward=True.* with kl_coef=0 there is no KL"),
+        ({"kl_coef": 0.0, "weighted_kl": True}, "weighted_kl=True: with kl_coef=0 there is no KL"),
         ({"objective": "sapo", "clip_low": 0.1}, "objective 'sapo' has no place for clip_low=0.1"),
         ({"objective": "cispo", "dual_clip": 3.0}, "objective 'cispo' has no place for dual_clip=3.0"),
         ({"objective": "rloo", "clip_high": 0.1, "clip_low": 0.2}, "no place for clip_low=0.2, clip_high=0.1"),
@@ -184,3 +187,12 @@ def test_a_configuration_of_every_objective_can_be_saved_and_read():
     for name in OBJECTIVES:
         config = LossConfig(objective=name)
         assert LossConfig(**dataclasses.asdict(config)) == config
+
+
+def test_the_coefficient_of_mirror_descent():
+    mask, logprobs, old, _, advantages, entropies = batch()
+    objective = make_objective(LossConfig(objective="mdpo", kl_coef=0.0, mdpo_coef=0.3))
+    given = {"entropies": entropies, "old_logprobs": old, "ref_logprobs": None}
+    loss, _ = objective.loss(logprobs, advantages, mask, weights=objective.token_weights(mask), **given)
+    expected, _ = oracle.policy(logprobs, advantages, mask, kind="mirror_descent", options={"kl_coef": 0.3}, old=old)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
