@@ -38,6 +38,7 @@ import pytest
 
 from grpo_jax import advantages, losses
 from grpo_jax.objectives import LossConfig, make_objective
+from grpo_jax.outcomes import Outcome
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl", minversion="1.16")
@@ -84,6 +85,13 @@ def make_batch(seed):
         mask=np.arange(T) < rng.integers(1, T, size=(B, 1)), finished=rng.random(B) < 0.7,
         **{name: x.astype(np.float32) for name, x in arrays.items()},
     )  # fmt: skip
+
+
+def worth(batch, penalties=None):
+    """The outcome of the first reward."""
+    return Outcome(
+        rewards=jnp.asarray(batch.rewards[0]), counted=jnp.ones((P, G), bool), mask=batch.mask, penalties=penalties
+    )
 
 
 BATCHES = [make_batch(seed) for seed in SEEDS]
@@ -139,9 +147,9 @@ def make_trainer(directory, name, rewards, *, off_policy, microbatches, steps, *
 
 @pytest.fixture(scope="module")
 def theirs(directory):
-    """`(batch, trainer, *, off_policy, rewards [K, B], microbatches, steps, **configuration) -> Step`, the first."""
+    """`(batch, trainer, *, off_policy, rewards [K, B], sampler, microbatches, steps, **options) -> Step`, the first."""
 
-    def run(batch, name="GRPO", *, off_policy=False, rewards=None, microbatches=2, steps=1, **options):
+    def run(batch, name="GRPO", *, off_policy=False, rewards=None, sampler=None, microbatches=2, steps=1, **options):
         trainer = make_trainer(
             directory, name, batch.rewards[:1].reshape(-1, B) if rewards is None else rewards, off_policy=off_policy,
             microbatches=microbatches, steps=steps, **options,
@@ -160,7 +168,10 @@ def theirs(directory):
 
         completions = [[TOKEN] * (n - 1) + [EOS if end else TOKEN]
                        for n, end in zip(batch.mask.sum(axis=1), batch.finished, strict=True)]  # fmt: skip
-        trainer._generate_single_turn = lambda *_: (completions, None) if name == "GRPO" else completions
+        said = None
+        if sampler is not None:  # the log-probabilities of another engine, which there is only vLLM
+            said, trainer.use_vllm = [row[keep].tolist() for row, keep in zip(sampler, batch.mask, strict=True)], True
+        trainer._generate_single_turn = lambda *_: (completions, said) if name == "GRPO" else completions
         trainer._get_per_token_logps_and_entropies = model_pass
         trainer.current_gradient_accumulation_steps = microbatches
         inputs = [{"prompt": row} for row in ROW_NAMES]
@@ -176,18 +187,18 @@ def theirs(directory):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 @functools.partial(jax.value_and_grad, argnums=(2, 3), has_aux=True)
-def differentiated(loss, token_weights, logprobs, entropies, advantage, mask, old, ref):
+def differentiated(loss, token_weights, logprobs, entropies, advantage, mask, old, ref, correction):
     return loss(
         logprobs, advantage.reshape(-1), mask, weights=token_weights(mask), entropies=entropies, old_logprobs=old,
-        ref_logprobs=ref,
+        ref_logprobs=ref, correction=correction,
     )  # fmt: skip
 
 
-def ours(batch, loss, token_weights, advantage, *, off_policy, mask=None, kl=False):
+def ours(batch, loss, token_weights, advantage, *, off_policy, mask=None, kl=False, correction=None):
     """Loss, gradients of log-probabilities and of entropies, and metrics of a whole minibatch."""
     (value, metrics), (gradient, entropy_gradient) = differentiated(
         loss, token_weights, batch.logprobs, batch.entropies, advantage, batch.mask if mask is None else mask,
-        batch.old if off_policy else None, batch.ref if kl else None,
+        batch.old if off_policy else None, batch.ref if kl else None, correction,
     )  # fmt: skip
     return value, gradient, entropy_gradient, {name: metric.value() for name, metric in metrics.items()}
 
@@ -234,7 +245,7 @@ def compare(theirs, our_options, their_options, *, off_policy):
     objective, compared = make_objective(config), []
     for batch in BATCHES:
         step = theirs(batch, off_policy=off_policy, **their_options)
-        advantage = objective.advantages(jnp.asarray(batch.rewards[0]), ddof=1, epsilon=1e-4)
+        advantage = objective.advantages(worth(batch), ddof=1, epsilon=1e-4)
         np.testing.assert_allclose(advantage.reshape(-1), step.advantages, rtol=1e-5, atol=1e-6)
         value, gradient, entropy_gradient, metrics = ours(
             batch, objective.loss, objective.token_weights, advantage, off_policy=off_policy, kl=config.kl_coef > 0
@@ -287,13 +298,54 @@ def test_truncated_completions_do_not_train(theirs, name):
     objective = make_objective(LossConfig(**{"kl_coef": 0.1, **our_row}))
     for batch in BATCHES:
         step = theirs(batch, off_policy=True, mask_truncated_completions=True, **their_row, **PLAIN_KL[1])
-        advantage = objective.advantages(jnp.asarray(batch.rewards[0]), ddof=1, epsilon=1e-4)
+        advantage = objective.advantages(worth(batch), ddof=1, epsilon=1e-4)
         np.testing.assert_allclose(advantage.reshape(-1), step.advantages, rtol=1e-5, atol=1e-6)
         mask = batch.mask & batch.finished[:, None]
         assert 0 < batch.finished.sum() < B
         value, gradient, _, _ = ours(
             batch, objective.loss, objective.token_weights, advantage, off_policy=True, mask=mask, kl=True
         )
+        assert_same(step, value, gradient)
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("kind", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_the_correction_for_the_sampler(theirs, kind, off_policy):
+    """Ours masks on both sides of 1, theirs where it is told to; and the difference of log-probabilities is logged."""
+    options = {"vllm_importance_sampling_mode": kind, "vllm_importance_sampling_clip_max": 1.5}
+    options |= {"vllm_importance_sampling_clip_min": 1 / 1.5} if kind.endswith("mask") else {}
+    objective = make_objective(LossConfig(kl_coef=0.1, correction=kind, correction_bound=1.5))
+    for seed, batch in enumerate(BATCHES):
+        old = batch.old if off_policy else batch.logprobs
+        sampler = (old - np.random.default_rng(seed).normal(scale=0.3, size=(B, T))).astype(np.float32)
+        step = theirs(
+            batch, off_policy=off_policy, sampler=sampler, loss_type="grpo", microbatches=1, **options, **PLAIN_KL[1]
+        )
+        correction, metrics = objective.correction(old, sampler, jnp.asarray(batch.mask))
+        assert 0.05 < metrics["sampling/frac_out_of_bounds"].value() < 0.95
+        value, gradient, _, _ = ours(
+            batch, objective.loss, objective.token_weights, jnp.asarray(step.advantages), off_policy=off_policy,
+            kl=True, correction=correction,
+        )  # fmt: skip
+        assert_same(step, value, gradient)
+        for name in ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"):
+            np.testing.assert_allclose(metrics[name].value(), step.metrics[name][0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_tokens_of_the_greatest_entropy(theirs, share):
+    """Of a microbatch there, so of one; with an interpolated quantile, so some shares differ by a token."""
+    objective = make_objective(LossConfig(kl_coef=0.1, top_entropy=share))
+    for batch in BATCHES:
+        step = theirs(batch, loss_type="grpo", microbatches=1, top_entropy_quantile=share, **PLAIN_KL[1])
+        learns = losses.top_entropies(jnp.asarray(batch.entropies), jnp.asarray(batch.mask), objective.top_entropy)
+        quantile = np.quantile(batch.entropies[batch.mask], 1 - share)
+        theirs_learn = batch.mask & (batch.entropies >= quantile)
+        assert 0 <= int(learns.sum()) - int(theirs_learn.sum()) <= 1
+        value, gradient, _, _ = ours(
+            batch, objective.loss, objective.token_weights, jnp.asarray(step.advantages), off_policy=False, kl=True,
+            correction=jnp.asarray(theirs_learn, jnp.float32),
+        )  # fmt: skip
         assert_same(step, value, gradient)
 
 
@@ -314,10 +366,6 @@ def test_other_weights_at_the_level_of_sequences(theirs, loss_type, token_weight
         assert_same(step, value, gradient)
 
 
-def product_level(log_ratio, mask):
-    return jnp.broadcast_to(log_ratio.sum(axis=1, keepdims=True, where=mask), log_ratio.shape)
-
-
 @pytest.mark.parametrize("normalized", [False, True], ids=["", "normalized"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_rloo(theirs, beta, normalized):
@@ -328,20 +376,16 @@ def test_rloo(theirs, beta, normalized):
     )
     for batch in BATCHES:
         step = theirs(batch, "RLOO", beta=beta, normalize_advantages=normalized)
-        penalty = (
-            losses.kl_k1(jnp.asarray(batch.logprobs), jnp.asarray(batch.ref))
-            .sum(axis=1, where=batch.mask)
-            .reshape(P, G)
-        )
-        advantage = objective.advantages(jnp.asarray(batch.rewards[0] - beta * penalty), ddof=1, epsilon=1e-4)
-        advantage = batch_normalized(advantage) if normalized else advantage
+        penalties = beta * losses.kl_k1(jnp.asarray(batch.logprobs), jnp.asarray(batch.ref))
+        advantage = objective.advantages(worth(batch, penalties), ddof=1, epsilon=1e-4)
+        advantage = batch_normalized(advantage.reshape(P, G)) if normalized else advantage
         np.testing.assert_allclose(advantage.reshape(-1), step.advantages, rtol=1e-4, atol=1e-5)
         _, gradient, _, _ = ours(batch, objective.loss, objective.token_weights, advantage, off_policy=False)
         np.testing.assert_allclose(gradient, step.gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_rloo_off_policy_is_ppo_on_completions(theirs):
-    loss = functools.partial(losses.policy_loss, surrogate=losses.clipped(0.2, 0.2), level=product_level)
+    loss = functools.partial(losses.policy_loss, surrogate=losses.clipped(0.2, 0.2), level=losses.sequence_product)
     for batch in BATCHES:
         step = theirs(batch, "RLOO", off_policy=True)
         value, gradient, _, _ = ours(
