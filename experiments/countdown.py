@@ -27,7 +27,7 @@ from grpo_jax.models.transformer import TransformerConfig, init_params, make_pol
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
-from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig, Sampler
+from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig, Sampler, surplus_of
 from grpo_jax.telemetry import write_atomically
 from grpo_jax.types import TrainState
 
@@ -153,6 +153,7 @@ class Experiment:
             key=jax.random.fold_in(self.key, 0),
             **sizes,
         )
+        self.surplus = surplus_of(rollout, self.objective, **sizes)
         # Other tasks and seeds share no held-out problem with training: being held out is a property of a problem.
         self.evaluator = Evaluator(
             self.policy, self.mesh, tokenizer, Countdown(self.config["task"], 0).source("held_out"), (ACCURACY,),
@@ -242,7 +243,8 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
     more = demonstrations(Countdown(config["task"], config["train"].seed + 1_000_003), config["warm_start"].batch)
     # Completions of the warm start itself, of which only the right ones train.
     own = experiment.rollouts(
-        objective=objectives.supervised(), advantages=AdvantageConfig(), params_of=lambda state: params,
+        config=dataclasses.replace(config["rollout"], max_waves=1), objective=objectives.supervised(),
+        advantages=AdvantageConfig(), params_of=lambda state: params,
         select=lambda s: s.by_name[ACCURACY.name] > 0.5,
     )  # fmt: skip
     curves = {}
@@ -271,7 +273,7 @@ def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
     try:
         state = runs.restored(
             workdir, EVAL_STEP.value, policy=experiment.policy, model=config["model"], mesh=experiment.mesh,
-            optimizer=config["optimizer"], objective=experiment.objective,
+            optimizer=config["optimizer"], objective=experiment.objective, surplus=experiment.surplus,
         )  # fmt: skip
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -309,7 +311,7 @@ def main(argv: list[str]) -> None:
         params, objective=experiment.objective, experience=experiment.rollouts(), workdir=workdir,
         title="grpo", optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
         evaluator=experiment.evaluator, evaluate_every=config["evaluation"].every,
-        samples_every=config["train"].samples_every,
+        samples_every=config["train"].samples_every, surplus=experiment.surplus,
     )  # fmt: skip
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     curves = {"GRPO": rows}

@@ -84,12 +84,16 @@ def of_run(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
 def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) -> tuple[Any, int]:
     """Parameters of a checkpoint of experiments.gsm8k or experiments.sft, and its step."""
     saved = runs.saved_configuration(workdir)
-    objective = objectives.supervised()
+    objective, surplus = objectives.supervised(), None
     if "loss" in saved:
         objective = objectives.make_objective(objectives.LossConfig(**saved["loss"]))
+        rollout = rollouts.RolloutConfig(**{**saved["rollout"], "stop": tuple(saved["rollout"]["stop"])})
+        surplus = rollouts.surplus_of(
+            rollout, objective, max_prompt_tokens=saved["data"]["max_prompt_tokens"], max_tokens=rollout.max_tokens
+        )
     state = runs.restored(
         workdir, step, policy=opened.policy, model=opened.model, mesh=opened.mesh,
-        optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objective,
+        optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objective, surplus=surplus,
     )  # fmt: skip
     return state.params, int(state.step)
 

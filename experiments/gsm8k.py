@@ -111,6 +111,9 @@ class Experiment(tasks.Opened):
             raise ValueError("rollout.max_tokens=0 must be 1 or more: GSM8K says nothing about how long answers are.")
         training.check_divides(rollout.prompts * rollout.group_size, config["update"], self.mesh)
         runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
+        self.surplus = rollouts.surplus_of(
+            rollout, self.objective, max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens
+        )
         self.evaluator = self.task.evaluator(
             self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop
         )
@@ -170,6 +173,7 @@ def main(argv: list[str]) -> None:
         workdir=workdir, title="grpo", optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
+        surplus=experiment.surplus,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)

@@ -31,7 +31,7 @@ from grpo_jax.models.transformer import TransformerConfig, abstract_params  # no
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.rollouts import RolloutConfig  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
-from grpo_jax.types import Policy, TrainState  # noqa: E402
+from grpo_jax.types import Policy, Surplus, TrainState  # noqa: E402
 
 __all__ = [
     "as_json",
@@ -61,7 +61,7 @@ def phase(
     params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
     objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
     optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
-    **options: Any,
+    surplus: Surplus | None = None, **options: Any,
 ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
     """One phase of a run: `loop.train` from what `params()` gives, and lets go of it.
 
@@ -69,9 +69,11 @@ def phase(
     """
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
     if begun(workdir):
-        state = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh)
+        state = training.abstract_train_state(
+            policy, abstract_params(model)[0], transformation, objective, mesh, surplus
+        )
     else:
-        state = training.init_train_state(policy, params(), transformation, objective, mesh)
+        state = training.init_train_state(policy, params(), transformation, objective, mesh, surplus)
     step = training.make_train_step(
         policy, transformation, objective, update, like=state, key=jax.random.fold_in(key, 1),
         clip_norm=optimizer.clip_norm,
@@ -84,7 +86,7 @@ def phase(
 
 def restored(
     workdir: pathlib.Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
-    optimizer: training.OptimizerConfig, objective: objectives.Objective,
+    optimizer: training.OptimizerConfig, objective: objectives.Objective, surplus: Surplus | None = None,
 ) -> TrainState:  # fmt: skip
     """The state of a checkpoint, the latest where no step is named; whoever writes there is left alone.
 
@@ -92,7 +94,7 @@ def restored(
       ValueError: there is no such checkpoint, or it is of another model, optimizer or objective.
     """
     transformation, _ = training.make_optimizer(optimizer, 1)
-    like = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh)
+    like = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh, surplus)
     return Checkpoints(workdir / "checkpoints", read_only=True).restore(like, step)
 
 
@@ -130,9 +132,10 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     completions = rollout.prompts * rollout.group_size
     each = completions // update.minibatches
+    tokens = f"{max_tokens} tokens" + (f", in up to {rollout.max_waves} waves" if rollout.max_waves > 1 else "")
     return (
-        f"a step: {rollout.prompts} prompts x {rollout.group_size} = {completions} completions of up to {max_tokens} "
-        f"tokens; {update.epochs} epochs x {update.minibatches} minibatches = {update.epochs * update.minibatches} "
+        f"a step: {rollout.prompts} prompts x {rollout.group_size} = {completions} completions of up to "
+        f"{tokens}; {update.epochs} epochs x {update.minibatches} minibatches = {update.epochs * update.minibatches} "
         f"optimizer steps of {each} completions; short ones share rows, {each // (update.microbatches * shards)} at a "
         f"time on each of {shards} data shards"
     )

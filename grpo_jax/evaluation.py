@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward
-from grpo_jax.rollouts import Sampler, completion_texts, score_rollout
+from grpo_jax.rollouts import Sampler
+from grpo_jax.scoring import completion_texts, score_rollout
 from grpo_jax.types import Policy, SamplingParams
 
 __all__ = ["EvaluationConfig", "Evaluator", "maj_at_k", "pass_at_k"]

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.diagnosis import diagnose
 from grpo_jax.evaluation import Evaluator
-from grpo_jax.rollouts import Experience, Journal
+from grpo_jax.rollouts import Experience
+from grpo_jax.scoring import Journal
 from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
 from grpo_jax.types import TrainBatch, TrainState
 
@@ -174,7 +175,7 @@ def train(
                 experienced = experience(state, journal, stop.check)
                 updating = time.perf_counter()
                 state, measured = train_step(state, experienced.batch)
-                state = _advance(state, experienced.prompts_consumed)
+                state = _advance(state, experienced)
                 metrics = {name: float(np.asarray(value)) for name, value in measured.items()}
                 ended = time.perf_counter()
                 step, elapsed = step + 1, elapsed + ended - started
@@ -205,9 +206,12 @@ def train(
     return state, log.rows
 
 
-def _advance(state: TrainState, prompts: int) -> TrainState:
-    cursor = jax.device_put(np.int32(int(state.cursor) + prompts), state.cursor.sharding)
-    return dataclasses.replace(state, cursor=cursor)
+def _advance(state: TrainState, experienced: Experience) -> TrainState:
+    """What a step has consumed, and what it leaves to the next."""
+    cursor, surplus = np.int32(int(state.cursor) + experienced.prompts_consumed), experienced.surplus
+    if surplus is not None:
+        surplus = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), surplus, state.surplus)
+    return dataclasses.replace(state, cursor=jax.device_put(cursor, state.cursor.sharding), surplus=surplus)
 
 
 def _optimizer_count(state: TrainState) -> int:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +13,25 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from grpo_jax import sampling, sharding
-from grpo_jax.data.sources import Prompt, Source
+from grpo_jax.data.sources import Source
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
+from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.objectives import Objective
 from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
-from grpo_jax.rewards import Item, Reward, RewardError, Scores, score
+from grpo_jax.rewards import Reward, Scores
+from grpo_jax.scoring import Journal, ScoredGroups, journaled_scores, rollout_metrics, samples_of_group
 from grpo_jax.training import train_batch
-from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, TrainBatch, TrainState
+from grpo_jax.types import Groups, Policy, PyTree, Rollout, SamplingParams, Surplus, TrainBatch, TrainState
 
 __all__ = [
     "Demonstrations",
     "Experience",
     "GroupRollouts",
-    "Journal",
     "RolloutConfig",
     "Sampler",
     "check_stop",
-    "completion_texts",
-    "score_rollout",
+    "surplus_of",
 ]
 
 
@@ -53,6 +52,7 @@ class RolloutConfig:
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the likeliest tokens of this mass; 1: all
     stop: tuple[str, ...] = ()  # strings that end a completion too, as a Python tuple: ('Question:',)
+    max_waves: int = 1  # prompts again, so many times at most, until every group has signal (DAPO); 1: never again
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -66,6 +66,8 @@ class RolloutConfig:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0: a greedy group has no spread to learn from."
             )
+        if self.max_waves < 1:
+            raise ValueError(f"max_waves={self.max_waves} must be 1 or more; 1: what is sampled is trained on.")
         check_stop(self.stop)
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be 0 or more, top_p={self.top_p} in (0, 1].")
@@ -103,7 +105,7 @@ class Sampler:
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be 1 or more.")
         self.tokenizer, self.group_size, self.max_prompt_tokens = tokenizer, group_size, max_prompt_tokens
-        self._mesh, self._key = mesh, key
+        self.mesh, self._key = mesh, key
         self._eos_ids, strings = _ends(tokenizer, stop)
         self._stop_table = stop_table(tokenizer.token_bytes, strings) if strings else None
 
@@ -143,14 +145,14 @@ class Sampler:
         Raises:
           ValueError: the prompts do not divide over the mesh, or one is empty or too long.
         """
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if len(prompts) % shards:
             raise ValueError(
                 f"{len(prompts)} prompts do not divide over {shards} devices (data x fsdp); use a multiple of {shards}."
             )
         tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
         ids = np.asarray(prompt_ids, np.uint32)
-        tokens, mask, ids = jax.device_put((tokens, mask, ids), sharding.batch_sharding(self._mesh))
+        tokens, mask, ids = jax.device_put((tokens, mask, ids), sharding.batch_sharding(self.mesh))
         prefilled, state = self._prefill(self._start, params, tokens, mask, ids, sampling_params)
         while True:
             interrupt()
@@ -165,7 +167,7 @@ class Sampler:
           params: ShapeDtypeStructs with shardings.
           prompts: P, a multiple of data x fsdp.
         """
-        rows = sharding.batch_sharding(self._mesh)
+        rows = sharding.batch_sharding(self.mesh)
         shape = lambda dtype, *columns: jax.ShapeDtypeStruct((prompts, *columns), dtype, sharding=rows)
         tokens, mask = (shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool))
         lowered = self._prefill(self._start.lower, params, tokens, mask, shape(np.uint32), SamplingParams())
@@ -180,30 +182,57 @@ class Sampler:
         )  # fmt: skip
 
 
-class Journal(Protocol):
-    """Where a step's rewards are written durably before they are used, and read when the step is replayed."""
-
-    def read(self, step: int, digest: str) -> Mapping[str, Sequence[Item]] | None:
-        """The recorded scores of these completions at this step, or None."""
-        ...
-
-    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[Item]]) -> None:
-        """Returns when the scores are durable."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experience:
     """What a step learns from, and what is worth logging about it."""
 
     batch: TrainBatch
     prompts_consumed: int
+    surplus: Surplus | None = None  # for the next step; None: the state has no place for any
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     rollout_tokens: int = 0  # sampled
     train_tokens: int = 0  # prompts and completions, as the update sees them
     rollout_seconds: float = 0.0
     reward_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Wave:
+    """What was sampled at a time."""
+
+    scored: ScoredGroups
+    rollout: Rollout  # where the sampler left it
+    rollout_seconds: float
+    reward_seconds: float
+
+
+def _surplus(state: TrainState) -> Surplus:
+    """Of a state, on the host."""
+    if state.surplus is None:
+        raise ValueError(
+            "max_waves above 1 needs a place in the state: init_train_state(..., surplus=surplus_of(...))."
+        )
+    return jax.device_get(state.surplus)
+
+
+def _over_tokens(advantages: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """Advantages [B] or [B, T] -> the mean of each completion's [B], and the mean size of all, tokens where [B, T]."""
+    if advantages.ndim == 1:
+        return advantages, float(np.abs(advantages).mean())
+    return advantages.sum(axis=1) / np.maximum(mask.sum(axis=1), 1), float(np.abs(advantages[mask]).mean())
+
+
+def surplus_of(
+    config: RolloutConfig, objective: Objective, *, max_prompt_tokens: int, max_tokens: int
+) -> Surplus | None:
+    """Shapes of what steps leave to the next in the state, for `training.init_train_state`; None without waves."""
+    if config.max_waves == 1:
+        return None
+    return abstract_surplus(
+        prompts=config.prompts, group_size=config.group_size, max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens, needs_steps=objective.needs_steps,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,6 +256,8 @@ class GroupRollouts:
         """Raises ValueError where the pieces do not fit together."""
         if self.objective.reward_kl is not None and self.reference_logprobs is None:
             raise ValueError("kl_in_reward needs reference_logprobs: training.make_reference_logprobs makes them.")
+        if self.config.max_waves > 1 and (self.params_of, self.select) != (None, None):
+            raise ValueError(f"max_waves={self.config.max_waves} has no place for params_of or select: leave them out.")
         _ = self._estimate
 
     @functools.cached_property
@@ -234,64 +265,109 @@ class GroupRollouts:
         return self.advantages.of(self.objective.advantages)
 
     def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
-        """Samples, scores and standardizes the groups of the prompts at the state's cursor."""
-        config, tokenizer, group = self.config, self.sampler.tokenizer, self.config.group_size
-        started = time.perf_counter()
-        cursor = int(state.cursor)
-        prompts = [self.source(i) for i in range(cursor, cursor + config.prompts)]
-        params = state.params if self.params_of is None else self.params_of(state)
-        rollout = self.sampler(
-            params, [p.text for p in prompts], range(cursor, cursor + config.prompts),
-            SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
-        )  # fmt: skip
-        host: Rollout = jax.device_get(rollout)
-        sampled = time.perf_counter()
-        scores = _journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step))
-        total = scores.total(self.rewards)
-        scored = time.perf_counter()
+        """Samples, scores and standardizes the groups of the prompts at the state's cursor.
 
-        outcome = self._outcome(scores, host)
-        constant = np.asarray(without_signal(outcome))
+        With dynamic sampling, `reward` and all that is said of completions is of all groups that the step sampled.
+        """
+        config, group = self.config, self.config.group_size
+        waves = self._waves(state, journal, interrupt)
+        fresh = waves[0].scored if len(waves) == 1 else ScoredGroups.join([wave.scored for wave in waves])
+        metrics, surplus = rollout_metrics(self.rewards, fresh), None
+        groups, rollout, chosen = fresh.groups, waves[0].rollout, np.arange(config.prompts)
+        if config.max_waves > 1:
+            groups, surplus, chosen, said = fill(_surplus(state), fresh.groups, fresh.constant)
+            rollout = jax.device_put(groups.rollout, sharding.batch_sharding(self.sampler.mesh))
+            metrics |= {"dynamic_sampling/waves": float(len(waves)), **said}
+        host: Rollout = groups.rollout
+
         penalties, penalty_metrics = self._penalties(state, rollout, host)
-        advantages = self._estimate(dataclasses.replace(outcome, penalties=penalties))
-        selected = np.ones(len(host.finished), bool) if self.select is None else self.select(scores)
+        advantages = self._estimate(dataclasses.replace(self._outcome(groups), penalties=penalties))
+        selected = np.ones(len(host.finished), bool) if self.select is None else self.select(fresh.scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
         batch = train_batch(rollout, advantages, temperature=config.temperature, selected=jnp.asarray(selected))
-        per_completion, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
-        metrics = _rollout_metrics(self.rewards, scores, total.reshape(-1, group), constant, host)
+        of_completions, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
         metrics |= {"advantage/abs_mean": abs_mean, **penalty_metrics}
         if self.params_of is not None:
             # The sampler's policy is not the trainer's, and its advantages are not used: nothing to say of either.
             batch = dataclasses.replace(batch, sampler_logprobs=None)
             metrics = {name: value for name, value in metrics.items() if not name.startswith(("frac_", "advantage/"))}
+        # To look at: the first of the batch's fresh groups, its last, in which rewards differ.
+        shown = int(np.argmax(np.ptp(fresh.total[chosen], axis=1) > 0))
+        of_group = of_completions.reshape(-1, group)[len(groups.rewards) - len(chosen) + shown]
         return Experience(
             batch=batch,
-            prompts_consumed=config.prompts,
+            prompts_consumed=len(fresh.prompts),
+            surplus=surplus,
             metrics=metrics,
-            samples=_samples(prompts, host, tokenizer, group, scores, total, per_completion),
-            rollout_tokens=int(host.mask.sum()),
+            samples=samples_of_group(fresh, int(chosen[shown]), of_group, self.sampler.tokenizer),
+            rollout_tokens=int(fresh.groups.rollout.mask.sum()),
             train_tokens=int(group * host.prompt_mask.sum() + host.mask.sum()),
+            rollout_seconds=sum(wave.rollout_seconds for wave in waves),
+            reward_seconds=sum(wave.reward_seconds for wave in waves),
+        )
+
+    def _waves(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> list[_Wave]:
+        """One, or as many as it takes until there are enough groups with signal."""
+        waves = [self._wave(state, 0, journal, interrupt)]
+        if self.config.max_waves > 1:
+            ready = int(_surplus(state).count)
+            while True:
+                ready += int((~waves[-1].scored.constant).sum())
+                if ready >= self.config.prompts or len(waves) == self.config.max_waves:
+                    break
+                waves.append(self._wave(state, len(waves), journal, interrupt))
+        return waves
+
+    def _wave(self, state: TrainState, wave: int, journal: Journal, interrupt: Callable[[], None]) -> _Wave:
+        """Groups of as many prompts as a step trains on."""
+        config, tokenizer, group = self.config, self.sampler.tokenizer, self.config.group_size
+        started = time.perf_counter()
+        first = int(state.cursor) + wave * config.prompts
+        prompts = [self.source(i) for i in range(first, first + config.prompts)]
+        params = state.params if self.params_of is None else self.params_of(state)
+        rollout = self.sampler(
+            params, [p.text for p in prompts], range(first, first + config.prompts),
+            SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
+        )  # fmt: skip
+        host: Rollout = jax.device_get(rollout)
+        sampled = time.perf_counter()
+        scores = journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step), wave)
+        scored = time.perf_counter()
+        groups = self._groups(scores, host)
+        return _Wave(
+            scored=ScoredGroups(
+                prompts=prompts,
+                groups=groups,
+                scores=scores,
+                total=scores.total(self.rewards).reshape(-1, group),
+                constant=np.asarray(without_signal(self._outcome(groups))),
+            ),
+            rollout=rollout,
             rollout_seconds=sampled - started,
             reward_seconds=scored - sampled,
         )
 
-    def _outcome(self, scores: Scores, rollout: Rollout) -> Outcome:
-        """Of a rollout that lies on the host; without penalties."""
+    def _groups(self, scores: Scores, rollout: Rollout) -> Groups:
+        """With rewards as advantages see them: the weighted sum, of each normalized before if so wished."""
         names, weights = [r.name for r in self.rewards], np.array([r.weight for r in self.rewards])
-        shape = (-1, self.config.group_size)
-        counted = self.advantages.counted(rollout.finished.reshape(shape))
-        rewards = np.stack([scores.by_name[name].reshape(shape) for name in names])
-        steps = None
+        counted = self.advantages.counted(rollout.finished.reshape(-1, self.config.group_size))
+        rewards = np.stack([scores.by_name[name].reshape(counted.shape) for name in names])
+        combined, steps = self.advantages.combine(rewards, weights, counted), None
         if self.objective.needs_steps:
             lengths, columns = rollout.mask.sum(axis=1), rollout.mask.shape[1]
             each = np.stack([scores.by_token(name, lengths, columns) for name in names])
             each[weights == 0] = np.nan  # a reward that is only logged has no steps
-            of_group, counted_tokens = (len(counted), -1), np.repeat(counted, columns, axis=1)
-            steps = self.advantages.combine(each.reshape(len(names), *of_group), weights, counted_tokens)
+            each = each.reshape(len(names), len(counted), -1)
+            steps = self.advantages.combine(each, weights, np.repeat(counted, columns, axis=1))
             steps = steps.reshape(rollout.mask.shape)
-        combined = self.advantages.combine(rewards, weights, counted)
-        return Outcome(rewards=combined, counted=counted, mask=rollout.mask, step_rewards=steps)
+        return Groups(rollout=rollout, rewards=combined, step_rewards=steps)
+
+    def _outcome(self, groups: Groups) -> Outcome:
+        """Without penalties."""
+        counted, mask = self.advantages.counted(groups.rollout.finished), groups.rollout.mask
+        shaped = {"rewards": groups.rewards, "counted": counted.reshape(groups.rewards.shape)}
+        return Outcome(**shaped, mask=mask, step_rewards=groups.step_rewards)
 
     def _penalties(self, state: TrainState, rollout: Rollout, host: Rollout) -> tuple[np.ndarray | None, dict]:
         """[B, T] float32 to take from the rewards, and their metrics."""
@@ -333,90 +409,3 @@ class Demonstrations:
             temperature=np.ones(self.batch, np.float32),
         )  # fmt: skip
         return Experience(batch=batch, prompts_consumed=self.batch, train_tokens=int(prompt_mask.sum() + mask.sum()))
-
-
-def completion_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
-    """Token ids and texts of the completions of a rollout that lies on the host."""
-    ids = [row[keep].tolist() for row, keep in zip(rollout.completion_tokens, rollout.mask, strict=True)]
-    return ids, [tokenizer.decode(row) for row in ids]
-
-
-def score_rollout(
-    rewards: Sequence[Reward], prompts: Sequence[Prompt], rollout: Rollout, tokenizer: Tokenizer, group_size: int
-) -> Scores:
-    """Rewards of a rollout that lies on the host.
-
-    Raises:
-      RewardError: a reward function did something wrong, or the prompts do not all have the same columns.
-    """
-    for prompt in prompts:
-        if prompt.columns.keys() != prompts[0].columns.keys():
-            raise RewardError(
-                f"prompt {prompt.text!r} has the columns {sorted(prompt.columns)}, and prompt {prompts[0].text!r} has "
-                f"{sorted(prompts[0].columns)}: give all the same, with None where one has no value."
-            )
-    ids, texts = completion_texts(rollout, tokenizer)
-    each = [prompt for prompt in prompts for _ in range(group_size)]
-    columns = {name: [p.columns[name] for p in each] for name in prompts[0].columns}
-    return score(rewards, prompts=[p.text for p in each], completions=texts, completion_ids=ids, columns=columns)
-
-
-def _journaled_scores(rewards, prompts, rollout, tokenizer, group_size, journal, step) -> Scores:
-    digest = hashlib.sha256(rollout.completion_tokens.tobytes() + rollout.mask.tobytes()).hexdigest()[:16]
-    recorded = journal.read(step, digest)
-    if recorded is None:
-        scores = score_rollout(rewards, prompts, rollout, tokenizer, group_size)
-        journal.write(step, digest, scores.items())
-        return scores
-    return Scores.of(recorded)
-
-
-def _over_tokens(advantages: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
-    """Advantages [B] or [B, T] -> the mean of each completion's [B], and the mean size of all, tokens where [B, T]."""
-    if advantages.ndim == 1:
-        return advantages, float(np.abs(advantages).mean())
-    return advantages.sum(axis=1) / np.maximum(mask.sum(axis=1), 1), float(np.abs(advantages[mask]).mean())
-
-
-def _rollout_metrics(
-    rewards, scores: Scores, grouped: np.ndarray, constant: np.ndarray, rollout: Rollout
-) -> dict[str, float]:
-    lengths, finished = rollout.mask.sum(axis=1), rollout.finished
-    metrics = {
-        "reward": grouped.mean(),
-        "reward_std": grouped.std(axis=1, ddof=1).mean(),
-        "frac_reward_zero_std": constant.mean(),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - finished.mean(),
-        "completions/mean_terminated_length": lengths[finished].mean() if finished.any() else 0.0,
-    }
-    # "All right" and "all wrong" are said of the first reward: the one that judges, by convention.
-    judged = scores.by_name[rewards[0].name].reshape(grouped.shape)
-    metrics["accuracy"] = (np.nan_to_num(judged) > 0.5).mean()
-    metrics["frac_groups_all_right"] = (constant & (judged.min(axis=1) > 0.5)).mean()
-    metrics["frac_groups_all_wrong"] = (constant & (judged.max(axis=1) <= 0.5)).mean()
-    for reward in rewards:
-        values = scores.by_name[reward.name]
-        values = values[~np.isnan(values)]
-        metrics[f"rewards/{reward.name}/mean"] = values.mean() if values.size else 0.0
-        metrics[f"rewards/{reward.name}/std"] = values.std(ddof=1) if values.size > 1 else 0.0
-        metrics[f"rewards/{reward.name}/not_applicable"] = float(scores.by_name[reward.name].size - values.size)
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _samples(prompts, rollout, tokenizer, group_size, scores, total, advantages) -> list[dict[str, Any]]:
-    """One group for people to read, completion by completion: the first in which rewards differ, if there is one."""
-    spread = np.ptp(total.reshape(-1, group_size), axis=1) > 0
-    group = int(np.argmax(spread))
-    members = range(group * group_size, (group + 1) * group_size)
-    _, texts = completion_texts(jax.tree.map(lambda x: x[members.start : members.stop], rollout), tokenizer)
-    return [
-        {
-            "prompt": prompts[group].text, "completion": text, "finished": bool(rollout.finished[i]),
-            "reward": float(total[i]), "advantage": float(advantages[i]),
-            **{f"rewards/{name}": None if np.isnan(v[i]) else float(v[i]) for name, v in scores.by_name.items()},
-        }
-        for i, text in zip(members, texts, strict=True)
-    ]  # fmt: skip

@@ -91,18 +91,19 @@ class _JsonLines:
 class RewardJournal:
     """Rewards by step, on disk before they are used: a replayed step reads what the world said the first time.
 
-    `rewards.jsonl`: one line a step, `{"step", "digest", "scores"}`. The digest is of the completions; a
-    replay that sampled others (another machine, another layout) is scored anew, with a line on the screen.
+    `rewards.jsonl`: one line a wave of a step, `{"step", "wave", "digest", "scores"}`. The digest is of the
+    completions; a replay that sampled others (another machine, another layout) is scored anew, with a line on the
+    screen.
     """
 
     def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print):
         self._lines = _JsonLines(workdir / "rewards.jsonl", keep=lambda row: True)
-        self._recorded = {row["step"]: row for row in self._lines.rows}
+        self._recorded = {(row["step"], row.get("wave", 0)): row for row in self._lines.rows}
         self._say = say
 
-    def read(self, step: int, digest: str) -> Mapping[str, Sequence[Item]] | None:
+    def read(self, step: int, wave: int, digest: str) -> Mapping[str, Sequence[Item]] | None:
         """The recorded scores of these completions at this step, or None."""
-        row = self._recorded.get(step)
+        row = self._recorded.get((step, wave))
         if row is None:
             return None
         if row["digest"] != digest:
@@ -110,9 +111,9 @@ class RewardJournal:
             return None
         return row["scores"]
 
-    def write(self, step: int, digest: str, scores: Mapping[str, Sequence[Item]]) -> None:
+    def write(self, step: int, wave: int, digest: str, scores: Mapping[str, Sequence[Item]]) -> None:
         """Returns when the scores are on disk."""
-        self._lines.append({"step": step, "digest": digest, "scores": scores}, durable=True)
+        self._lines.append({"step": step, "wave": wave, "digest": digest, "scores": scores}, durable=True)
 
     def close(self) -> None:
         """Closes the file."""

@@ -21,7 +21,7 @@ from grpo_jax.microbatches import Microbatches, frozen_logprobs, over_data, pack
 from grpo_jax.objectives import Objective
 from grpo_jax.packing import Rows
 from grpo_jax.sharding import per_device
-from grpo_jax.types import Array, Policy, PyTree, Rollout, TrainBatch, TrainState, record
+from grpo_jax.types import Array, Policy, PyTree, Rollout, Surplus, TrainBatch, TrainState, record
 
 __all__ = [
     "OptimizerConfig",
@@ -110,35 +110,49 @@ def state_shardings(
         ),
         step=everywhere,
         cursor=everywhere,
+        surplus=jax.tree.map(lambda x: sharding.batch_sharding(mesh) if x.ndim else everywhere, abstract.surplus),
     )
 
 
-def _initial(params: PyTree, optimizer: optax.GradientTransformation, objective: Objective) -> TrainState:
+def _initial(
+    params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, surplus: Surplus | None
+) -> TrainState:
+    # A weakly typed leaf would be one no more after an update, and all that takes parameters would compile twice.
+    params = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), params)
     return TrainState(
         params=params,
         reference=params if objective.needs_reference else None,
         opt_state=optimizer.init(params),
         step=jnp.zeros((), jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
+        surplus=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), surplus),
     )
 
 
 def abstract_train_state(
-    policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh
-) -> TrainState:
-    """Shapes and places of a state, from the shapes of its parameters: to compile for, or to restore; no memory."""
-    abstract = jax.eval_shape(lambda p: _initial(p, optimizer, objective), params)
+    policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh,
+    surplus: Surplus | None = None,
+) -> TrainState:  # fmt: skip
+    """Shapes and places of a state, from the shapes of its parameters: to compile for, or to restore; no memory.
+
+    `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`.
+    """
+    abstract = jax.eval_shape(lambda p: _initial(p, optimizer, objective, surplus), params)
     where = state_shardings(policy, optimizer, abstract, mesh)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
 
 
 def init_train_state(
-    policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh
-) -> TrainState:
-    """The state before step 0, sharded over the mesh; `params` are copied, and become the reference too."""
-    abstract = abstract_train_state(policy, params, optimizer, objective, mesh)
+    policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh,
+    surplus: Surplus | None = None,
+) -> TrainState:  # fmt: skip
+    """The state before step 0, sharded over the mesh; `params` are copied, and become the reference too.
+
+    `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`.
+    """
+    abstract = abstract_train_state(policy, params, optimizer, objective, mesh, surplus)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(lambda p: _initial(p, optimizer, objective), out_shardings=where)(params)
+    return jax.jit(lambda p: _initial(p, optimizer, objective, surplus), out_shardings=where)(params)
 
 
 def train_batch(

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 
-__all__ = ["Policy", "PyTree", "Rollout", "SamplingParams", "TrainBatch", "TrainState", "record"]
+__all__ = ["Groups", "Policy", "PyTree", "Rollout", "SamplingParams", "Surplus", "TrainBatch", "TrainState", "record"]
 
 PyTree: TypeAlias = Any
 Array: TypeAlias = Any  # jax.Array; also what stands in its place: NumPy on the host, shapes, shardings
@@ -79,6 +79,23 @@ class Rollout:
 
 
 @record
+class Groups:
+    """P groups of completions, and what they were worth."""
+
+    rollout: Rollout
+    rewards: Array  # [P, G] float32
+    step_rewards: Array | None  # [B, T] float32, NaN where no step ends; None: nobody asks for steps
+
+
+@record
+class Surplus:
+    """Groups that a step sampled and has no room for: the next one trains on them."""
+
+    groups: Groups
+    count: Array  # [] int32, the first so many of the groups are there
+
+
+@record
 class TrainBatch:
     """What an update sees: completions with their advantages. B need not be a multiple of G here."""
 
@@ -100,3 +117,4 @@ class TrainState:
     opt_state: PyTree
     step: Array  # [] int32, rollout steps done
     cursor: Array  # [] int32, prompts consumed; prompts are a function of (seed, cursor)
+    surplus: Surplus | None = None  # None: every step trains on what it samples

@@ -33,7 +33,7 @@ def kill(moment: str, module: object, name: str, step_of, after: bool = False) -
         setattr(module, name, wrapped)
 
 
-kill("rollout", rollouts, "_journaled_scores", lambda *args: args[-1])
+kill("rollout", rollouts, "journaled_scores", lambda *args: args[-2])
 kill("rewards", telemetry.RewardJournal, "write", lambda self, step, *_: step)
 kill("journal", telemetry.RewardJournal, "write", lambda self, step, *_: step, after=True)
 kill("update", telemetry.RunLog, "write", lambda self, step, *_: step - 1)

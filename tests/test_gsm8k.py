@@ -68,7 +68,8 @@ def make(place: pathlib.Path) -> None:
     again = [
         "gsm8k", f"--model={place / 'sft' / 'export'}", f"--workdir={place / 'grpo'}", "--rollout.prompts=4",
         "--rollout.group_size=2", "--rollout.max_tokens=16", "--rollout.stop=('e',)", "--reward.overlong=15",
-        "--update.microbatches=1", "--optimizer.learning_rate=1e-3", "--checkpoints.every=1", *trained,
+        "--rollout.max_waves=2", "--update.microbatches=1", "--optimizer.learning_rate=1e-3", "--checkpoints.every=1",
+        *trained,
     ]  # fmt: skip
     say("grpo", run(*again))
     (place / "again.json").write_text(json.dumps(again))
@@ -138,8 +139,8 @@ def test_batch_arithmetic_memory_and_what_is_dropped_are_said_before_anything_el
     assert said[1].startswith("jax ")
     assert " on 4 x cpu; 1,799,360 parameters of " in said[1]
     assert said[2] == (
-        "a step: 4 prompts x 2 = 8 completions of up to 16 tokens; 1 epochs x 1 minibatches = 1 optimizer steps of 8 "
-        "completions; short ones share rows, 4 at a time on each of 2 data shards"
+        "a step: 4 prompts x 2 = 8 completions of up to 16 tokens, in up to 2 waves; 1 epochs x 1 minibatches = 1 "
+        "optimizer steps of 8 completions; short ones share rows, 4 at a time on each of 2 data shards"
     )
     left = 64 - dropped
     assert said[3] == f"{left} training problems, an epoch is {left / 4:.1f} steps; 6 test problems"

@@ -22,6 +22,8 @@ TINY = [
     "--evaluation.every=2", "--evaluation.prompts=8", "--evaluation.sampled_prompts=4", "--evaluation.samples=4",
     "--checkpoints.every=2",
 ]  # fmt: skip
+# Enough supervision that some groups have signal, and waves in which too few do.
+DYNAMIC_SAMPLING = ["--rollout.max_waves=3", "--warm_start.steps=400"]
 SEVERAL_UPDATES = ["--update.epochs=2", "--update.minibatches=2", "--update.microbatches=2"]
 
 
@@ -74,6 +76,21 @@ def test_killed_at_any_moment_ends_with_the_same_bits(tmp_path, flags, kills):
     run(tmp_path / "killed", *flags)
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
     assert json.loads((tmp_path / "killed" / "summary.json").read_text())["steps"] == 6
+
+
+def test_dynamic_sampling_killed_between_waves_and_while_groups_wait(tmp_path):
+    run(tmp_path / "straight", *DYNAMIC_SAMPLING)
+    rows = untimed(tmp_path / "straight" / "metrics.jsonl")[1:]
+    waves, waiting = ([row[f"dynamic_sampling/{name}"] for row in rows] for name in ("waves", "surplus_groups"))
+    assert waves[1] > 1  # killed when its first wave is in the journal, and its second is not
+    assert min(waiting[2:4]) > 0  # in the checkpoint of the signal, from which the last run goes on
+    run(tmp_path / "killed", *DYNAMIC_SAMPLING, kill_at="journal:1")
+    run(tmp_path / "killed", *DYNAMIC_SAMPLING, kill_at="journal:3", kill_with="SIGTERM")
+    run(tmp_path / "killed", *DYNAMIC_SAMPLING)
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+    assert any("surplus" in name and "count" in name for name in last_state(tmp_path / "killed"))
+    evaluated = run(tmp_path / "killed", *DYNAMIC_SAMPLING, "--eval_only", "--eval_step=6")
+    assert json.loads(evaluated.stdout.splitlines()[-1])["step"] == 6
 
 
 def test_sigterm_saves_the_step_and_a_lost_torn_line_is_forgiven(tmp_path):

@@ -152,9 +152,9 @@ def test_a_journal_gives_back_the_same_scores(tmp_path):
         lambda **_: [np.float32(0.1), None, -0.0],
     )  # fmt: skip
     journal = RewardJournal(tmp_path)
-    journal.write(3, "digest", scores.items())
+    journal.write(3, 0, "digest", scores.items())
     journal.close()
-    recorded = RewardJournal(tmp_path).read(3, "digest")
+    recorded = RewardJournal(tmp_path).read(3, 0, "digest")
     assert recorded is not None
     assert json.dumps(recorded) == json.dumps(scores.items())
     again = Scores.of(recorded)

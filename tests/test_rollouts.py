@@ -37,11 +37,11 @@ def sampler():
 
 
 class Journal(dict):
-    def read(self, step, digest):
-        return self.get((step, digest))
+    def read(self, step, wave, digest):
+        return self.get((step, wave, digest))
 
-    def write(self, step, digest, scores):
-        self[step, digest] = scores
+    def write(self, step, wave, digest, scores):
+        self[step, wave, digest] = scores
 
 
 def objective_of(name, **changes):

@@ -283,6 +283,8 @@ def test_batch_arithmetic_by_hand():
         "a step: 12 prompts x 4 = 48 completions of up to 99 tokens; 3 epochs x 2 minibatches = 6 optimizer steps of "
         "24 completions; short ones share rows, 2 at a time on each of 6 data shards"
     )
+    rollout = dataclasses.replace(rollout, max_waves=3)
+    assert "of up to 99 tokens, in up to 3 waves; 3 epochs" in runs.batch_arithmetic(rollout, update, mesh, 99)
 
 
 def memory(config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False):

@@ -27,14 +27,27 @@ def test_logs_are_cut_back_to_a_step_and_a_torn_line_is_dropped(tmp_path):
 def test_journal_gives_back_what_was_recorded_for_the_same_completions_only(tmp_path):
     said = []
     journal = RewardJournal(tmp_path)
-    assert journal.read(0, "abc") is None
-    journal.write(0, "abc", {"r": [0.1, None]})
+    assert journal.read(0, 0, "abc") is None
+    journal.write(0, 0, "abc", {"r": [0.1, None]})
     journal.close()
     journal = RewardJournal(tmp_path, said.append)
-    assert journal.read(0, "abc") == {"r": [0.1, None]}
-    assert journal.read(0, "other") is None
+    assert journal.read(0, 0, "abc") == {"r": [0.1, None]}
+    assert journal.read(0, 0, "other") is None
     assert "step 0" in said[0]
-    assert journal.read(1, "abc") is None
+    assert journal.read(1, 0, "abc") is None
+
+
+def test_a_step_has_several_waves_and_a_journal_without_them_is_of_wave_0(tmp_path):
+    (tmp_path / "rewards.jsonl").write_text('{"step": 3, "digest": "abc", "scores": {"r": [1.0]}}\n')
+    journal = RewardJournal(tmp_path)
+    assert journal.read(3, 0, "abc") == {"r": [1.0]}
+    journal.write(4, 0, "first", {"r": [1.0]})
+    journal.write(4, 1, "second", {"r": [2.0]})
+    journal.close()
+    journal = RewardJournal(tmp_path)
+    assert journal.read(3, 1, "abc") is None
+    assert journal.read(4, 0, "first") == {"r": [1.0]}
+    assert journal.read(4, 1, "second") == {"r": [2.0]}
     journal.close()
 
 
@@ -42,7 +55,7 @@ def test_journal_gives_back_what_was_recorded_for_the_same_completions_only(tmp_
 @pytest.mark.parametrize(
     ("name", "use"),
     [
-        ("rewards.jsonl", lambda path: RewardJournal(path).write(0, "abc", {"r": [1.0]})),
+        ("rewards.jsonl", lambda path: RewardJournal(path).write(0, 0, "abc", {"r": [1.0]})),
         ("metrics.jsonl", lambda path: RunLog(path, 0).write(0, {"reward": 1.0})),
     ],
 )

@@ -12,6 +12,7 @@ from grpo_jax import logprobs as logprobs_lib
 from grpo_jax import sharding, training
 from grpo_jax.logprobs import completion_logprobs, token_logprobs
 from grpo_jax.losses import grpo_loss
+from grpo_jax.models.transformer import init_params
 from grpo_jax.objectives import LossConfig, grpo, make_objective, supervised
 from grpo_jax.training import (
     OptimizerConfig,
@@ -393,6 +394,14 @@ def test_the_first_state_shares_no_buffer(policy, params):
     jax.tree.map(np.testing.assert_array_equal, state.reference, params)
     leaves = jax.tree.leaves((params, state.params, state.reference))
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
+def test_no_leaf_is_weakly_typed(policy, config):
+    """Or it would be one no more after the first update, and the sampler and the train step would compile again."""
+    params = init_params(config, jax.random.key(0))
+    assert any(x.weak_type for x in jax.tree.leaves(params))
+    state = init_train_state(policy, params, optax.adam(1.0), grpo(), mesh_of(1, 1, 1))
+    assert not any(x.weak_type for x in jax.tree.leaves(state))
 
 
 def test_without_a_penalty_there_is_no_reference(policy, params, batch):
