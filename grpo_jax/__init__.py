@@ -22,6 +22,7 @@ _HOME = {
         "supervised_loss",
         "token_mean",
     ),
+    "corrections": ("importance_correction", "top_entropies"),
     "objectives": ("LossConfig", "Objective", "grpo", "make_objective", "supervised"),
     "outcomes": ("AdvantageConfig", "Outcome"),
     "logprobs": ("completion_logprobs", "token_logprobs"),

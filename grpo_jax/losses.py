@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.metrics import EffectiveSampleSize, Max, Metrics, masked_mean
+from grpo_jax.metrics import Metrics, masked_mean
 
 __all__ = [
     "clipped",
@@ -20,7 +20,6 @@ __all__ = [
     "dpo_loss",
     "fixed_length",
     "grpo_loss",
-    "importance_correction",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -36,7 +35,6 @@ __all__ = [
     "supervised_loss",
     "token_level",
     "token_mean",
-    "top_entropies",
     "unclipped",
     "with_gradient_of_k2",
 ]
@@ -107,70 +105,6 @@ def sequence_level_token_gradient(log_ratio: jax.Array, mask: jax.Array) -> jax.
 def sequence_product(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
     r""":math:`\pi(o_i) / \mu(o_i)` for all tokens of a completion: the importance weight of the whole of it."""
     return jnp.broadcast_to(log_ratio.sum(axis=1, keepdims=True, where=mask), log_ratio.shape)
-
-
-# Corrections: what makes up for a sampler that is another policy than the trainer's ---------------------------
-
-
-def importance_correction(
-    logprobs: jax.Array,
-    sampler_logprobs: jax.Array,
-    mask: jax.Array,
-    *,
-    level: Level = token_level,
-    bound: float = 2.0,
-    masked: bool = False,
-) -> tuple[jax.Array, Metrics]:
-    r"""Truncated or masked importance sampling between the trainer's policy and the sampler's.
-
-    .. math:: w = \pi_{old} / \mu, \qquad c = \min(w, C) \quad\text{or}\quad c = w\,[1/C \le w \le C]
-
-    Sampler and trainer compute the same policy in different precision, or the sampler's is some steps older. Truncated:
-    TIS (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"), at the level of
-    sequences as Ionides 2008. Masked: IcePop (Ling team 2025) and MIS (Liu et al. 2025), which leave out what is too
-    far away on either side. The `level` is `token_level`, or `sequence_product` for whole completions.
-
-    Args:
-      logprobs: [B, T] float32, of the trainer before its update (old), at the sampling temperature.
-      sampler_logprobs: [B, T] float32, of the sampler.
-      mask: [B, T] bool; elsewhere they may be anything.
-      level: log-ratios [B, T], mask -> logarithms of the weights [B, T].
-      bound: C, above 1.
-      masked: leave out what is outside of the bounds in place of cutting it.
-
-    Returns:
-      c [B, T] float32, without a gradient, and metrics: mean and largest difference of the log-probabilities,
-      effective sample size of w as a share of the tokens, and the fraction of w outside of [1 / C, C].
-    """
-    chex.assert_equal_shape([logprobs, sampler_logprobs, mask])
-    log_ratio = jnp.where(mask, jax.lax.stop_gradient(logprobs) - sampler_logprobs, 0)
-    # A cap that no honest weight reaches: a product of thousands of ratios must not become inf.
-    weights = jnp.exp(jnp.clip(level(log_ratio, mask), -30.0, 30.0))
-    outside = (weights > bound) | (weights < 1 / bound)
-    correction = jnp.where(outside, 0, weights) if masked else jnp.minimum(weights, bound)
-    difference, counted = jnp.abs(log_ratio), jnp.where(mask, weights, 0)
-    name = "sampling/sampling_logp_difference"
-    metrics = {
-        f"{name}/mean": masked_mean(difference, mask),
-        f"{name}/max": Max(top=jnp.where(mask, difference, 0).max()),
-        "sampling/effective_sample_size": EffectiveSampleSize(
-            total=counted.sum(), squares=jnp.square(counted).sum(), count=mask.sum().astype(jnp.float32)
-        ),
-        "sampling/frac_out_of_bounds": masked_mean(outside, mask),
-    }
-    return correction, metrics
-
-
-def top_entropies(entropies: jax.Array, mask: jax.Array, share: float) -> jax.Array:
-    r"""Which tokens are among the `share` of the greatest entropy: :math:`[H_{i,t} \ge \tau_\rho]`, [B, T] bool.
-
-    The forking tokens of arXiv 2506.01939 (eq. 5: a fifth of all, over the whole batch) carry the gradient. All of
-    equal entropy with the last one that is taken are taken too.
-    """
-    chex.assert_equal_shape([entropies, mask])
-    descending = -jnp.sort(-jnp.where(mask, entropies, -jnp.inf), axis=None)
-    last = jnp.ceil(share * mask.sum()).astype(jnp.int32) - 1
-    return mask & (entropies >= descending[jnp.maximum(last, 0)])
 
 
 # KL estimators: log-probabilities [...] of the policy and the reference -> [...] ------------------
@@ -369,7 +303,7 @@ def policy_loss(
         policy sampled (DeepSeek-V3.2, arXiv 2512.02556).
       entropies: [B, T], with gradient. Needed where entropy_coef is not 0.
       entropy_coef: eta.
-      correction: [B, T] float32, c: of `importance_correction`, and 0 where a token's surrogate is to be left out.
+      correction: [B, T] float32, c: of `corrections`, and 0 where a token's surrogate is to be left out.
       weights: [B, T] float32, of the whole minibatch; None: `sequence_mean(mask)`.
 
     Returns:

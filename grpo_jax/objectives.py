@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
 from grpo_jax import advantages, losses, outcomes
+from grpo_jax.corrections import CORRECTIONS, importance_correction
 from grpo_jax.metrics import Metrics
 
 __all__ = [
@@ -47,7 +47,7 @@ class Objective:
     reward_kl_coef: float = 0.0
     # (old log-probabilities, the sampler's, mask) -> (correction, metrics); the metrics always, and where it
     # `corrects` the loss too
-    correction: Callable[..., tuple[jax.Array, Metrics]] = losses.importance_correction
+    correction: Callable[..., tuple[jax.Array, Metrics]] = importance_correction
     corrects: bool = False
     top_entropy: float = 1.0  # share of the rollout's tokens, those of the greatest entropy, whose surrogate counts
 
@@ -63,13 +63,6 @@ ESTIMATORS: Mapping[str, losses.Estimator] = {
     "k3": losses.kl_k3,
     "k1+": losses.with_gradient_of_k2(losses.kl_k1),
     "k3+": losses.with_gradient_of_k2(losses.kl_k3),
-}
-
-CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
-    "token_truncate": {"level": losses.token_level, "masked": False},
-    "token_mask": {"level": losses.token_level, "masked": True},
-    "sequence_truncate": {"level": losses.sequence_product, "masked": False},
-    "sequence_mask": {"level": losses.sequence_product, "masked": True},
 }
 
 
@@ -163,7 +156,7 @@ def _policy(
         reward_kl=ESTIMATORS[config.kl] if in_reward else None,
         reward_kl_coef=config.kl_coef if in_reward else 0.0,
         correction=functools.partial(
-            losses.importance_correction, bound=config.correction_bound, **CORRECTIONS.get(config.correction, {})
+            importance_correction, bound=config.correction_bound, **CORRECTIONS.get(config.correction, {})
         ),
         corrects=config.correction != "none",
         top_entropy=config.top_entropy,

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import sharding
+from grpo_jax.corrections import top_entropies
 from grpo_jax.logprobs import row_logprobs
-from grpo_jax.losses import top_entropies
 from grpo_jax.microbatches import Microbatches, frozen_logprobs, over_data, pack_microbatches
 from grpo_jax.objectives import Objective
 from grpo_jax.packing import Rows

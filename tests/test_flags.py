@@ -11,8 +11,9 @@ import pytest
 from absl import flags
 
 from experiments import countdown
-from grpo_jax import loop, losses, objectives, rollouts, sharding, training
+from grpo_jax import loop, objectives, rollouts, sharding, training
 from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.corrections import top_entropies
 from grpo_jax.data.countdown import Countdown
 from grpo_jax.data.sources import Prompt
 from grpo_jax.models.transformer import init_params, make_policy
@@ -123,7 +124,7 @@ def loss_of(config):
     new, old, ref = (jax.random.normal(jax.random.key(i), (4, 5)) / 10 for i in range(3))
     mask, signs, entropies = jnp.ones((4, 5), bool), jnp.array([1.0, -1.0, 2.0, -2.0]), jnp.abs(ref)
     weights, metrics = objective.correction(old, ref, mask)
-    learns = losses.top_entropies(entropies, mask, objective.top_entropy)
+    learns = top_entropies(entropies, mask, objective.top_entropy)
     loss, _ = objective.loss(
         new, signs, mask, weights=objective.token_weights(mask), entropies=entropies, old_logprobs=old,
         ref_logprobs=ref, correction=learns * (weights if objective.corrects else 1.0),

@@ -37,6 +37,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import advantages, losses
+from grpo_jax.corrections import top_entropies
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.outcomes import Outcome
 
@@ -338,7 +339,7 @@ def test_tokens_of_the_greatest_entropy(theirs, share):
     objective = make_objective(LossConfig(kl_coef=0.1, top_entropy=share))
     for batch in BATCHES:
         step = theirs(batch, loss_type="grpo", microbatches=1, top_entropy_quantile=share, **PLAIN_KL[1])
-        learns = losses.top_entropies(jnp.asarray(batch.entropies), jnp.asarray(batch.mask), objective.top_entropy)
+        learns = top_entropies(jnp.asarray(batch.entropies), jnp.asarray(batch.mask), objective.top_entropy)
         quantile = np.quantile(batch.entropies[batch.mask], 1 - share)
         theirs_learn = batch.mask & (batch.entropies >= quantile)
         assert 0 <= int(learns.sum()) - int(theirs_learn.sum()) <= 1
