@@ -184,6 +184,17 @@ class Experiment:
         shared |= {"model": config["model"], "checkpoints": config["checkpoints"]}
         return runs.phase(lambda: params, **{**shared, **options})
 
+    def train(self, params: Any, workdir: pathlib.Path, title: str) -> list[dict[str, Any]]:
+        """The phase with the objective that the flags name, from `params`: its log."""
+        config = self.config
+        _, rows = self.run(
+            params, objective=self.objective, experience=self.rollouts(), workdir=workdir, title=title,
+            optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
+            evaluator=self.evaluator, evaluate_every=config["evaluation"].every,
+            samples_every=config["train"].samples_every, surplus=self.surplus,
+        )  # fmt: skip
+        return rows
+
 
 def demonstrations(task: Countdown, batch: int) -> Demonstrations:
     """Supervised experience from a task's imperfect demonstrator."""
@@ -307,12 +318,7 @@ def main(argv: list[str]) -> None:
         "compiling, once: it takes some 20 seconds until the first step",
         flush=True,
     )
-    _, rows = experiment.run(
-        params, objective=experiment.objective, experience=experiment.rollouts(), workdir=workdir,
-        title="grpo", optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
-        evaluator=experiment.evaluator, evaluate_every=config["evaluation"].every,
-        samples_every=config["train"].samples_every, surplus=experiment.surplus,
-    )  # fmt: skip
+    rows = experiment.train(params, workdir, "grpo")
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     curves = {"GRPO": rows}
     if BASELINES.value:

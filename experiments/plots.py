@@ -1,14 +1,16 @@
 """Pictures of runs, from their logs."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-__all__ = ["comparison", "curve"]
+__all__ = ["WIDTH", "comparison", "curve", "interquartile_mean", "multiples"]
 
 Rows = Sequence[Mapping[str, Any]]
+WIDTH = 20  # steps that a smoothed value is made of
 
 
 def _series(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
@@ -16,7 +18,7 @@ def _series(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _smooth(values: Sequence[float], width: int = 20) -> list[float]:
+def _smooth(values: Sequence[float], width: int = WIDTH) -> list[float]:
     return [
         sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
         for i in range(len(values))
@@ -55,4 +57,53 @@ def comparison(runs: Mapping[str, Sequence[Rows]], path: pathlib.Path) -> None:
     axis.set(xlabel="seconds of training (two CPU cores)", ylabel="held-out greedy accuracy", ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def interquartile_mean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest quarter: KL estimates have single steps that dwarf all others."""
+    cut = len(values) // 4
+    return float(np.sort(values)[cut : len(values) - cut].mean())
+
+
+def _over_seeds(seeds: Sequence[Rows], name: str) -> tuple[list[float], np.ndarray, np.ndarray]:
+    """Steps, and at each the mean over seeds and their standard deviation (ddof 1; 0 of one seed)."""
+    values = np.array([_series(rows, "step", name)[1] for rows in seeds])
+    if not name.startswith("eval/"):
+        windows = [slice(max(0, i - WIDTH), i) for i in range(1, values.shape[1] + 1)]
+        values = np.array([[interquartile_mean(row[window]) for window in windows] for row in values])
+    deviation = values.std(axis=0, ddof=1) if len(seeds) > 1 else np.zeros(values.shape[1])
+    return _series(seeds[0], "step", name)[0], values.mean(axis=0), deviation
+
+
+def multiples(
+    runs: Mapping[str, Sequence[Rows]], panels: Mapping[str, str], path: pathlib.Path, logarithmic: Collection[str] = ()
+) -> None:
+    """A panel a metric over steps, a line a method: the mean over seeds, with a band of one standard deviation.
+
+    Metrics under `eval/` are drawn as they were measured, others as interquartile means of the last `WIDTH` steps, seed
+    by seed; those of `logarithmic` on an axis that is linear up to 0.01 only. A metric that no run has gets no panel.
+    """
+    measured = {name for seeds in runs.values() for rows in seeds for name in rows[-1]}
+    panels = {name: title for name, title in panels.items() if name in measured}
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots(2, (len(panels) + 1) // 2).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (name, title) in zip(axes, panels.items(), strict=False):
+        for i, (method, seeds) in enumerate(runs.items()):
+            steps, mean, deviation = _over_seeds(seeds, name)
+            color, line = f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]
+            marker = "o" if name.startswith("eval/") else None
+            axis.plot(steps, mean, line, marker=marker, markersize=3, linewidth=1.3, color=color, label=method)
+            axis.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.12, linewidth=0)
+        if name in logarithmic:
+            axis.set_yscale("symlog", linthresh=0.01)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 6))
+    count = max(map(len, runs.values()))
+    over = f"mean and standard deviation of {count} seeds; " if count > 1 else ""
+    smoothed = f"{over}held-out accuracy as measured, all else interquartile means of the last {WIDTH} steps"
+    figure.suptitle(smoothed, fontsize=9)
     figure.savefig(path, dpi=120)

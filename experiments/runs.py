@@ -210,8 +210,13 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def summary(workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parameters: int) -> dict[str, Any]:
-    """`summary.json`: what came out, and what it took; a run that was complete before keeps what it took then."""
+def summary(
+    workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parameters: int, started: float = _STARTED
+) -> dict[str, Any]:
+    """`summary.json`: what came out, and what it took; a run that was complete before keeps what it took then.
+
+    `started`: by `time.perf_counter`, where the process has done other things before.
+    """
     if (workdir / "summary.json").exists():
         return json.loads((workdir / "summary.json").read_text())
     after = [row for row in rows if row["step"] > 0]
@@ -226,7 +231,7 @@ def summary(workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parame
         "after": evaluations(rows[-1]),
         "steps": rows[-1]["step"],
         "training_seconds": rows[-1]["time/elapsed_seconds"],
-        "wall_seconds": time.perf_counter() - _STARTED,
+        "wall_seconds": time.perf_counter() - started,
         "rollout_tokens_per_second": median("time/rollout_tokens_per_second"),
         "train_tokens_per_second": median("time/train_tokens_per_second"),
         "peak_rss_bytes": _peak_rss(),
