@@ -179,8 +179,8 @@ def caption(config: Mapping[str, Any], seeds: Sequence[int]) -> str:
     of = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
     return (
         f"{config['train'].steps} steps of {rollout.prompts} prompts x {rollout.group_size} completions, "
-        f"{update.epochs * update.minibatches} optimizer steps each; {of}. Reward, KL, entropy, length and the clipped "
-        f"share are interquartile means of the last {plots.WIDTH} steps."
+        f"{update.epochs * update.minibatches} optimizer steps each; {of}. Greedy and pass@k: held-out problems, after "
+        f"the last step; all else but the seconds: interquartile means of the last {plots.WIDTH} steps."
     )
 
 
