@@ -58,6 +58,17 @@ def _no_signal(metrics: Row, history: Sequence[Row]) -> str | None:
     )
 
 
+def _not_filled(metrics: Row, history: Sequence[Row]) -> str | None:
+    missing = metrics.get("dynamic_sampling/filled_without_signal", 0.0)
+    if not missing:
+        return None
+    return (
+        f"not filled: {metrics.get('dynamic_sampling/waves', 0.0):.0f} waves found too few groups with signal, and "
+        f"{missing:.0f} without fill the batch: raise --rollout.max_waves or --rollout.group_size, or look for prompts "
+        "that are neither too easy nor too hard."
+    )
+
+
 def _no_advantage(metrics: Row, history: Sequence[Row]) -> str | None:
     if metrics.get("frac_reward_zero_std", 1.0) >= 1 or metrics.get("advantage/abs_mean", 1.0) > 0:
         return None
@@ -89,6 +100,13 @@ def _mismatch(metrics: Row, history: Sequence[Row]) -> str | None:
     """Of the first update of a rollout, where both should say the same: the ratio is 1 by definition."""
     name = "sampling/sampling_logp_difference"
     mean, top = metrics.get(f"{name}/mean", 0.0), metrics.get(f"{name}/max", 0.0)
+    far = mean > MISMATCH or top > MISMATCH_OF_A_TOKEN
+    if far and metrics.get("dynamic_sampling/reused_groups", 0.0) > 0:
+        return (
+            f"mismatch: sampler and trainer disagree on the log-probability of the same tokens by {mean:.2g} on average, "
+            "and some groups waited for a step (--rollout.max_waves): the policy has moved far since. Lower "
+            "--optimizer.learning_rate, or let --loss.correction make up for it."
+        )
     if mean > MISMATCH:
         return (
             "mismatch: sampler and trainer disagree on the log-probability of the same tokens by "
@@ -163,6 +181,7 @@ def _last(name: str, steps: int, metrics: Row, history: Sequence[Row]) -> list[f
 _RULES: tuple[Callable[[Row, Sequence[Row]], str | None], ...] = (
     _not_finite,
     _no_signal,
+    _not_filled,
     _no_advantage,
     _truncated,
     _mismatch,

@@ -50,6 +50,14 @@ HEALTHY = [
         ({f"{MISMATCH}/mean": 0.2, f"{MISMATCH}/max": 9.0}, "^mismatch:.*0.2 on average: a bug, or a dtype"),
         ({f"{MISMATCH}/mean": 0.01, f"{MISMATCH}/max": 9.0}, "^mismatch:.*a token's log-probability by 9, .*0.01 on"),
         ({f"{MISMATCH}/mean": 0.04, f"{MISMATCH}/max": 0.7}, None),  # bfloat16
+        ({f"{MISMATCH}/mean": 0.2, "dynamic_sampling/reused_groups": 3.0}, "^mismatch:.*waited.*--loss.correction"),
+        ({f"{MISMATCH}/max": 9.0, "dynamic_sampling/reused_groups": 3.0}, "^mismatch:.*waited"),
+        ({f"{MISMATCH}/mean": 0.2, "dynamic_sampling/reused_groups": 0.0}, "^mismatch:.*a bug"),
+        (
+            {"dynamic_sampling/filled_without_signal": 2.0, "dynamic_sampling/waves": 3.0},
+            "^not filled: 3 waves .*2 without fill",
+        ),
+        ({"dynamic_sampling/filled_without_signal": 0.0, "dynamic_sampling/waves": 3.0}, None),
         ({f"{MISMATCH}/mean": 1e-5}, None),
         ({"kl": 1.5}, "^KL blows up:.*1.5 nats a token.*kl_coef"),
         ({"kl": 0.6}, None),
