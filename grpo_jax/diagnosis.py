@@ -103,8 +103,8 @@ def _mismatch(metrics: Row, history: Sequence[Row]) -> str | None:
     far = mean > MISMATCH or top > MISMATCH_OF_A_TOKEN
     if far and metrics.get("dynamic_sampling/reused_groups", 0.0) > 0:
         return (
-            f"mismatch: sampler and trainer disagree on the log-probability of the same tokens by {mean:.2g} on average, "
-            "and some groups waited for a step (--rollout.max_waves): the policy has moved far since. Lower "
+            f"mismatch: sampler and trainer disagree on the log-probability of the same tokens by {mean:.2g} on "
+            "average, and some groups waited for a step (--rollout.max_waves): the policy has moved far since. Lower "
             "--optimizer.learning_rate, or let --loss.correction make up for it."
         )
     if mean > MISMATCH:

@@ -146,6 +146,7 @@ def test_all_of_them_name_flags_that_exist():
         {"frac_reward_zero_std": 0.5, "advantage/abs_mean": 0.0},
         {"loss": float("nan")},
         {f"{MISMATCH}/mean": 0.0, f"{MISMATCH}/max": 9.0},
+        {"dynamic_sampling/reused_groups": 3.0, "dynamic_sampling/filled_without_signal": 2.0},
     ]
     lines = {line for variant in variants for line in diagnose(wrong | variant, log)}
     names = {line.partition(":")[0] for line in lines}
