@@ -1,6 +1,6 @@
 """How fast an update is where short completions share rows, beside one completion a row, side by side.
 
-python -m tests.packing_speed [--completions=256] [--prompt=64] [--limit=512] [--microbatches=64] [--rounds=4]
+python -m tests.packing_speed [--completions=256] [--prompt=64] [--limit=512] [--microbatches=64] [--rounds=3]
 
 Lengths are drawn geometrically, with a mean of a quarter of the limit.
 """
@@ -22,8 +22,8 @@ COMPLETIONS = flags.DEFINE_integer("completions", 256, "B, a multiple of the mic
 PROMPT = flags.DEFINE_integer("prompt", 64, "L, of which all are tokens.")
 LIMIT = flags.DEFINE_integer("limit", 512, "T.")
 MICROBATCHES = flags.DEFINE_integer("microbatches", 64, "Of the update.")
-ROUNDS = flags.DEFINE_integer("rounds", 4, "Of both, one after the other; the fastest counts.")
-MODEL = TransformerConfig(vocab_size=4096, layers=4, width=256, heads=4, kv_heads=2, head_width=64, mlp_width=768)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Of both, one after the other; the fastest counts.")
+MODEL = TransformerConfig(vocab_size=4096, layers=4, width=128, heads=4, kv_heads=2, head_width=32, mlp_width=384)
 
 
 def main(argv: list[str]) -> None:
