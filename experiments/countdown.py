@@ -315,6 +315,7 @@ def main(argv: list[str]) -> None:
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
         f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
         f"{runs.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
+        f"{runs.without_effect(config['loss'], config['update'])}"
         "compiling, once: it takes some 20 seconds until the first step",
         flush=True,
     )

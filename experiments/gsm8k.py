@@ -58,7 +58,7 @@ class OptimizerConfig(training.OptimizerConfig):
 class UpdateConfig(training.UpdateConfig):
     """How one rollout becomes optimizer steps: epochs x minibatches of them."""
 
-    microbatches: int = 64  # parts of a minibatch, one after the other; saves memory, changes nothing
+    microbatches: int = 64  # parts of a minibatch, one after the other; saves memory, and short completions fill fewer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,7 @@ class Experiment(tasks.Opened):
         print(
             f"{runs.devices()}; {parameters:,} parameters of {MODEL.value}\n"
             f"{runs.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
+            f"{runs.without_effect(config['loss'], config['update'])}"
             f"{len(self.task.train)} training problems, an epoch is {epoch:.1f} steps; {len(self.task.test)} test "
             f"problems\n{runs.memory_line(estimate)}",
             flush=True,

@@ -54,6 +54,7 @@ __all__ = [
     "restored",
     "saved_configuration",
     "summary",
+    "without_effect",
 ]
 
 
@@ -136,8 +137,24 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
     return (
         f"a step: {rollout.prompts} prompts x {rollout.group_size} = {completions} completions of up to "
         f"{tokens}; {update.epochs} epochs x {update.minibatches} minibatches = {update.epochs * update.minibatches} "
-        f"optimizer steps of {each} completions; short ones share rows, {each // (update.microbatches * shards)} at a "
-        f"time on each of {shards} data shards"
+        f"optimizer steps of {each} completions, {each // (update.microbatches * shards)} at a time on each of "
+        f"{shards} data shards; {'short ones share rows' if update.microbatches > 1 else _UNSHARED}"
+    )
+
+
+_UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
+
+
+def without_effect(loss: objectives.LossConfig, update: training.UpdateConfig) -> str:
+    """What is said of options that act on ratios, where every ratio is 1; empty where there is nothing to say."""
+    names = ("clip_low", "clip_high", "dual_clip", "clamp", "mdpo_coef")
+    default = {field.name: field.default for field in dataclasses.fields(loss)}
+    given = [f"--loss.{name}={getattr(loss, name)}" for name in names if getattr(loss, name) != default[name]]
+    if update.epochs * update.minibatches > 1 or not given or loss.objective == "cispo":
+        return ""
+    return (
+        f"{', '.join(given)}: without effect, for with one optimizer step a rollout every ratio is 1; raise "
+        "--update.minibatches or --update.epochs\n"
     )
 
 
@@ -172,8 +189,8 @@ def memory(
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * columns**2 * 4
     kept = config.layers * layer + inner + scores if config.remat else config.layers * (4 * layer + inner + scores)
     logits = rows * max_tokens * config.vocab_size // tensor
-    # Whole, with their softmax and its gradient; or in chunks.
-    logits = 3 * 4 * logits if logits <= CHUNK // 2 else 2 * 4 * CHUNK
+    # Whole, with their softmax and its gradient; or in chunks, as `token_logprobs` decides.
+    logits = 5 * 4 * logits if mesh.shape["fsdp"] == 1 and logits <= CHUNK // 4 else 2 * 4 * CHUNK
     return {
         "state": params * (3 + needs_reference),  # parameters, two moments of Adam's, the reference
         # Gradients, summed up over microbatches; activations; logits.

@@ -78,5 +78,6 @@ def top_entropies(entropies: jax.Array, mask: jax.Array, share: float) -> jax.Ar
     """
     chex.assert_equal_shape([entropies, mask])
     descending = -jnp.sort(-jnp.where(mask, entropies, -jnp.inf), axis=None)
-    last = jnp.ceil(share * mask.sum()).astype(jnp.int32) - 1
+    count = mask.sum()
+    last = jnp.ceil(share * count - 1e-6 * count).astype(jnp.int32) - 1  # rounding of the product adds no token
     return mask & (entropies >= descending[jnp.maximum(last, 0)])

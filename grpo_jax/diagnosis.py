@@ -40,8 +40,10 @@ def diagnose(metrics: Row, history: Sequence[Row] = ()) -> list[str]:
 
 
 def _no_signal(metrics: Row, history: Sequence[Row]) -> str | None:
-    # Another baseline than the group's makes advantages of equal rewards too.
-    if metrics.get("frac_reward_zero_std", 0.0) < 1 or metrics.get("advantage/abs_mean", 0.0) > 0:
+    if metrics.get("frac_reward_zero_std", 0.0) < 1:
+        return None
+    # Another baseline than the group's makes advantages of equal rewards too; a penalty does, and is no signal.
+    if metrics.get("advantage/abs_mean", 0.0) > 0 and "reward/kl_penalty" not in metrics:
         return None
     right, wrong = metrics.get("frac_groups_all_right", 0.0), metrics.get("frac_groups_all_wrong", 0.0)
     more = "more members a group (--rollout.group_size) find more spread"
@@ -54,7 +56,7 @@ def _no_signal(metrics: Row, history: Sequence[Row]) -> str | None:
         kind, remedy = f"{right:.0%} all right, {wrong:.0%} all wrong", f"look at the samples; {more}"
     return (
         f"no signal: in every group all rewards are equal ({kind}), so every advantage is 0"
-        f"{' and only the KL term moves the policy' if 'kl' in metrics else ''}; {remedy}."
+        f"{' but for the KL, which alone moves the policy' if 'kl' in metrics else ''}; {remedy}."
     )
 
 

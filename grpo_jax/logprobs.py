@@ -52,17 +52,18 @@ def token_logprobs(
        \frac{\partial \log\pi(o)}{\partial z_v} = [v = o] - \pi_v,\quad
        \frac{\partial H}{\partial z_v} = -\pi_v (\log\pi_v + H)
 
-    With :math:`z = ` logits / temperature. Where one chunk holds all logits they are computed plainly. Else a loop over
-    chunks of them keeps running sums (the online softmax of arXiv 1805.02867), and the gradient computes them again:
-    one more product, for memory that depends neither on the number of tokens nor on V. Over a mesh every device holds
-    a part of the vocabulary, also along fsdp, where tokens come to the matrix, a chunk at a time, and not the matrix to
-    the tokens.
+    With :math:`z = ` logits / temperature. Where one chunk holds all logits, and fsdp does not split the matrix, they
+    are computed plainly. Else a loop over chunks of them keeps running sums (the online softmax of arXiv 1805.02867),
+    and the gradient computes them again: one more product, for memory that depends neither on the number of tokens nor
+    on V. Over a mesh every device holds a part of the vocabulary, also along fsdp, where tokens come to the matrix, a
+    chunk at a time, and not the matrix to the tokens.
 
     Args:
       hidden: [R, ..., D], the state before each token.
       head: kernel [V, D], bias [V] or None, soft cap or None.
       tokens: [R, ...] int32.
-      temperature: of the softmax, broadcast against tokens; 0 (greedy sampling) stands for 1, as in `sampling`.
+      temperature: of the softmax, broadcast against tokens, without a gradient; 0 (greedy sampling) stands for 1, as in
+        `sampling`.
       mask: [R, ...] bool, the tokens that are asked for; both values are 0 elsewhere, and cost nothing where there are
         chunks. None: all.
       count: [] int32, no device is asked for more tokens; needed under `vmap`, where loops must not differ. None: the
@@ -77,11 +78,12 @@ def token_logprobs(
     """
     chex.assert_equal_shape([hidden[..., 0], tokens])
     chex.assert_equal_shape_suffix([hidden, head[0]], 1)
-    temperature = jnp.broadcast_to(jnp.where(temperature > 0, temperature, 1.0).astype(jnp.float32), tokens.shape)
+    temperature = jnp.where(temperature > 0, temperature, 1.0).astype(jnp.float32)
+    temperature = jax.lax.stop_gradient(jnp.broadcast_to(temperature, tokens.shape))
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    shards = 1 if mesh is None else mesh.shape["fsdp"]
-    devices = 1 if mesh is None else shards * mesh.shape["tensor"]
-    if tokens.size * head[0].shape[0] <= chunk // 2 * devices:
+    shards, parts = (1, 1) if mesh is None else (mesh.shape["fsdp"], mesh.shape["tensor"])
+    # The plain version holds five times its logits, and XLA would gather a matrix that fsdp splits.
+    if shards == 1 and tokens.size * head[0].shape[0] <= chunk // 4 * parts:
         return _plain(hidden, head, tokens, temperature, mask)
     if count is None:
         count = mask.reshape(shards, -1).sum(axis=1).max()

@@ -25,7 +25,6 @@ __all__ = [
     "kl_k3",
     "mirror_descent",
     "policy_loss",
-    "score_function",
     "sequence_level",
     "sequence_level_token_gradient",
     "sequence_mean",
@@ -195,15 +194,6 @@ def unclipped() -> Surrogate:
     def surrogate(log_weight, logprobs, advantages):
         del logprobs
         return jnp.exp(log_weight) * advantages, *_nowhere(log_weight)
-
-    return surrogate
-
-
-def score_function() -> Surrogate:
-    r""":math:`A \log\pi`, REINFORCE's (Williams 1992): blind to how old the completions are."""
-
-    def surrogate(log_weight, logprobs, advantages):
-        return logprobs * advantages, *_nowhere(log_weight)
 
     return surrogate
 

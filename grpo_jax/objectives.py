@@ -88,13 +88,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}.")
-        if self.kl_coef < 0:
+        if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef={self.kl_coef} must be 0 or more.")
         if self.kl not in ESTIMATORS:
             raise ValueError(f"kl={self.kl!r} must be one of {', '.join(ESTIMATORS)}.")
-        if not self.kl_coef and (self.kl_in_reward or self.weighted_kl):
+        if not self.kl_coef and (self.kl_in_reward or self.weighted_kl or self.kl != "k3"):
             raise ValueError(
-                f"kl_in_reward={self.kl_in_reward}, weighted_kl={self.weighted_kl}: with kl_coef=0 there is no KL."
+                f"kl={self.kl!r}, kl_in_reward={self.kl_in_reward}, weighted_kl={self.weighted_kl}: with kl_coef=0 "
+                "there is no KL. Leave them out."
             )
         if self.kl_in_reward and (self.weighted_kl or self.kl.endswith("+")):
             raise ValueError(
@@ -313,7 +314,7 @@ def reinforce_plus_plus(config: LossConfig) -> Objective:
     .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \min(\rho A, \mathrm{clip}(\rho, 1 \pm 0.2) A), \quad
        A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}_{batch}
 
-    Without the group, for one completion a prompt: `AdvantageConfig(baseline="batch")`. The paper's implementation has
+    REINFORCE++ without the group: `AdvantageConfig(baseline="batch")`. The paper's implementation has
     the KL in the rewards of tokens; `kl_in_reward` takes its sum from the completion's.
     """
     return _policy(

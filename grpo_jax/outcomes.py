@@ -22,6 +22,8 @@ from grpo_jax.advantages import (
     group_mean,
     group_std,
     leave_one_out_mean,
+    no_baseline,
+    no_scale,
     process_advantages,
     whiten,
 )
@@ -157,6 +159,13 @@ class AdvantageConfig:
             name: getattr(self, name) for name in ("baseline", "scale", "ddof", "epsilon", "smoothing", "discount")
         }
         refused = [f"{n}={v!r}" for n, v in values.items() if n not in taken and v != getattr(default, n)]
+        own = {n: taken[n].default for n in ("baseline", "scale") if n in taken}
+        baseline = BASELINES.get(self.baseline, own.get("baseline"))
+        scale = SCALES.get(self.scale, own.get("scale"))
+        if scale is no_scale and not self.normalize_each:
+            refused += [f"{n}={values[n]!r}" for n in ("ddof", "epsilon") if values[n] != getattr(default, n)]
+        if scale is no_scale and baseline is no_baseline and not (self.count_truncated or self.normalize_each):
+            refused.append("count_truncated=False")
         if refused:
             raise ValueError(
                 f"the objective's advantages have no place for {', '.join(refused)}: leave it out, or take another "

@@ -78,8 +78,8 @@ def pack(
 ) -> Rows:
     """Joins each prompt and its completion without holes, and lays them into as few rows as first-fit finds.
 
-    Longest first, each into the first row that has room for it (first-fit decreasing; at most 11/9 of the fewest rows,
-    and one). Completions without a token have nothing to learn from, and are left out.
+    Longest first, each into the first row that has room for it (first-fit decreasing, in columns, places and slots).
+    Completions without a token have nothing to learn from, and are left out.
 
     Args:
       prompt_tokens: [B, L] int32.

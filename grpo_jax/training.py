@@ -252,7 +252,8 @@ def make_train_step(
       `train_step(state, batch) -> (state, metrics)`, jitted; the state is donated. The step count goes up
       by one; the cursor stays, since only the caller knows what the batch consumed. Metrics are
       {name: [] float32}, means over all tokens of all optimizer steps.
-      It raises ValueError where B does not divide into minibatches x microbatches x data x fsdp.
+      It raises ValueError where B does not divide into minibatches x microbatches x data x fsdp, or a correction finds
+      no log-probabilities of the sampler.
 
     Raises:
       ValueError: a reference is to move, and the objective has none.
@@ -322,6 +323,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: TrainBatch):
         check_divides(batch.mask.shape[0], update, mesh)
+        if objective.corrects and batch.sampler_logprobs is None:
+            raise ValueError(
+                "the objective's correction needs the sampler's log-probabilities, and the batch has none."
+            )
         batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
         frozen = functools.partial(
             frozen_logprobs, policy, batch=batch, parts=update.minibatches * update.microbatches, mesh=mesh
@@ -356,7 +361,7 @@ def _moved_reference(state: TrainState, update: UpdateConfig) -> PyTree:
     """The reference after a step: where it was or, every so many steps, on its way to the policy."""
     if not update.reference_every:
         return state.reference
-    towards = lambda ref, new: ref + update.reference_mix * (new - ref)
+    towards = lambda ref, new: (1 - update.reference_mix) * ref + update.reference_mix * new
     mixed = lambda: jax.tree.map(towards, state.reference, state.params)
     return jax.lax.cond(state.step % update.reference_every == 0, mixed, lambda: state.reference)
 

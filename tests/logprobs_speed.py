@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
-    whole = 2 * tokens.size * ids
+    whole = 4 * tokens.size * ids
     runs = {"plain": gradient(whole), **{f"chunks of {n:,} logits": gradient(n) for n in (CHUNK // 4, CHUNK)}}
     if whole <= CHUNK:
         raise app.UsageError(f"{tokens.size} x {ids} logits are one chunk: nothing to compare. Give more.")

@@ -1,5 +1,6 @@
 """GRPO in plain NumPy loops and float64, written from the papers and independent of the library."""
 
+import fractions
 import math
 
 import numpy as np
@@ -183,7 +184,8 @@ def importance_correction(old, sampler, mask, level, bound, masked):
 
 
 def top_entropies(entropies, mask, share):
-    kept = sorted((float(h) for h in entropies[mask]), reverse=True)[: math.ceil(share * mask.sum())]
+    count = math.ceil(fractions.Fraction(str(share)) * int(mask.sum()))
+    kept = sorted((float(h) for h in entropies[mask]), reverse=True)[:count]
     return np.array(
         [[bool(m) and h >= kept[-1] for h, m in zip(*row, strict=True)] for row in zip(entropies, mask, strict=True)]
     )
@@ -210,8 +212,6 @@ def surrogate(kind, options, log_weight, frozen_log_weight, logprob, advantage):
         return max(value, bound * advantage) if bound and advantage < 0 else value
     if kind == "unclipped":
         return weight * advantage
-    if kind == "score_function":
-        return logprob * advantage
     if kind == "clipped_weight":
         return min(max(frozen, 1 - options["clip_low"]), 1 + options["clip_high"]) * advantage * logprob
     if kind == "soft_gate":

@@ -39,6 +39,10 @@ HEALTHY = [
         ({"frac_reward_zero_std": 1.0, "frac_groups_all_right": 1.0, "advantage/abs_mean": 0.0}, "^no signal:"),
         # Against the mean of the batch, groups that differ from one another are a signal.
         ({"frac_reward_zero_std": 1.0, "advantage/abs_mean": 0.3}, None),
+        (
+            {"frac_reward_zero_std": 1.0, "advantage/abs_mean": 0.8, "reward/kl_penalty": 0.01, "kl": 0.1},
+            "^no signal.*KL",
+        ),
         ({"frac_reward_zero_std": 0.5, "advantage/abs_mean": 0.0}, "^no advantage:.*rewards differ.*count_truncated"),
         ({"frac_reward_zero_std": 0.5, "advantage/abs_mean": 1e-6}, None),
         ({"completions/clipped_ratio": 1.0}, "^truncated:.*max_tokens"),

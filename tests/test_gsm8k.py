@@ -140,7 +140,8 @@ def test_batch_arithmetic_memory_and_what_is_dropped_are_said_before_anything_el
     assert " on 4 x cpu; 1,799,360 parameters of " in said[1]
     assert said[2] == (
         "a step: 4 prompts x 2 = 8 completions of up to 16 tokens, in up to 2 waves; 1 epochs x 1 minibatches = 1 "
-        "optimizer steps of 8 completions; short ones share rows, 4 at a time on each of 2 data shards"
+        "optimizer steps of 8 completions, 4 at a time on each of 2 data shards; with more --update.microbatches short "
+        "ones would share rows and cost less"
     )
     left = 64 - dropped
     assert said[3] == f"{left} training problems, an epoch is {left / 4:.1f} steps; 6 test problems"

@@ -172,7 +172,7 @@ def test_tokens_that_nobody_asks_for_cost_nothing(narrow):
     np.testing.assert_array_equal(some.ravel(), np.where(np.arange(40) < 16, whole.ravel(), 0))
 
 
-def compiled(rows, ids, sizes=None):
+def compiled(rows, ids, sizes=None, columns=1024):
     """Value and gradient of log-probabilities of rows of 1,024 tokens, from abstract arguments."""
     mesh = None if sizes is None else make_mesh(MeshConfig(**sizes))
     place = lambda *axes: None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))
@@ -184,8 +184,8 @@ def compiled(rows, ids, sizes=None):
 
     out = None if mesh is None else ((place(), place()), (place("fsdp"), place("tensor", "fsdp")))
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), out_shardings=out).lower(
-        shape((rows, 1024, 896), jnp.float32, "fsdp"), shape((ids, 896), jnp.float32, "tensor", "fsdp"),
-        shape((rows, 1024), jnp.int32, "fsdp"), shape((rows, 1024), jnp.float32, "fsdp"),
+        shape((rows, columns, 896), jnp.float32, "fsdp"), shape((ids, 896), jnp.float32, "tensor", "fsdp"),
+        shape((rows, columns), jnp.int32, "fsdp"), shape((rows, columns), jnp.float32, "fsdp"),
     ).compile()  # fmt: skip
 
 
@@ -197,9 +197,10 @@ def test_memory_is_two_chunks_whatever_the_batch_and_the_vocabulary(rows, ids):
     assert compiled(rows, ids).memory_analysis().temp_size_in_bytes < 2 * CHUNK * 4
 
 
+@pytest.mark.parametrize("tokens", [8 * 1024 * 8, 880, 440])  # the last two: what one chunk could hold, and half of it
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"tensor": 8}])
-def test_memory_and_collectives_over_a_mesh(sizes):
-    done, matrix = compiled(64, IDS, sizes), IDS * 896 * 4 // 8
+def test_memory_and_collectives_over_a_mesh(sizes, tokens):
+    done, matrix = compiled(8, IDS, sizes, tokens // 8), IDS * 896 * 4 // 8
     # Of the matrix, a device's part as the loop wants it, and the part of its gradient.
     assert done.memory_analysis().temp_size_in_bytes < 2 * CHUNK * 4 + matrix
     moved = re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", done.as_text())
@@ -211,6 +212,11 @@ def test_memory_and_collectives_over_a_mesh(sizes):
     # The matrix is split by ids: its gradient is whole where it is made, and what moves in loops are tokens.
     assert reduced
     assert max(*reduced, *gathered) <= CHUNK // 2 // 4096 * 896
+
+
+def test_memory_where_one_chunk_is_just_enough():
+    """Then it is computed plainly, which holds several copies."""
+    assert compiled(1, IDS, columns=CHUNK // 4 // IDS).memory_analysis().temp_size_in_bytes < 2 * CHUNK * 4
 
 
 def test_unembed_bias_then_soft_cap():

@@ -157,7 +157,7 @@ def test_a_reference_is_asked_for():
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3}
 SURROGATES = [
-    ("clipped", CLIPS), ("clipped", {**CLIPS, "dual_clip": 1.5}), ("unclipped", {}), ("score_function", {}),
+    ("clipped", CLIPS), ("clipped", {**CLIPS, "dual_clip": 1.5}), ("unclipped", {}),
     ("clipped_weight", CLIPS), ("clipped_weight", {"clip_low": 1.0, "clip_high": 0.5}),
     ("soft_gate", {"positive": 1.0, "negative": 1.05}), ("soft_gate", {"positive": 2.0, "negative": 5.0}),
     ("mirror_descent", {"kl_coef": 0.7}),
@@ -246,7 +246,6 @@ def test_entropy_correction_weights_and_clamp(mask, seed):
         (losses.clipped(0.2, 0.2, dual_clip=3.0), 2.0, -2.0, -4.0, -4.0),  # bad and up, not so far
         (losses.clipped(0.2, 0.2, dual_clip=3.0), 5.0, 2.0, 2.4, 0.0),  # a good one is held by the clip
         (losses.unclipped(), 5.0, 2.0, 10.0, 10.0),
-        (losses.score_function(), 5.0, 2.0, -2.0, 2.0),  # log-probability -1
         (losses.clipped_weight(1.0, 2.0), 5.0, 2.0, -6.0, 6.0),  # the weight is 3, the token learns all the same
         (losses.clipped_weight(1.0, 2.0), 0.1, 2.0, -0.2, 0.2),  # nothing holds it from below
         (losses.clipped_weight(0.5, 2.0), 0.1, -2.0, 1.0, -1.0),

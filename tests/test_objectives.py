@@ -79,7 +79,7 @@ def outcome(penalties=None):
     return Outcome(rewards=rewards, counted=counted, mask=mask, step_rewards=steps, penalties=penalties)
 
 
-def expected_advantages(name, worth, *, ddof, epsilon, **gae):
+def expected_advantages(name, worth, *, ddof=1, epsilon=1e-4, **gae):
     """[B] or [B, T]."""
     *_, baseline, scale = ROWS[name]
     taken = np.zeros(worth.mask.shape) if worth.penalties is None else np.where(worth.mask, worth.penalties, 0)
@@ -100,7 +100,7 @@ def expected_advantages(name, worth, *, ddof, epsilon, **gae):
 @pytest.mark.parametrize(("name", "in_reward"), [(n, x) for n in ROWS for x in (False, True) if (n, x) != REFUSED])
 def test_advantages(name, in_reward):
     penalties = np.random.default_rng(2).normal(size=(B, T)).astype(np.float32) if in_reward else None
-    worth, options = outcome(penalties), {"ddof": 0, "epsilon": 0.1}
+    worth, options = outcome(penalties), {"ddof": 0, "epsilon": 0.1} if ROWS[name][5] != "none" else {}
     gae = {"smoothing": 0.5, "discount": 0.9} if ROWS[name][4] == GAE else {}
     got = AdvantageConfig(**options, **gae).of(make_objective(LossConfig(objective=name)).advantages)(worth)
     np.testing.assert_allclose(got, expected_advantages(name, worth, **options, **gae), atol=1e-5)
@@ -114,8 +114,8 @@ def test_a_penalty_in_the_reward_is_not_in_the_loss(name):
             make_objective(LossConfig(objective=name, kl_in_reward=True))
         return
     inside, none = (
-        make_objective(LossConfig(objective=name, kl="k2", **changes))
-        for changes in ({"kl_coef": 0.5, "kl_in_reward": True}, {"kl_coef": 0.0})
+        make_objective(LossConfig(objective=name, **changes))
+        for changes in ({"kl_coef": 0.5, "kl": "k2", "kl_in_reward": True}, {"kl_coef": 0.0})
     )
     assert inside.needs_reference
     assert not inside.reference_in_loss
@@ -135,11 +135,26 @@ def test_a_penalty_in_the_reward_is_not_in_the_loss(name):
         ("dapo", {"discount": 0.5}, "no place for discount=0.5"),
         ("ppo", {"baseline": "batch", "scale": "none"}, "no place for baseline='batch', scale='none'"),
         ("grpo_process", {"scale": "batch"}, "no place for scale='batch'"),
+        ("dr_grpo", {"ddof": 0, "epsilon": 0.5}, "no place for ddof=0, epsilon=0.5"),
+        ("grpo", {"scale": "none", "epsilon": 0.5}, "no place for epsilon=0.5"),
+        ("reinforce", {"count_truncated": False}, "no place for count_truncated=False"),
     ],
 )
 def test_what_the_advantages_have_no_place_for_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         AdvantageConfig(**changes).of(make_objective(LossConfig(objective=name)).advantages)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dr_grpo", {"scale": "group", "epsilon": 0.5}),
+        ("rloo", {"normalize_each": True, "ddof": 0}),
+        ("reinforce", {"baseline": "batch", "count_truncated": False}),
+    ],
+)
+def test_what_they_have_a_place_for_is_not(name, changes):
+    AdvantageConfig(**changes).of(make_objective(LossConfig(objective=name)).advantages)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "reinforce_plus_plus", "ppo"])
@@ -173,6 +188,8 @@ def test_the_clip_can_be_set(name):
         ({"mdpo_coef": 0.5}, "objective 'grpo' has no place for mdpo_coef=0.5"),
         ({"kl_coef": 0.0, "kl_in_reward": True}, "kl_in_reward=True.* with kl_coef=0 there is no KL"),
         ({"kl_coef": 0.0, "weighted_kl": True}, "weighted_kl=True: with kl_coef=0 there is no KL"),
+        ({"kl_coef": 0.0, "kl": "k1"}, "kl='k1', .* with kl_coef=0 there is no KL"),
+        ({"kl_coef": float("nan")}, "kl_coef=nan must be 0 or more"),
         ({"objective": "sapo", "clip_low": 0.1}, "objective 'sapo' has no place for clip_low=0.1"),
         ({"objective": "cispo", "dual_clip": 3.0}, "objective 'cispo' has no place for dual_clip=3.0"),
         ({"objective": "rloo", "clip_high": 0.1, "clip_low": 0.2}, "no place for clip_low=0.2, clip_high=0.1"),

@@ -13,7 +13,7 @@ from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.logprobs import completion_logprobs, unembed
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
-from grpo_jax.packing import pack
+from grpo_jax.packing import pack, take_columns
 from grpo_jax.types import SamplingParams
 from tests import oracle
 
@@ -63,7 +63,7 @@ def logits_of(policy, params, rollout):
     repeat = lambda x: jnp.repeat(x, group, axis=0)
     rows = pack(repeat(rollout.prompt_tokens), repeat(rollout.prompt_mask), rollout.completion_tokens, rollout.mask)
     hidden, _ = policy.hidden(params, rows.tokens, rows.positions, rows.segments)
-    return unembed(rows.completions(hidden), policy.head(params))
+    return unembed(take_columns(hidden, rows.predictors), policy.head(params))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

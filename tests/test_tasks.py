@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from experiments import runs, tasks
-from grpo_jax import rollouts, sharding, training
+from grpo_jax import objectives, rollouts, sharding, training
 from grpo_jax.data.tokenizer import PretrainedTokenizer
 from grpo_jax.logprobs import CHUNK
 from grpo_jax.models import pretrained
@@ -281,10 +281,18 @@ def test_batch_arithmetic_by_hand():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=3, fsdp=2))
     assert runs.batch_arithmetic(rollout, update, mesh, 99) == (
         "a step: 12 prompts x 4 = 48 completions of up to 99 tokens; 3 epochs x 2 minibatches = 6 optimizer steps of "
-        "24 completions; short ones share rows, 2 at a time on each of 6 data shards"
+        "24 completions, 2 at a time on each of 6 data shards; short ones share rows"
     )
+    assert "with more --update.microbatches" in runs.batch_arithmetic(rollout, training.UpdateConfig(), mesh, 99)
     rollout = dataclasses.replace(rollout, max_waves=3)
     assert "of up to 99 tokens, in up to 3 waves; 3 epochs" in runs.batch_arithmetic(rollout, update, mesh, 99)
+
+
+def test_what_has_no_effect_is_said():
+    loss, once = objectives.LossConfig(clip_low=0.1, dual_clip=3.0), training.UpdateConfig()
+    assert runs.without_effect(loss, once).startswith("--loss.clip_low=0.1, --loss.dual_clip=3.0: without effect")
+    assert runs.without_effect(loss, training.UpdateConfig(epochs=2)) == ""
+    assert runs.without_effect(objectives.LossConfig(kl_coef=0.5), once) == ""
 
 
 def memory(config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False):
@@ -304,7 +312,7 @@ def test_memory_by_hand():
     cache = lambda rows, columns: 4 * 2 * rows * columns * 8  # keys and values of one head of 8
     # 2 rows of 10 columns at a time. Of a layer: query and output (16 each), the MLP (3 x 12); scores of 2 heads twice.
     layer, inner, scores = 4 * 2 * 10 * 8, 4 * 2 * 10 * (32 + 36), 4 * 2 * 2 * 2 * 10 * 10
-    logits = 4 * 3 * 2 * 4 * 16
+    logits = 4 * 5 * 2 * 4 * 16
     expected = {
         "state": 3 * params,
         "update": 2 * params + 4 * layer + inner + scores + logits,

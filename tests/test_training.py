@@ -265,6 +265,14 @@ def test_only_tokens_of_great_entropy_learn(policy, params, batch, sizes):
     )
 
 
+def test_a_correction_needs_the_sampler(policy, params, batch):
+    objective = make_objective(LossConfig(kl_coef=0.0, correction="token_mask"))
+    state = make_state(policy, params, optax.sgd(1.0), objective)
+    step = make_train_step(policy, optax.sgd(1.0), objective, like=state, key=KEY)
+    with pytest.raises(ValueError, match="correction needs the sampler's log-probabilities"):
+        step(state, dataclasses.replace(batch, sampler_logprobs=None))
+
+
 def test_the_reference_moves_every_so_many_steps(policy, params, batch):
     update = UpdateConfig(reference_every=2, reference_mix=0.25)
     state = make_state(policy, params, optax.sgd(0.5), sizes=(2, 2, 2))
