@@ -189,8 +189,7 @@ def memory(
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * columns**2 * 4
     kept = config.layers * layer + inner + scores if config.remat else config.layers * (4 * layer + inner + scores)
     logits = rows * max_tokens * config.vocab_size // tensor
-    # Whole, with their softmax and its gradient; or in chunks, as `token_logprobs` decides.
-    logits = 5 * 4 * logits if mesh.shape["fsdp"] == 1 and logits <= CHUNK // 4 else 2 * 4 * CHUNK
+    logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {
         "state": params * (3 + needs_reference),  # parameters, two moments of Adam's, the reference
         # Gradients, summed up over microbatches; activations; logits.
