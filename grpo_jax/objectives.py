@@ -245,7 +245,7 @@ def gspo_token(config: LossConfig) -> Objective:
 
 
 def cispo(config: LossConfig) -> Objective:
-    r"""CISPO (MiniMax-M1, arXiv 2506.13585): the weight is clipped, and no token loses its gradient.
+    r"""CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): the weight is clipped, and no token loses its gradient.
 
     .. math:: \frac1{\sum_i |o_i|} \sum_i \sum_t \mathrm{sg}[\min(\rho, 1 + \epsilon_{high})]\, A \log\pi
 
