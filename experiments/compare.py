@@ -50,7 +50,7 @@ flags.declare_key_flag("workdir")
 PANELS = {
     "reward": "reward (train, sampled)",
     "eval/accuracy": "accuracy (held out, greedy)",
-    "kl": "KL to the warm start, a token",
+    "kl": "KL to the reference, a token",
     "entropy": "entropy, nats a token",
     "completions/mean_length": "length of a completion, tokens",
     "clip_ratio/region_mean": "share of tokens that a clip holds",
@@ -93,7 +93,7 @@ def configurations(
     except ValueError as error:
         raise ValueError(f"--seeds={','.join(seeds)} must be integers: --seeds=0,1,2.") from error
     for name, values in (("objectives", objectives), ("seeds", parsed)):
-        if not values or len({*values}) < len(values):
+        if not values or len({*values}) < len(values) or "" in values:
             given = ",".join(map(str, values))
             raise ValueError(f"--{name}={given} must name at least one, and none of them twice.")
     return {
@@ -180,7 +180,7 @@ def caption(config: Mapping[str, Any], seeds: Sequence[int]) -> str:
     return (
         f"{config['train'].steps} steps of {rollout.prompts} prompts x {rollout.group_size} completions, "
         f"{update.epochs * update.minibatches} optimizer steps each; {of}. Greedy and pass@k: held-out problems, after "
-        f"the last step; all else but the seconds: interquartile means of the last {plots.WIDTH} steps."
+        f"the last step; all else but the seconds: interquartile means of up to {plots.WIDTH} last steps."
     )
 
 

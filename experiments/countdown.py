@@ -164,6 +164,7 @@ class Experiment:
         """Raises ValueError where sizes do not fit together, before anything expensive starts."""
         rollout = self.config["rollout"]
         training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
+        training.check_reference(self.objective, self.config["update"])
         sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": self.config["warm_start"].batch}
         runs.check_multiples(self.mesh, sizes)
         self.task.problem("held_out", 0)
@@ -315,11 +316,11 @@ def main(argv: list[str]) -> None:
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
         f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
         f"{runs.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
-        f"{runs.without_effect(config['loss'], config['update'])}"
+        f"{runs.remarks(config['loss'], config['update'])}"
         "compiling, once: it takes some 20 seconds until the first step",
         flush=True,
     )
-    rows = experiment.train(params, workdir, "grpo")
+    rows = experiment.train(params, workdir, config["loss"].objective)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     curves = {"GRPO": rows}
     if BASELINES.value:

@@ -110,6 +110,7 @@ class Experiment(tasks.Opened):
         if not rollout.max_tokens:
             raise ValueError("rollout.max_tokens=0 must be 1 or more: GSM8K says nothing about how long answers are.")
         training.check_divides(rollout.prompts * rollout.group_size, config["update"], self.mesh)
+        training.check_reference(self.objective, config["update"])
         runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
         self.surplus = rollouts.surplus_of(
             rollout, self.objective, max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens
@@ -149,7 +150,7 @@ class Experiment(tasks.Opened):
         print(
             f"{runs.devices()}; {parameters:,} parameters of {MODEL.value}\n"
             f"{runs.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
-            f"{runs.without_effect(config['loss'], config['update'])}"
+            f"{runs.remarks(config['loss'], config['update'])}"
             f"{len(self.task.train)} training problems, an epoch is {epoch:.1f} steps; {len(self.task.test)} test "
             f"problems\n{runs.memory_line(estimate)}",
             flush=True,
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> None:
     state, rows = runs.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
         mesh=experiment.mesh, key=experiment.key, objective=experiment.objective, experience=experience,
-        workdir=workdir, title="grpo", optimizer=config["optimizer"], update=config["update"],
+        workdir=workdir, title=config["loss"].objective, optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
         surplus=experiment.surplus,

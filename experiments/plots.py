@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter, SymmetricalLogLocator
 
 __all__ = ["WIDTH", "comparison", "curve", "interquartile_mean", "multiples"]
 
@@ -99,11 +100,16 @@ def multiples(
             axis.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.12, linewidth=0)
         if name in logarithmic:
             axis.set_yscale("symlog", linthresh=0.01)
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_locator(SymmetricalLogLocator(base=10, linthresh=0.01, subs=(2, 5)))
+            axis.yaxis.set_minor_formatter(ScalarFormatter())
+            axis.tick_params(axis="y", which="minor", labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 6))
     count = max(map(len, runs.values()))
     over = f"mean and standard deviation of {count} seeds; " if count > 1 else ""
-    smoothed = f"{over}held-out accuracy as measured, all else interquartile means of the last {WIDTH} steps"
+    smoothed = f"{over}held-out accuracy as measured, all else interquartile means of up to {WIDTH} steps"
     figure.suptitle(smoothed, fontsize=9)
     figure.savefig(path, dpi=120)

@@ -51,10 +51,10 @@ __all__ = [
     "memory_line",
     "parameters",
     "phase",
+    "remarks",
     "restored",
     "saved_configuration",
     "summary",
-    "without_effect",
 ]
 
 
@@ -145,17 +145,22 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
 _UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
 
 
-def without_effect(loss: objectives.LossConfig, update: training.UpdateConfig) -> str:
-    """What is said of options that act on ratios, where every ratio is 1; empty where there is nothing to say."""
-    names = ("clip_low", "clip_high", "dual_clip", "clamp", "mdpo_coef")
-    default = {field.name: field.default for field in dataclasses.fields(loss)}
-    given = [f"--loss.{name}={getattr(loss, name)}" for name in names if getattr(loss, name) != default[name]]
-    if update.epochs * update.minibatches > 1 or not given or loss.objective == "cispo":
-        return ""
-    return (
-        f"{', '.join(given)}: without effect, for with one optimizer step a rollout every ratio is 1; raise "
-        "--update.minibatches or --update.epochs\n"
-    )
+def remarks(loss: objectives.LossConfig, update: training.UpdateConfig) -> str:
+    """What is said of options that do not do what they seem to; empty where there is nothing to say."""
+    names, default = ("clip_low", "clip_high", "dual_clip", "clamp", "mdpo_coef"), type(loss)()
+    given = [f"--loss.{name}={getattr(loss, name)}" for name in names if getattr(loss, name) != getattr(default, name)]
+    said = []
+    if given and update.epochs * update.minibatches == 1 and loss.objective != "cispo":
+        said.append(
+            f"{', '.join(given)}: without effect, for with one optimizer step a rollout every ratio is 1; raise "
+            "--update.minibatches or --update.epochs"
+        )
+    if loss.kl == "k1" and loss.kl_coef and not (loss.kl_in_reward or loss.weighted_kl):
+        said.append(
+            "--loss.kl=k1: its expected gradient on-policy is 0, so the loss holds nothing back; use k1+, "
+            "--loss.kl_in_reward or --loss.weighted_kl"
+        )
+    return "".join(f"{line}\n" for line in said)
 
 
 def memory(

@@ -50,8 +50,13 @@ def importance_correction(
     Returns:
       c [B, T] float32, without a gradient, and metrics: mean and largest difference of the log-probabilities,
       effective sample size of w as a share of the tokens, and the fraction of w outside of [1 / C, C].
+
+    Raises:
+      ValueError: the bound is not above 1.
     """
     chex.assert_equal_shape([logprobs, sampler_logprobs, mask])
+    if not bound > 1:
+        raise ValueError(f"bound={bound} must be above 1.")
     log_ratio = jnp.where(mask, jax.lax.stop_gradient(logprobs) - sampler_logprobs, 0)
     # A cap that no honest weight reaches: a product of thousands of ratios must not become inf.
     weights = jnp.exp(jnp.clip(level(log_ratio, mask), -30.0, 30.0))
@@ -75,8 +80,13 @@ def top_entropies(entropies: jax.Array, mask: jax.Array, share: float) -> jax.Ar
 
     The forking tokens of arXiv 2506.01939 (eq. 5: a fifth of all, over the whole batch) carry the gradient. All of
     equal entropy with the last one that is taken are taken too.
+
+    Raises:
+      ValueError: the share is not in (0, 1].
     """
     chex.assert_equal_shape([entropies, mask])
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be in (0, 1].")
     descending = -jnp.sort(-jnp.where(mask, entropies, -jnp.inf), axis=None)
     count = mask.sum()
     last = jnp.ceil(share * count - 1e-6 * count).astype(jnp.int32) - 1  # rounding of the product adds no token

@@ -55,8 +55,8 @@ def _no_signal(metrics: Row, history: Sequence[Row]) -> str | None:
     else:
         kind, remedy = f"{right:.0%} all right, {wrong:.0%} all wrong", f"look at the samples; {more}"
     return (
-        f"no signal: in every group all rewards are equal ({kind}), so every advantage is 0"
-        f"{' but for the KL, which alone moves the policy' if 'kl' in metrics else ''}; {remedy}."
+        f"no signal: in every group all rewards are equal ({kind}), so no reward makes an "
+        f"advantage{', and only the penalty moves the policy' if 'kl' in metrics else ''}; {remedy}."
     )
 
 
@@ -68,6 +68,15 @@ def _not_filled(metrics: Row, history: Sequence[Row]) -> str | None:
         f"not filled: {metrics.get('dynamic_sampling/waves', 0.0):.0f} waves found too few groups with signal, and "
         f"{missing:.0f} without fill the batch: raise --rollout.max_waves or --rollout.group_size, or look for prompts "
         "that are neither too easy nor too hard."
+    )
+
+
+def _no_steps(metrics: Row, history: Sequence[Row]) -> str | None:
+    if metrics.get("completions/mean_steps", 1.0) > 0:
+        return None
+    return (
+        "no steps: the objective rewards steps, and no reward function gave any: each completion is one step, and the "
+        "advantages are those of --loss.objective=grpo."
     )
 
 
@@ -125,7 +134,7 @@ def _mismatch(metrics: Row, history: Sequence[Row]) -> str | None:
 
 def _far_from_the_reference(metrics: Row, history: Sequence[Row]) -> str | None:
     recent = _last("kl", FAR_STEPS, metrics, history)
-    kl = statistics.median(recent) if recent else 0.0
+    kl = statistics.median_low(recent) if recent else 0.0  # of two, the one that is no spike
     if not kl > FAR:  # a NaN is another rule's
         return None
     return (
@@ -166,7 +175,8 @@ def _loss_near_zero(metrics: Row, history: Sequence[Row]) -> str | None:
     """At the first step, where people wonder; from then on they know."""
     if metrics.get("step") != 1 or "reward" not in metrics or "loss" not in metrics:
         return None
-    if not abs(metrics["loss"]) < NEAR_ZERO < metrics.get("grad_norm", 0.0):
+    # Where a clip holds something, ratios are not 1: the loss is a mean over several updates.
+    if not abs(metrics["loss"]) < NEAR_ZERO < metrics.get("grad_norm", 0.0) or metrics.get("clip_ratio/region_mean"):
         return None
     return (
         "loss near zero: so it is by construction, and no fault. At the first update all ratios are 1, and the "
@@ -184,6 +194,7 @@ _RULES: tuple[Callable[[Row, Sequence[Row]], str | None], ...] = (
     _not_finite,
     _no_signal,
     _not_filled,
+    _no_steps,
     _no_advantage,
     _truncated,
     _mismatch,

@@ -144,6 +144,11 @@ class _Spec:
         """Of this device's part, which has `ids`."""
         return jax.lax.axis_index(self.vocab_axes) * ids if self.vocab_axes else 0
 
+    def there(self, targets: jax.Array, ids: int) -> jax.Array:
+        """Which tokens are of the vocabulary, of which this device's part has `ids`."""
+        parts = math.prod(self.mesh.shape[axis] for axis in self.vocab_axes) if self.mesh is not None else 1
+        return (targets >= 0) & (targets < ids * parts)
+
     def together(self, x: jax.Array) -> jax.Array:
         """Tokens of a chunk, [t, ...] -> [fsdp x t, ...] where they meet."""
         return jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) if self.meet else x
@@ -209,6 +214,7 @@ def _forward(spec, hidden, kernel, bias, count, tokens, temperature, mask):
     def of_tokens(i, out):
         at = jax.lax.dynamic_slice_in_dim(order, i * size, size)
         states, targets, temperatures = (spec.together(x[at]) for x in (hidden, tokens, temperature))
+        known = spec.there(targets, kernel.shape[0])
         targets -= spec.first_id(kernel.shape[0])
 
         def add(j, sums):
@@ -233,6 +239,7 @@ def _forward(spec, hidden, kernel, bias, count, tokens, temperature, mask):
         total, spread = _raised(total, spread, top, highest)
         total, spread, chosen = (spec.over_vocabulary(jax.lax.psum, x) for x in (total, spread, chosen))
         normalizer = highest + jnp.log(total)
+        chosen = jnp.where(known, chosen, jnp.nan)  # as where it is computed plainly
         values = (chosen - normalizer, jnp.log(total) - spread / total, normalizer)
         return tuple(x.at[at].set(spec.own(value), mode="drop") for x, value in zip(out, values, strict=True))
 

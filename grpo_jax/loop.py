@@ -232,6 +232,12 @@ def _times(experienced: Experience, step: float, update: float, elapsed: float) 
     }
 
 
+def _by_number(name: str) -> tuple[str, int]:
+    """accuracy, mean@4, mean@64, pass@1, pass@16."""
+    kind, _, count = name.partition("@")
+    return kind, int(count or 0)
+
+
 class _NoEvaluation:
     def greedy(self, params, interrupt=None):
         return {}
@@ -249,7 +255,7 @@ class _Screen:
         self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        names = sorted((name for name in row if name.startswith("eval/")), key=lambda name: (len(name), name))
+        names = sorted((name for name in row if name.startswith("eval/")), key=_by_number)
         if names:
             shown = (f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {row[name]:.1%}" for name in names)
             self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
@@ -266,7 +272,8 @@ class _Screen:
             self._say(f"    {text}  reward {sample['reward']:.2f}  advantage {sample['advantage']:+.2f}")
         for said in diagnose(row, rows[:-1]):
             name = said.partition(":")[0]
-            if row["step"] - self._said.get(name, -self._lines) >= self._lines:  # its numbers differ every time
+            again = max(self._lines, 10)  # its numbers differ every time, so that it would be said at each
+            if row["step"] - self._said.get(name, -again) >= again:
                 self._say(f"{self._title}: step {row['step']}: {said}")
                 self._said[name] = row["step"]
 

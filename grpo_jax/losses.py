@@ -172,7 +172,12 @@ def clipped(clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 0.
     r"""`clipped_surrogate` of the weights; with a dual clip at c > 1, never below :math:`c A` where A < 0.
 
     (Dual-clip PPO, arXiv 1912.09729, eq. 5: a huge ratio times a negative advantage has no bound else.)
+
+    Raises:
+      ValueError: dual_clip is neither 0 nor above 1.
     """
+    if dual_clip and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip} must be above 1, or 0 for none.")
 
     def surrogate(log_weight, logprobs, advantages):
         del logprobs
@@ -298,7 +303,8 @@ def policy_loss(
 
     Returns:
       The loss, [] float32, and metrics: `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean`, and
-      `kl` where kl_coef is not 0: means over the tokens of the mask.
+      `kl` where kl_coef is not 0: means over the tokens of the mask, as sums and counts that add up over parts
+      (`metrics.Mean`); `.value()` is the number, `metrics.finalize` those of a dictionary.
 
     Raises:
       ValueError: a coefficient is not 0, and what it multiplies is None.
@@ -310,6 +316,7 @@ def policy_loss(
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs; pass them, or kl_coef=0.")
     if entropy_coef and entropies is None:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropies; pass them, or entropy_coef=0.")
+    chex.assert_shape(advantages, mask.shape if advantages.ndim == 2 else mask.shape[:1])
     advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     weights = sequence_mean(mask) if weights is None else weights
     # Masked before any exp: inf * 0 is NaN, in values and in gradients.
@@ -398,6 +405,7 @@ def dpo_loss(
       The loss, [] float32, and metrics: `accuracy`, where the margin is above 0, and `margin`, its mean.
     """
     chex.assert_equal_shape([chosen, rejected, ref_chosen, ref_rejected])
+    chex.assert_rank(chosen, 1)
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     everywhere = jnp.ones(margin.shape, bool)
     metrics = {"accuracy": masked_mean(margin > 0, everywhere), "margin": masked_mean(margin, everywhere)}

@@ -102,17 +102,16 @@ class LossConfig:
                 f"kl_in_reward=True with weighted_kl={self.weighted_kl}, kl={self.kl!r}: a reward has no gradient to "
                 "correct. Leave weighted_kl out, and take k1, k2 or k3."
             )
-        if (self.clip_low is not None and not 0 < self.clip_low <= 1) or (
-            self.clip_high is not None and self.clip_high <= 0
-        ):
-            raise ValueError(f"clip_low={self.clip_low} must lie in (0, 1], clip_high={self.clip_high} above 0.")
+        if self.clip_low is not None and not 0 < self.clip_low <= 1:
+            raise ValueError(f"clip_low={self.clip_low} must lie in (0, 1].")
+        if self.clip_high is not None and not self.clip_high > 0:
+            raise ValueError(f"clip_high={self.clip_high} must be above 0.")
         if not 0 < self.top_entropy <= 1:
             raise ValueError(f"top_entropy={self.top_entropy} must be in (0, 1]; 1: every token learns.")
-        if self.correction not in ("none", *CORRECTIONS) or self.correction_bound <= 1:
-            raise ValueError(
-                f"correction={self.correction!r} must be none or one of {', '.join(CORRECTIONS)}, "
-                f"correction_bound={self.correction_bound} above 1."
-            )
+        if self.correction not in ("none", *CORRECTIONS):
+            raise ValueError(f"correction={self.correction!r} must be none or one of {', '.join(CORRECTIONS)}.")
+        if not self.correction_bound > 1:
+            raise ValueError(f"correction_bound={self.correction_bound} must be above 1.")
         if 0 < self.dual_clip <= 1 or self.dual_clip < 0 or min(self.clamp, self.mdpo_coef) < 0:
             raise ValueError(
                 f"dual_clip={self.dual_clip} must be above 1 or 0, clamp={self.clamp} and mdpo_coef={self.mdpo_coef} "

@@ -288,6 +288,9 @@ class GroupRollouts:
         batch = train_batch(rollout, advantages, temperature=config.temperature, selected=jnp.asarray(selected))
         of_completions, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
         metrics |= {"advantage/abs_mean": abs_mean, **penalty_metrics}
+        if self.objective.needs_steps:
+            steps = sum(len(x or ()) for given in fresh.scores.steps.values() for x in given)
+            metrics["completions/mean_steps"] = steps / fresh.total.size
         if self.params_of is not None:
             # The sampler's policy is not the trainer's, and its advantages are not used: nothing to say of either.
             batch = dataclasses.replace(batch, sampler_logprobs=None)

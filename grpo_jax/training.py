@@ -28,6 +28,7 @@ __all__ = [
     "UpdateConfig",
     "abstract_train_state",
     "check_divides",
+    "check_reference",
     "init_train_state",
     "make_optimizer",
     "make_reference_logprobs",
@@ -258,11 +259,7 @@ def make_train_step(
     Raises:
       ValueError: a reference is to move, and the objective has none.
     """
-    if update.reference_every and not objective.needs_reference:
-        raise ValueError(
-            f"reference_every={update.reference_every}: the objective has no reference that could move. Give the loss "
-            "a kl_coef above 0, or leave it out."
-        )
+    check_reference(objective, update)
     where = jax.tree.map(lambda x: x.sharding, like)
     mesh = where.step.mesh
     optimizer_steps = update.epochs * update.minibatches
@@ -370,6 +367,15 @@ def _orders(key: jax.Array, completions: int, update: UpdateConfig) -> jax.Array
     """[epochs * minibatches, b]: which completions make each minibatch; a new permutation every epoch."""
     permute = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), completions))
     return permute(jnp.arange(update.epochs)).reshape(update.epochs * update.minibatches, -1)
+
+
+def check_reference(objective: Objective, update: UpdateConfig) -> None:
+    """Raises ValueError where a reference is to move that there is not."""
+    if update.reference_every and not objective.needs_reference:
+        raise ValueError(
+            f"reference_every={update.reference_every}: the objective has no reference that could move. Give the loss "
+            "a kl_coef above 0, or leave it out."
+        )
 
 
 def check_divides(completions: int, update: UpdateConfig, mesh: Mesh) -> None:

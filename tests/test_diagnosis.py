@@ -41,7 +41,7 @@ HEALTHY = [
         ({"frac_reward_zero_std": 1.0, "advantage/abs_mean": 0.3}, None),
         (
             {"frac_reward_zero_std": 1.0, "advantage/abs_mean": 0.8, "reward/kl_penalty": 0.01, "kl": 0.1},
-            "^no signal.*KL",
+            "^no signal.*only the penalty",
         ),
         ({"frac_reward_zero_std": 0.5, "advantage/abs_mean": 0.0}, "^no advantage:.*rewards differ.*count_truncated"),
         ({"frac_reward_zero_std": 0.5, "advantage/abs_mean": 1e-6}, None),
@@ -54,6 +54,9 @@ HEALTHY = [
         ({f"{MISMATCH}/mean": 0.2, f"{MISMATCH}/max": 9.0}, "^mismatch:.*0.2 on average: a bug, or a dtype"),
         ({f"{MISMATCH}/mean": 0.01, f"{MISMATCH}/max": 9.0}, "^mismatch:.*a token's log-probability by 9, .*0.01 on"),
         ({f"{MISMATCH}/mean": 0.04, f"{MISMATCH}/max": 0.7}, None),  # bfloat16
+        ({"completions/mean_steps": 0.0}, "^no steps:.*grpo"),
+        ({"completions/mean_steps": 2.5}, None),
+        ({"step": 1, "reward": 0.3, "loss": 2e-4, "grad_norm": 0.8, "clip_ratio/region_mean": 0.01}, None),
         ({f"{MISMATCH}/mean": 0.2, "dynamic_sampling/reused_groups": 3.0}, "^mismatch:.*waited.*--loss.correction"),
         ({f"{MISMATCH}/max": 9.0, "dynamic_sampling/reused_groups": 3.0}, "^mismatch:.*waited"),
         ({f"{MISMATCH}/mean": 0.2, "dynamic_sampling/reused_groups": 0.0}, "^mismatch:.*a bug"),
@@ -150,7 +153,11 @@ def test_all_of_them_name_flags_that_exist():
         {"frac_reward_zero_std": 0.5, "advantage/abs_mean": 0.0},
         {"loss": float("nan")},
         {f"{MISMATCH}/mean": 0.0, f"{MISMATCH}/max": 9.0},
-        {"dynamic_sampling/reused_groups": 3.0, "dynamic_sampling/filled_without_signal": 2.0},
+        {
+            "dynamic_sampling/reused_groups": 3.0,
+            "dynamic_sampling/filled_without_signal": 2.0,
+            "completions/mean_steps": 0.0,
+        },
     ]
     lines = {line for variant in variants for line in diagnose(wrong | variant, log)}
     names = {line.partition(":")[0] for line in lines}

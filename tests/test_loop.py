@@ -68,12 +68,14 @@ def test_a_diagnosis_is_said_when_it_begins_and_then_as_rarely_as_other_lines(tm
         mismatch = {"sampling/sampling_logp_difference/mean": 0.2 + step / 100 if step == 12 else 0.0}
         return Experience(batch=np.float32(0), prompts_consumed=1, metrics=cut | mismatch)
 
-    run(tmp_path, 80, experience=often_cut, checkpoints=CheckpointConfig(every=40))  # a line every 4 steps
+    run(
+        tmp_path, 80, experience=often_cut, checkpoints=CheckpointConfig(every=40)
+    )  # a line every 4 steps, a diagnosis every 10
     lines = [line for line in capsys.readouterr().out.splitlines() if "truncated:" in line or "mismatch:" in line]
     assert [line.split(": ")[1:3] for line in lines[:4]] == [
-        ["step 5", "truncated"], ["step 9", "truncated"], ["step 12", "mismatch"], ["step 13", "truncated"],
+        ["step 5", "truncated"], ["step 12", "mismatch"], ["step 15", "truncated"], ["step 25", "truncated"],
     ]  # fmt: skip
-    assert len(lines) == 1 + len(range(5, 81, 4))
+    assert len(lines) == 1 + len(range(5, 81, 10))
 
 
 def test_the_screen_shows_the_history_to_the_diagnoses(tmp_path, capsys):

@@ -181,7 +181,7 @@ def test_the_clip_can_be_set(name):
         ({"kl_in_reward": True, "kl": "k1+"}, "a reward has no gradient to correct"),
         ({"kl_in_reward": True, "weighted_kl": True}, "a reward has no gradient to correct"),
         ({"clip_low": 0.0}, r"clip_low=0.0 must lie in \(0, 1\]"),
-        ({"clip_high": 0.0}, "clip_high=0.0 above 0"),
+        ({"clip_high": 0.0}, "clip_high=0.0 must be above 0"),
         ({"dual_clip": 0.5}, "dual_clip=0.5 must be above 1 or 0"),
         ({"clamp": -1.0}, "clamp=-1.0 and"),
         ({"mdpo_coef": -1.0}, "mdpo_coef=-1.0 0 or more"),

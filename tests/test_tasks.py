@@ -288,11 +288,14 @@ def test_batch_arithmetic_by_hand():
     assert "of up to 99 tokens, in up to 3 waves; 3 epochs" in runs.batch_arithmetic(rollout, update, mesh, 99)
 
 
-def test_what_has_no_effect_is_said():
+def test_what_does_not_do_what_it_seems_to_is_said():
     loss, once = objectives.LossConfig(clip_low=0.1, dual_clip=3.0), training.UpdateConfig()
-    assert runs.without_effect(loss, once).startswith("--loss.clip_low=0.1, --loss.dual_clip=3.0: without effect")
-    assert runs.without_effect(loss, training.UpdateConfig(epochs=2)) == ""
-    assert runs.without_effect(objectives.LossConfig(kl_coef=0.5), once) == ""
+    assert runs.remarks(loss, once).startswith("--loss.clip_low=0.1, --loss.dual_clip=3.0: without effect")
+    assert runs.remarks(loss, training.UpdateConfig(epochs=2)) == ""
+    assert runs.remarks(objectives.LossConfig(kl_coef=0.5), once) == ""
+    assert runs.remarks(objectives.LossConfig(kl="k1"), once).startswith("--loss.kl=k1: its expected gradient")
+    for option in ("kl_in_reward", "weighted_kl"):
+        assert runs.remarks(objectives.LossConfig(kl="k1", **{option: True}), once) == ""
 
 
 def memory(config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False):

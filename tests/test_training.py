@@ -514,7 +514,7 @@ def test_the_optimizer_is_clipped_adamw(clip_norm):
         (LossConfig, {"clip_high": 0.0}, r"clip_high=0\.0"),
         (LossConfig, {"top_entropy": 0.0}, r"top_entropy=0\.0"),
         (LossConfig, {"correction": "tis"}, r"correction='tis' must be none or one of token_truncate"),
-        (LossConfig, {"correction_bound": 1.0}, r"correction_bound=1\.0 above 1"),
+        (LossConfig, {"correction_bound": 1.0}, r"correction_bound=1\.0 must be above 1"),
         (UpdateConfig, {"reference_every": -1}, "reference_every=-1"),
         (UpdateConfig, {"reference_every": 1, "reference_mix": 0.0}, r"reference_mix=0\.0"),
         (UpdateConfig, {"reference_mix": 0.5}, r"reference_mix=0\.5 needs reference_every"),
