@@ -4,7 +4,7 @@ A mean carries its count, so that the mean over a batch does not depend on how t
 """
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,24 @@ __all__ = [
 ]
 
 
+class _Sums:
+    """A metric whose fields add up."""
+
+    def merge(self) -> Self:
+        """Folds the leading axis."""
+        return jax.tree.map(lambda x: x.sum(0), self)
+
+    def empty(self) -> Self:
+        """What merges with another and leaves it as it is."""
+        return jax.tree.map(lambda _: jnp.zeros(()), self)
+
+
 @record
-class Mean:
+class Mean(_Sums):
     """A mean, as its total and its count; 0 where nothing was counted."""
 
     total: jax.Array  # [] float32
     count: jax.Array  # [] float32
-
-    def merge(self) -> "Mean":
-        """Folds the leading axis."""
-        return Mean(total=self.total.sum(0), count=self.count.sum(0))
-
-    def empty(self) -> "Mean":
-        """What merges with another and leaves it as it is."""
-        return Mean(total=jnp.zeros(()), count=jnp.zeros(()))
 
     def value(self) -> jax.Array:
         """The number to log, [] float32."""
@@ -65,20 +69,12 @@ class Max:
 
 
 @record
-class EffectiveSampleSize:
+class EffectiveSampleSize(_Sums):
     r"""Kish's effective sample size, as a share: :math:`(\sum w)^2 / (n \sum w^2)`; 1 where all weights are equal."""
 
     total: jax.Array  # [] float32, sum of w
     squares: jax.Array  # [] float32, sum of their squares
     count: jax.Array  # [] float32, n
-
-    def merge(self) -> "EffectiveSampleSize":
-        """Folds the leading axis."""
-        return EffectiveSampleSize(total=self.total.sum(0), squares=self.squares.sum(0), count=self.count.sum(0))
-
-    def empty(self) -> "EffectiveSampleSize":
-        """What merges with another and leaves it as it is."""
-        return EffectiveSampleSize(total=jnp.zeros(()), squares=jnp.zeros(()), count=jnp.zeros(()))
 
     def value(self) -> jax.Array:
         """The number to log, [] float32; 0 where nothing was counted."""

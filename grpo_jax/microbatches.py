@@ -80,9 +80,9 @@ def over_data(function: Callable[[PyTree, Microbatches], _T], params: PyTree, mi
 
 
 def frozen_logprobs(
-    policy: Policy, params: PyTree, batch: TrainBatch, parts: int, mesh: Mesh
+    policy: Policy, params: PyTree, microbatches: Microbatches, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and entropies [B, T] of a batch under fixed parameters, at most `parts` microbatches of it."""
+    """Log-probabilities and entropies [B, T] under fixed parameters; the microbatches are packed with their mask."""
 
     def of_shard(params, shard: Microbatches):
         def add(i, out):
@@ -98,6 +98,6 @@ def frozen_logprobs(
         unpack = functools.partial(per_device(Rows.unpack, mesh), shard.rows)
         return tuple(unpack(x, shard.of) for x in jax.lax.fori_loop(0, shard.count, add, (zeros, zeros)))
 
-    of_all = over_data(of_shard, params, pack_microbatches(policy, batch, batch.mask, parts, mesh))
-    logprobs, entropies = (jax.lax.stop_gradient(x.reshape(batch.mask.shape)) for x in of_all)
+    of_all = over_data(of_shard, params, microbatches)
+    logprobs, entropies = (jax.lax.stop_gradient(x.reshape(-1, x.shape[-1])) for x in of_all)
     return logprobs, entropies

@@ -159,9 +159,11 @@ class AdvantageConfig:
             name: getattr(self, name) for name in ("baseline", "scale", "ddof", "epsilon", "smoothing", "discount")
         }
         refused = [f"{n}={v!r}" for n, v in values.items() if n not in taken and v != getattr(default, n)]
-        own = {n: taken[n].default for n in ("baseline", "scale") if n in taken}
-        baseline = BASELINES.get(self.baseline, own.get("baseline"))
-        scale = SCALES.get(self.scale, own.get("scale"))
+        options: dict[str, Any] = {n: v for n, v in values.items() if n in taken}
+        for name, table in (("baseline", BASELINES), ("scale", SCALES)):
+            if name in taken:
+                options[name] = table.get(options[name], taken[name].default)
+        baseline, scale = options.get("baseline"), options.get("scale")
         if scale is no_scale and not self.normalize_each:
             refused += [f"{n}={values[n]!r}" for n in ("ddof", "epsilon") if values[n] != getattr(default, n)]
         if scale is no_scale and baseline is no_baseline and not (self.count_truncated or self.normalize_each):
@@ -171,8 +173,6 @@ class AdvantageConfig:
                 f"the objective's advantages have no place for {', '.join(refused)}: leave it out, or take another "
                 "objective."
             )
-        options: dict[str, Any] = {n: v for n, v in values.items() if n in taken and v != ""}
-        options |= {n: table[options[n]] for n, table in (("baseline", BASELINES), ("scale", SCALES)) if n in options}
         return jax.jit(functools.partial(estimator, **options))
 
     def counted(self, finished: np.ndarray) -> np.ndarray:

@@ -270,12 +270,13 @@ class GroupRollouts:
         With dynamic sampling, `reward` and all that is said of completions is of all groups that the step sampled.
         """
         config, group = self.config, self.config.group_size
-        waves = self._waves(state, journal, interrupt)
+        waiting = _surplus(state) if config.max_waves > 1 else None
+        waves = self._waves(state, 0 if waiting is None else int(waiting.count), journal, interrupt)
         fresh = waves[0].scored if len(waves) == 1 else ScoredGroups.join([wave.scored for wave in waves])
         metrics, surplus = rollout_metrics(self.rewards, fresh), None
         groups, rollout, chosen = fresh.groups, waves[0].rollout, np.arange(config.prompts)
-        if config.max_waves > 1:
-            groups, surplus, chosen, said = fill(_surplus(state), fresh.groups, fresh.constant)
+        if waiting is not None:
+            groups, surplus, chosen, said = fill(waiting, fresh.groups, fresh.constant)
             rollout = jax.device_put(groups.rollout, sharding.batch_sharding(self.sampler.mesh))
             metrics |= {"dynamic_sampling/waves": float(len(waves)), **said}
         host: Rollout = groups.rollout
@@ -310,16 +311,14 @@ class GroupRollouts:
             reward_seconds=sum(wave.reward_seconds for wave in waves),
         )
 
-    def _waves(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> list[_Wave]:
-        """One, or as many as it takes until there are enough groups with signal."""
-        waves = [self._wave(state, 0, journal, interrupt)]
-        if self.config.max_waves > 1:
-            ready = int(_surplus(state).count)
-            while True:
-                ready += int((~waves[-1].scored.constant).sum())
-                if ready >= self.config.prompts or len(waves) == self.config.max_waves:
-                    break
-                waves.append(self._wave(state, len(waves), journal, interrupt))
+    def _waves(
+        self, state: TrainState, ready: int, journal: Journal, interrupt: Callable[[], None]
+    ) -> list[_Wave]:  # fmt: skip
+        """One, or as many as it takes until there are enough groups with signal, of which so many are `ready`."""
+        waves: list[_Wave] = []
+        while not waves or (ready < self.config.prompts and len(waves) < self.config.max_waves):
+            waves.append(self._wave(state, len(waves), journal, interrupt))
+            ready += int((~waves[-1].scored.constant).sum())
         return waves
 
     def _wave(self, state: TrainState, wave: int, journal: Journal, interrupt: Callable[[], None]) -> _Wave:

@@ -209,7 +209,7 @@ def make_reference_logprobs(
     @jax.jit
     def logprobs(params, rollout: Rollout, temperature):
         batch = train_batch(rollout, jnp.zeros(rollout.mask.shape[0]), temperature=temperature)
-        return frozen_logprobs(policy, params, batch, parts, mesh)[0]
+        return frozen_logprobs(policy, params, pack_microbatches(policy, batch, batch.mask, parts, mesh), mesh)[0]
 
     return logprobs
 
@@ -325,14 +325,14 @@ def make_train_step(
                 "the objective's correction needs the sampler's log-probabilities, and the batch has none."
             )
         batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
-        frozen = functools.partial(
-            frozen_logprobs, policy, batch=batch, parts=update.minibatches * update.microbatches, mesh=mesh
-        )
-        ref = frozen(state.reference)[0] if objective.reference_in_loss else None
-        old, learns = None, None
+        ref, old, learns = None, None, None
+        parts = update.minibatches * update.microbatches
+        packed = functools.cache(lambda: pack_microbatches(policy, batch, batch.mask, parts, mesh))  # once for both
+        if objective.reference_in_loss:
+            ref, _ = frozen_logprobs(policy, state.reference, packed(), mesh)
         # With a single update the old policy is the one that is differentiated: no pass is spent on it.
         if optimizer_steps > 1 or objective.top_entropy < 1:
-            old, entropies = frozen(state.params)
+            old, entropies = frozen_logprobs(policy, state.params, packed(), mesh)
             if objective.top_entropy < 1:
                 learns = top_entropies(entropies, batch.mask, objective.top_entropy)
 
