@@ -1,23 +1,55 @@
-"""Sampling: prefill once a prompt, then one compiled loop for all members of all groups.
+"""Sampling: prefill once a prompt, then one compiled loop in which slots take one completion after the other.
 
-The members of a group are the slots of a row; the row's prompt cache is stored once and read by all of
-them. The random numbers of a completion depend on (key, prompt id, member, token index) alone, so that
-no batch size, order, padding or mesh changes them.
+A row of slots holds the cache of one prompt, stored once and read by all of them; the members of the prompt's group pass
+through its slots. A slot whose completion has ended takes the next member that waits, and a row whose members are done the
+next prompt, so that the cost follows the tokens and not slots x the longest. Where there is a slot for every completion,
+completions stay where they are and nothing of that is compiled.
 
-`generate` is the whole thing as one pure function. Where somebody waits for it, `start` and then
-`decode` in chunks of a few tokens do the same, so that signals, progress and streaming have a turn.
+All slots write the same column of the cache at a time, which goes round and round in the T columns there are: column c was
+written (now - c) mod T tokens ago, and counts where the slot's completion is at least that old. So a slot that changes
+hands forgets without being cleared, and the columns that anybody reads are a window that ends at the present one.
+
+The random numbers of a completion depend on (key, prompt id, member, token index) alone, so that no batch size, order,
+padding, number of slots or mesh changes them.
+
+`generate` is the whole thing as one pure function. Where somebody waits for it, `start` and then `decode` in chunks of a
+few tokens do the same, so that signals, progress and streaming have a turn.
 """
 
 import dataclasses
+import functools
+import math
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from grpo_jax.logprobs import Head, unembed
+from grpo_jax import sharding
+from grpo_jax.logprobs import unembed
+from grpo_jax.token_choice import Choice, choose_tokens
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, record
 
-__all__ = ["Decoding", "choose_tokens", "collect", "decode", "generate", "start", "truncate"]
+__all__ = ["Decoding", "Prefilled", "arrange", "collect", "decode", "generate", "start"]
+
+_PREFILL_TOKENS = 2**14  # a device extends its prompts' caches by at most so many tokens at a time, which bounds memory
+_SMALLEST_CHUNK = 64
+
+
+@record
+class Queue:
+    """The prompts, and which of their members wait for a slot."""
+
+    prompt_ids: jax.Array  # [P] uint32
+    lengths: jax.Array  # [P] int32, tokens of the prompt
+    first: Choice  # [P, G], the first token of every completion
+    ended: jax.Array  # [P, G] bool, that token is an EOS
+    stop_state: jax.Array  # [P, G] int32, row of the stop table behind it
+    limits: jax.Array  # [P, G] int32, from 0 to T: tokens at most
+    members: jax.Array  # [P, G] int32, in the order of service: first those that are not done with their first token
+    waiting: jax.Array  # [P] int32, how many those are
+    order: jax.Array  # [P] int32, prompts of a device in the order of service: first those of which any member waits
+    prompts: jax.Array  # [devices] int32, how many those are
 
 
 @record
@@ -25,9 +57,11 @@ class Prefilled:
     """What the decode loop only reads."""
 
     params: PyTree  # of the sampler
-    prefix: PyTree  # prompt caches, leaves [P, 1, L, ...]
-    prefix_positions: jax.Array  # [P, 1, L] int32, -1 = padding
-    keys: jax.Array  # [P, G] typed keys, one a completion
+    prompts: PyTree  # caches, leaves [P, 1, ...]
+    queue: Queue
+    columns: jax.Array  # [L] int32, 0, 1, ...: those of the prompts' caches
+    longest: jax.Array  # [] int32, tokens of the longest prompt
+    key: jax.Array  # typed
     sampling: SamplingParams
     eos_ids: jax.Array  # [E] int32
     pad_id: jax.Array  # [] int32
@@ -35,78 +69,119 @@ class Prefilled:
 
 
 @record
-class Decoding:
-    """What the decode loop carries. Token `t` of every slot is written into column t of the cache."""
+class Slots:
+    """Who is where. Indices of prompts count within a device."""
 
-    length: jax.Array  # [] int32, tokens chosen so far by slots that are alive
-    alive: jax.Array  # [P, G] bool, no EOS yet and no stop string
-    stop_state: jax.Array  # [P, G] int32, row of the stop table
-    tokens: jax.Array  # [P, G, T] int32
-    mask: jax.Array  # [P, G, T] bool
-    logprobs: jax.Array  # [P, G, T] float32
-    sampler_logprobs: jax.Array  # [P, G, T] float32
-    cache: PyTree  # leaves [P, G, T, ...]
-    key_positions: jax.Array  # [P, G, T] int32, -1 = empty
+    prompt: jax.Array  # [R] int32, P of a device: none yet
+    prompt_id: jax.Array  # [R] uint32
+    prompt_length: jax.Array  # [R] int32
+    taken: jax.Array  # [R] int32, members that have had a slot
+    next_prompt: jax.Array  # [devices] int32, place in `Queue.order`
+    member: jax.Array  # [R, W] int32
+    length: jax.Array  # [R, W] int32, tokens so far, the one whose keys are not in the cache yet included
+    limit: jax.Array  # [R, W] int32
+    stop_state: jax.Array  # [R, W] int32
+    ended: jax.Array  # [R, W] bool, by an EOS or a stop string
+    alive: jax.Array  # [R, W] bool, neither ended nor full
+
+
+@record
+class Results:
+    """Completions that have left their slots; of the others, the first token."""
+
+    tokens: Choice  # [P, G, T]
+    lengths: jax.Array  # [P, G] int32
+    finished: jax.Array  # [P, G] bool
+
+
+@record
+class Decoding:
+    """What the decode loop carries."""
+
+    step: jax.Array  # [] int32; it writes column step mod T
+    slots: Slots
+    cache: PyTree  # leaves [R, W, ...] of T columns
+    written: Choice  # [R, W, T], tokens in the columns that their keys have
+    prefix: PyTree | None  # caches of the rows' prompts, leaves [R, 1, ...]; None: a row for every prompt, as in Prefilled
+    results: Results | None  # None: a slot for every completion
 
     def done(self) -> jax.Array:
         """[] bool: every completion has ended or is full."""
-        return ~self.alive.any() | (self.length >= self.tokens.shape[-1])
+        return ~self.slots.alive.any()
 
 
-def truncate(logits: jax.Array, top_k: jax.Array | int, top_p: jax.Array | float) -> jax.Array:
-    """Sets to -inf all but the top_k logits, and all beyond the smallest set of mass top_p among those.
+def arrange(prompts: int, group_size: int, slots: int, devices: int = 1) -> tuple[int, int]:
+    """Rows R and slots W of a row for about so many slots; (P, G) where they are enough for all, or 0.
 
-    Args:
-      logits: [..., V] float32.
-      top_k: [] int32; 0 keeps all. Logits equal to the k-th are kept too.
-      top_p: [] float32 in (0, 1]; 1 keeps all (nucleus sampling, arXiv 1904.09751). The most likely
-        token is always kept.
+    Few slots a row, since a row waits for the last of its members before it takes another prompt: with lengths that are
+    exponentially distributed, slots work for G / (G - W + W H_W) of the time, H_W = 1 + 1/2 + ... + 1/W: 0.37 for
+    G = W = 8, 0.65 for W = 4, 0.89 for W = 2. Many, since they share what is read of the prompt.
 
-    Returns:
-      [..., V] float32.
+    Raises:
+      ValueError: prompts do not divide over the devices.
     """
-    vocabulary = logits.shape[-1]
-
-    def cut(logits):
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        kth = jnp.where(top_k > 0, jnp.clip(top_k, 1, vocabulary), vocabulary) - 1
-        threshold = jnp.take(ordered, kth, axis=-1)[..., None]
-        probabilities = jax.nn.softmax(jnp.where(ordered >= threshold, ordered, -jnp.inf), axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        nucleus = jnp.where((before < top_p) | (top_p >= 1), ordered, jnp.inf).min(axis=-1, keepdims=True)
-        return jnp.where(logits >= jnp.maximum(threshold, nucleus), logits, -jnp.inf)
-
-    # A scalar predicate, so that nothing is sorted where no truncation is asked for.
-    return jax.lax.cond((jnp.asarray(top_k) > 0) | (jnp.asarray(top_p) < 1), cut, lambda x: x, logits)
+    if prompts % devices:
+        raise ValueError(
+            f"{prompts} prompts do not divide over {devices} devices (data x fsdp); use a multiple of {devices}."
+        )
+    if not 0 < slots < prompts * group_size:
+        return prompts, group_size
+    each, prompts = max(1, slots // devices), prompts // devices
+    width = min(each, max(1, group_size // 4, each // prompts))
+    return devices * min(prompts, each // width), width
 
 
-def choose_tokens(
-    logits: jax.Array, keys: jax.Array, sampling: SamplingParams
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws a token from each row of logits, by the Gumbel-max trick.
+def _keys(key: jax.Array, prompt_ids: jax.Array, members: jax.Array, index: jax.Array) -> jax.Array:
+    """[R, W] typed keys of the tokens `index` [R, W] of members [R, W] of the prompts [R]."""
+    of = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
+    for part in (members, index):
+        of = jax.vmap(jax.vmap(jax.random.fold_in, (None if of.ndim == 1 else 0, 0)))(of, part)
+    return of
 
-    Args:
-      logits: [..., V] float32.
-      keys: [...] typed keys; consumed.
-      sampling: temperature 0 chooses the most likely token.
 
-    Returns:
-      tokens [...] int32; logprobs [...] float32 under the untruncated softmax at the temperature (at 1
-      where it is 0), which is what the trainer recomputes; sampler_logprobs [...] float32 under the
-      distribution sampled from (0 where it is greedy).
-    """
-    chex.assert_equal_shape([logits[..., 0], keys])
-    greedy = jnp.asarray(sampling.temperature) <= 0
-    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
-    kept = truncate(scaled, sampling.top_k, sampling.top_p)
-    draw = lambda key: jax.random.gumbel(key, logits.shape[-1:])
-    for _ in range(keys.ndim):
-        draw = jax.vmap(draw)
-    noise = draw(keys)
-    tokens = jnp.argmax(kept + jnp.where(greedy, 0.0, noise), axis=-1).astype(jnp.int32)
-    at = lambda values: jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
-    logprobs = at(jax.nn.log_softmax(scaled, axis=-1))
-    return tokens, logprobs, jnp.where(greedy, 0.0, at(jax.nn.log_softmax(kept, axis=-1)))
+def _ends(prefilled: Prefilled, stop_state: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether tokens end their completions, and the rows of the stop table behind them; all of one shape."""
+    ended = jnp.isin(ids, prefilled.eos_ids)
+    if (table := prefilled.stop_table) is not None:
+        # Ids that the tokenizer does not know write nothing that a stop string could continue.
+        stop_state = table.at[stop_state, ids].get(mode="fill", fill_value=0)
+        ended |= stop_state == table.shape[0] - 1
+    return ended, stop_state
+
+
+def _chunks(prompts: int, columns: int, devices: int) -> tuple[int, int]:
+    """In how many chunks of how many columns prompts are prefilled."""
+    chunks = -(-columns // max(_SMALLEST_CHUNK, _PREFILL_TOKENS * devices // prompts))
+    return chunks, -(-columns // chunks)
+
+
+def _prefill(policy: Policy, params: PyTree, tokens: jax.Array, lengths: jax.Array, devices: int):
+    """The hidden state [P, D] behind each prompt, the caches of all, and their columns; in chunks of columns."""
+    prompts = len(tokens)
+    chunks, width = _chunks(*tokens.shape, devices)
+    columns = jnp.arange(chunks * width)
+    tokens, index = jnp.pad(tokens, ((0, 0), (0, columns.size - tokens.shape[1]))), columns[None]
+    positions = jnp.where(index < lengths[:, None], index, -1)[:, None]  # [P, 1, columns]
+
+    def extend(i, cache):
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1)
+        column = i * width
+        hidden, cache = policy.extend(
+            params, part(tokens)[:, None], part(positions), cache, column, positions, column + width
+        )
+        last = jnp.clip(lengths - 1 - i * width, 0, width - 1)
+        return jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0], cache
+
+    def step(i, carry):
+        last, cache = carry
+        hidden, cache = extend(i, cache)
+        return jnp.where((lengths > i * width)[:, None], hidden, last), cache
+
+    cache = policy.init_cache(prompts, 1, columns.size)
+    last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(extend, 0, cache)[0])
+    if chunks == 1:  # not worth a loop
+        return *step(0, (last, cache)), columns
+    return *jax.lax.fori_loop(0, -(-lengths.max() // width), step, (last, cache)), columns
 
 
 def start(
@@ -123,101 +198,274 @@ def start(
     pad_id: jax.Array | int,
     sampling: SamplingParams,
     stop_table: jax.Array | None = None,
+    limits: jax.Array | None = None,
+    slots: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[Prefilled, Decoding]:
-    """Prefills every prompt once and chooses the first token of each completion. Arguments as `generate`."""
+    """Prefills every prompt once, chooses the first token of each completion, and fills the slots. See `generate`."""
     chex.assert_rank([prompt_tokens, prompt_mask, prompt_ids], [2, 2, 1])
     chex.assert_equal_shape([prompt_tokens, prompt_mask])
-    prompts, columns = prompt_tokens.shape
-    positions = jnp.where(prompt_mask, jnp.cumsum(prompt_mask, axis=1) - 1, -1)[:, None]  # [P, 1, L]
-    sampler_params = policy.prepare(params)
-    hidden, prefix = policy.extend(
-        sampler_params, prompt_tokens[:, None], positions, policy.init_cache(prompts, 1, columns), 0, positions
-    )
-    last = jnp.argmax(positions, axis=-1)[..., None]  # [P, 1, 1]
-    hidden = jnp.take_along_axis(hidden, last[..., None], axis=2)[:, :, 0]  # [P, 1, D]
-    logits = unembed(hidden, policy.head(sampler_params))
+    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    shape = prompts, group = len(prompt_ids), group_size
+    rows, width = arrange(prompts, group, slots, devices)
+    limits = jnp.full(shape, max_tokens) if limits is None else jnp.clip(limits, 0, max_tokens)
+    chex.assert_shape(limits, shape)
+    to_the_left = jnp.argsort(~prompt_mask, axis=1, stable=True)
+    lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
+    params = policy.prepare(params)
+    prompt_tokens = jnp.take_along_axis(prompt_tokens, to_the_left, axis=1)
+    hidden, cache, columns = _prefill(policy, params, prompt_tokens, lengths, devices)
+    logits, prompt_ids = unembed(hidden, policy.head(params)), prompt_ids.astype(jnp.uint32)
 
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    keys = jax.vmap(fold, (0, None))(fold(key, prompt_ids), jnp.arange(group_size))
+    def first_of(member):
+        same = jnp.full((prompts, 1), member)
+        return choose_tokens(logits, _keys(key, prompt_ids, same, jnp.zeros_like(same))[:, 0], sampling)
+
+    # As many members at a time as there are slots for.
+    first = jax.lax.map(first_of, jnp.arange(group), batch_size=max(1, rows * width // prompts))
+    first = jax.tree.map(lambda x: x.swapaxes(0, 1), first)
+    queue = Queue(
+        prompt_ids=prompt_ids, lengths=lengths, first=first, limits=limits, ended=jnp.zeros(shape, bool),
+        stop_state=jnp.zeros(shape, jnp.int32), members=jnp.zeros(shape, jnp.int32), waiting=lengths, order=lengths,
+        prompts=jnp.zeros(devices, jnp.int32),
+    )  # fmt: skip
     prefilled = Prefilled(
-        params=sampler_params, prefix=prefix, prefix_positions=positions, keys=keys, sampling=sampling,
+        params=params, prompts=cache, queue=queue, columns=columns, longest=lengths.max(), key=key, sampling=sampling,
         eos_ids=jnp.asarray(eos_ids, jnp.int32), pad_id=jnp.asarray(pad_id, jnp.int32),
         stop_table=None if stop_table is None else jnp.asarray(stop_table, jnp.int32),
     )  # fmt: skip
-    shape = (prompts, group_size, max_tokens)
-    empty = Decoding(
-        length=jnp.zeros((), jnp.int32),
-        alive=jnp.ones(shape[:2], bool),
-        stop_state=jnp.zeros(shape[:2], jnp.int32),
-        tokens=jnp.full(shape, prefilled.pad_id),
-        mask=jnp.zeros(shape, bool),
-        logprobs=jnp.zeros(shape),
-        sampler_logprobs=jnp.zeros(shape),
-        cache=policy.init_cache(*shape),
-        key_positions=jnp.full(shape, -1),
+    ended, stop_state = _ends(prefilled, queue.stop_state, first.ids)
+    ended &= limits > 0
+    queue = dataclasses.replace(queue, ended=ended, stop_state=stop_state)
+    written = jax.tree.map(lambda x: jnp.zeros((rows, width, max_tokens), x.dtype), first)
+    state = Decoding(
+        step=jnp.zeros((), jnp.int32), slots=_at_once(queue, devices), written=written, prefix=None, results=None,
+        cache=policy.init_cache(rows, width, max_tokens),
+    )  # fmt: skip
+    if (rows, width) == shape:
+        state = dataclasses.replace(state, written=_write(written, first, 0))
+        return dataclasses.replace(prefilled, queue=queue), state
+    queue = sharding.per_device(_in_order, mesh, sharding.BATCH_AXES)(queue)
+    prefilled = dataclasses.replace(prefilled, queue=queue)
+    tokens = jax.tree.map(lambda x: jnp.zeros((*shape, max_tokens), x.dtype), first)
+    state = dataclasses.replace(
+        state,
+        slots=_empty(rows, width, prompts // devices, devices),
+        prefix=policy.init_cache(rows, 1, columns.size),
+        results=Results(tokens=_write(tokens, first, 0), lengths=jnp.minimum(limits, 1), finished=ended),
     )
-    return prefilled, _append(prefilled, empty, jnp.broadcast_to(logits, (*shape[:2], logits.shape[-1])))
+    return prefilled, _refill(policy, prefilled, state, jnp.zeros((rows, width), bool), mesh)
 
 
-def _append(prefilled: Prefilled, state: Decoding, logits: jax.Array) -> Decoding:
-    """Chooses the token at column `length` of every slot."""
-    token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(prefilled.keys, state.length)
-    tokens, logprobs, sampler_logprobs = choose_tokens(logits, token_keys, prefilled.sampling)
-    tokens = jnp.where(state.alive, tokens, prefilled.pad_id)
+# Slots that change hands: of one device's prompts and rows ------------------------------------------
 
-    def write(values, new):
-        return jax.lax.dynamic_update_index_in_dim(values, new, state.length, axis=2)
 
-    ended, stop_state = jnp.isin(tokens, prefilled.eos_ids), state.stop_state
-    if (table := prefilled.stop_table) is not None:
-        # Ids that the tokenizer does not know write nothing that a stop string could continue.
-        stop_state = table.at[stop_state, tokens].get(mode="fill", fill_value=0)
-        ended |= stop_state == table.shape[0] - 1
-    return Decoding(
-        length=state.length + 1,
-        alive=state.alive & ~ended,
-        stop_state=stop_state,
-        tokens=write(state.tokens, tokens),
-        mask=write(state.mask, state.alive),
-        logprobs=write(state.logprobs, jnp.where(state.alive, logprobs, 0)),
-        sampler_logprobs=write(state.sampler_logprobs, jnp.where(state.alive, sampler_logprobs, 0)),
-        cache=state.cache,
-        key_positions=state.key_positions,
+def _in_order(queue: Queue) -> Queue:
+    """Puts those first that wait for a slot."""
+    waits = ~queue.ended & (queue.limits > 1)
+    waiting = waits.sum(axis=1, dtype=jnp.int32)
+    return dataclasses.replace(
+        queue,
+        members=jnp.argsort(~waits, axis=1, stable=True).astype(jnp.int32),
+        waiting=waiting,
+        order=jnp.argsort(waiting == 0, stable=True).astype(jnp.int32),
+        prompts=(waiting > 0).sum(dtype=jnp.int32)[None],
     )
 
 
-def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int) -> Decoding:
-    """Appends up to `steps` tokens to every completion that is alive, in one `while_loop`."""
-    prompt_lengths = prefilled.prefix_positions.max(axis=-1) + 1  # [P, 1]
-    head: Head = policy.head(prefilled.params)
-    stop = state.length + steps
-
-    def body(state: Decoding) -> Decoding:
-        column = state.length - 1  # of the token chosen last, whose keys are not in the cache yet
-        position = jnp.broadcast_to(prompt_lengths + column, state.alive.shape)
-        token = jax.lax.dynamic_index_in_dim(state.tokens, column, axis=2)
-        key_positions = jax.lax.dynamic_update_index_in_dim(state.key_positions, position, column, axis=2)
-        hidden, cache = policy.extend(
-            prefilled.params, token, position[..., None], state.cache, column, key_positions,
-            prefilled.prefix, prefilled.prefix_positions,
-        )  # fmt: skip
-        state = dataclasses.replace(state, cache=cache, key_positions=key_positions)
-        return _append(prefilled, state, unembed(hidden[:, :, 0], head))
-
-    return jax.lax.while_loop(lambda s: ~s.done() & (s.length < stop), body, state)
+def _at_once(queue: Queue, devices: int) -> Slots:
+    """A slot for every completion."""
+    (prompts, group), limits = queue.limits.shape, queue.limits
+    local = jnp.arange(prompts, dtype=jnp.int32) % (prompts // devices)
+    return Slots(
+        prompt=local, prompt_id=queue.prompt_ids, prompt_length=queue.lengths, taken=jnp.full(prompts, group),
+        next_prompt=jnp.zeros(devices, jnp.int32), member=jnp.broadcast_to(jnp.arange(group)[None], limits.shape),
+        length=jnp.minimum(limits, 1), limit=limits, stop_state=queue.stop_state, ended=queue.ended,
+        alive=~queue.ended & (limits > 1),
+    )  # fmt: skip
 
 
-def collect(state: Decoding, prompt_tokens: jax.Array, prompt_mask: jax.Array) -> Rollout:
-    """The completions so far, as a record in the order of the prompts."""
-    flat = lambda x: x.reshape(-1, x.shape[-1])
+def _empty(rows: int, width: int, prompts: int, devices: int) -> Slots:
+    """Nobody anywhere."""
+    row, slot = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, width), jnp.int32)
+    return Slots(
+        prompt=row + prompts, prompt_id=row.astype(jnp.uint32), prompt_length=row, taken=row,
+        next_prompt=jnp.zeros(devices, jnp.int32), member=slot, length=slot, limit=slot, stop_state=slot,
+        ended=slot > 0, alive=slot > 0,
+    )  # fmt: skip
+
+
+def _take(queue: Queue, slots: Slots) -> tuple[Slots, jax.Array, jax.Array]:
+    """Gives free rows to prompts and free slots to members: slots, which rows [R] and which slots [R, W] have new ones."""
+    of_prompt = lambda x, prompt: x.at[prompt].get(mode="fill", fill_value=0)
+    free = ~slots.alive
+    row_free = free.all(axis=1) & (slots.taken >= of_prompt(queue.waiting, slots.prompt))
+    place = slots.next_prompt + jnp.cumsum(row_free) - 1
+    new_row = row_free & (place < queue.prompts)
+    prompt = jnp.where(new_row, queue.order.at[place].get(mode="clip"), slots.prompt)
+    taken = jnp.where(new_row, 0, slots.taken)
+    place = taken[:, None] + jnp.cumsum(free, axis=1) - 1
+    new = free & (place < of_prompt(queue.waiting, prompt)[:, None])
+    member = jnp.where(new, queue.members.at[prompt[:, None], place].get(mode="clip"), slots.member)
+    of_member = lambda x, old: jnp.where(new, x.at[prompt[:, None], member].get(mode="clip"), old)
+    of_row = lambda x, old: jnp.where(new_row, x.at[prompt].get(mode="clip"), old)
+    return (
+        Slots(
+            prompt=prompt,
+            prompt_id=of_row(queue.prompt_ids, slots.prompt_id),
+            prompt_length=of_row(queue.lengths, slots.prompt_length),
+            taken=taken + new.sum(axis=1, dtype=jnp.int32),
+            next_prompt=slots.next_prompt + new_row.sum(dtype=jnp.int32),
+            member=member,
+            length=jnp.where(new, 1, slots.length),
+            limit=of_member(queue.limits, slots.limit),
+            stop_state=of_member(queue.stop_state, slots.stop_state),
+            ended=slots.ended & ~new,
+            alive=slots.alive | new,
+        ),
+        new_row,
+        new,
+    )
+
+
+def _flush(column: jax.Array, leaving: jax.Array, slots: Slots, written: Choice, results: Results) -> Results:
+    """Adds the completions of the slots `leaving` [R, W], whose last tokens are in `column`, to the results."""
+    width, columns = slots.member.shape[1], written.ids.shape[-1]
+    (chosen,) = jnp.nonzero(leaving.reshape(-1), size=leaving.size, fill_value=0)
+
+    def add(i, results: Results) -> Results:
+        row, slot = jnp.divmod(chosen[i], width)
+        prompt, member, length = slots.prompt[row], slots.member[row, slot], slots.length[row, slot]
+        begin = (column - length + 1) % columns
+
+        def unroll(ring, out):
+            line = jax.lax.dynamic_slice(ring, (row, slot, 0), (1, 1, columns))
+            line = jax.lax.dynamic_slice_in_dim(jnp.concatenate([line, line], axis=-1), begin, columns, axis=2)
+            return jax.lax.dynamic_update_slice(out, line, (prompt, member, 0))
+
+        return Results(
+            tokens=jax.tree.map(unroll, written, results.tokens),
+            lengths=results.lengths.at[prompt, member].set(length),
+            finished=results.finished.at[prompt, member].set(slots.ended[row, slot]),
+        )
+
+    return jax.lax.fori_loop(0, leaving.sum(), add, results)
+
+
+def _change_hands(
+    column: jax.Array, queue: Queue, slots: Slots, leaving: jax.Array, written: Choice, results: Results
+) -> tuple[Slots, jax.Array, Choice, Results]:
+    """Those that leave, with their last tokens in `column`, are added to the results, and what waits begins there."""
+    results = _flush(column, leaving, slots, written, results)
+    slots, new_row, new = _take(queue, slots)
+
+    def begin(first, ring):
+        old = jax.lax.dynamic_index_in_dim(ring, column, axis=2, keepdims=False)
+        return jnp.where(new, first.at[slots.prompt[:, None], slots.member].get(mode="clip"), old)
+
+    return slots, new_row, _write(written, jax.tree.map(begin, queue.first, written), column), results
+
+
+def _copy_rows(new_row: jax.Array, prompt: jax.Array, prompts: PyTree, rows: PyTree) -> PyTree:
+    """The rows `new_row` [R] take the caches of their prompts."""
+    (chosen,) = jnp.nonzero(new_row, size=new_row.size, fill_value=0)
+
+    def copy(i, rows):
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, prompt[chosen[i]], keepdims=False)
+        return jax.tree.map(lambda to, x: jax.lax.dynamic_update_index_in_dim(to, take(x), chosen[i], 0), rows, prompts)
+
+    return jax.lax.fori_loop(0, new_row.sum(), copy, rows)
+
+
+# The loop -------------------------------------------------------------------------------------------
+
+
+def _write(ring: Choice, new: Choice, column: jax.Array | int) -> Choice:
+    return jax.tree.map(lambda to, x: jax.lax.dynamic_update_index_in_dim(to, x, column, axis=2), ring, new)
+
+
+def _refill(policy: Policy, prefilled: Prefilled, state: Decoding, leaving: jax.Array, mesh: Mesh | None) -> Decoding:
+    """Gives the slots `leaving` [R, W] to the next, at the beginning of a step."""
+    per_device = functools.partial(sharding.per_device, mesh=mesh)
+    column = state.step % state.written.ids.shape[-1]
+    change = per_device(_change_hands, axes=sharding.BATCH_AXES, whole=1)
+    slots, new_row, written, results = change(
+        column, prefilled.queue, state.slots, leaving, state.written, state.results
+    )
+    copy = _copy_rows
+    if mesh is not None and mesh.size > 1:
+        places = sharding.shardings(state.prefix, policy.cache_axes, mesh, sharding.SAMPLER_RULES)
+        specs = jax.tree.map(lambda place: place.spec, places)
+        rows = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+        copy = jax.shard_map(
+            _copy_rows, mesh=mesh, in_specs=(rows, rows, specs, specs), out_specs=specs, check_vma=False
+        )
+    prefix = copy(new_row, slots.prompt, prefilled.prompts, state.prefix)
+    return dataclasses.replace(state, slots=slots, written=written, results=results, prefix=prefix)
+
+
+def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, state: Decoding) -> Decoding:
+    """Writes the keys of every slot's last token, and chooses the next one."""
+    slots, columns = state.slots, state.written.ids.shape[-1]
+    column = state.step % columns
+    age = (column - jnp.arange(columns)) % columns
+    position = slots.prompt_length[:, None] + slots.length - 1
+    read = slots.alive[..., None] & (age[None, None] < slots.length[..., None])
+    live = column + 1
+    if state.results is not None:  # completions began at different times; all columns where they go round the end
+        longest = jnp.where(slots.alive, slots.length, 1).max()
+        live = jnp.where(longest <= live, longest, columns)
+    index = prefilled.columns[None, None]
+    hidden, cache = policy.extend(
+        prefilled.params, jax.lax.dynamic_index_in_dim(state.written.ids, column, axis=2), position[..., None],
+        state.cache, column, jnp.where(read, position[..., None] - age[None, None], -1), live,
+        prefilled.prompts if state.prefix is None else state.prefix,
+        jnp.where(index < slots.prompt_length[:, None, None], index, -1), prefilled.longest,
+    )  # fmt: skip
+    keys = _keys(prefilled.key, slots.prompt_id, slots.member, slots.length)
+    choice = choose_tokens(unembed(hidden[:, :, 0], policy.head(prefilled.params)), keys, prefilled.sampling)
+    ended, stop_state = _ends(prefilled, slots.stop_state, choice.ids)
+    length, ended = slots.length + slots.alive, slots.ended | (slots.alive & ended)
+    alive = slots.alive & ~ended & (length < slots.limit)
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        slots=dataclasses.replace(slots, length=length, ended=ended, alive=alive, stop_state=stop_state),
+        cache=cache,
+        written=_write(state.written, choice, (column + 1) % columns),
+    )
+    return state if state.results is None else _refill(policy, prefilled, state, slots.alive & ~alive, mesh)
+
+
+def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int, mesh: Mesh | None = None) -> Decoding:
+    """Appends up to `steps` tokens in every slot, in one `while_loop`."""
+    stop = state.step + steps
+    append = functools.partial(_append, policy, prefilled, mesh)
+    return jax.lax.while_loop(lambda state: ~state.done() & (state.step < stop), append, state)
+
+
+def collect(
+    prefilled: Prefilled, state: Decoding, prompt_tokens: jax.Array, prompt_mask: jax.Array, mesh: Mesh | None = None
+) -> Rollout:
+    """The completions so far, as a record in the order of the prompts; those that wait have their first token."""
+    slots, results = state.slots, state.results
+    columns = state.written.ids.shape[-1]
+    if results is None:
+        results = Results(tokens=state.written, lengths=slots.length, finished=slots.ended)
+    else:
+        flush = sharding.per_device(_flush, mesh, sharding.BATCH_AXES, whole=1)
+        results = flush(state.step % columns, slots.alive, slots, state.written, results)
+    mask = jnp.arange(columns)[None, None] < results.lengths[..., None]
+    flat = lambda x: x.reshape(-1, columns)
+    real = lambda x: flat(jnp.where(mask, x, 0))
     return Rollout(
         prompt_tokens=prompt_tokens,
         prompt_mask=prompt_mask,
-        completion_tokens=flat(state.tokens),
-        mask=flat(state.mask),
-        finished=~state.alive.reshape(-1),
-        logprobs=flat(state.logprobs),
-        sampler_logprobs=flat(state.sampler_logprobs),
+        completion_tokens=flat(jnp.where(mask, results.tokens.ids, prefilled.pad_id)),
+        mask=flat(mask),
+        finished=results.finished.reshape(-1),
+        logprobs=real(results.tokens.logprobs),
+        sampler_logprobs=real(results.tokens.sampler_logprobs),
     )
 
 
@@ -235,8 +483,11 @@ def generate(
     pad_id: jax.Array | int,
     sampling: SamplingParams = SamplingParams(),
     stop_table: jax.Array | None = None,
+    limits: jax.Array | None = None,
+    slots: int = 0,
+    mesh: Mesh | None = None,
 ) -> Rollout:
-    """Samples `group_size` completions of every prompt. Pure: jit it with the first and the sizes static.
+    """Samples `group_size` completions of every prompt. Pure: jit it with the first, the sizes and the mesh static.
 
     Args:
       policy: the model (static).
@@ -252,12 +503,16 @@ def generate(
       sampling: traced; changing it does not recompile.
       stop_table: [states, ids] int32, what `data.stops.stop_table` makes of stop strings: a completion ends with the
         token whose bytes complete one, inclusive.
+      limits: [P, G] int32, where completions are cut before T; 0: nothing is sampled. None: T for all.
+      slots: completions decoded at a time, about (static; see `arrange`); 0: all.
+      mesh: over which prompts lie, along data and fsdp (static): every device has a queue of its own.
 
     Returns:
       Rollout, with completion b that of prompt b // G.
     """
     prefilled, state = start(
-        policy, params, prompt_tokens, prompt_mask, prompt_ids, key, group_size=group_size,
-        max_tokens=max_tokens, eos_ids=eos_ids, pad_id=pad_id, sampling=sampling, stop_table=stop_table,
+        policy, params, prompt_tokens, prompt_mask, prompt_ids, key, group_size=group_size, max_tokens=max_tokens,
+        eos_ids=eos_ids, pad_id=pad_id, sampling=sampling, stop_table=stop_table, limits=limits, slots=slots, mesh=mesh,
     )  # fmt: skip
-    return collect(decode(policy, prefilled, state, max_tokens), prompt_tokens, prompt_mask)
+    state = decode(policy, prefilled, state, group_size * len(prompt_ids) * max_tokens, mesh)
+    return collect(prefilled, state, prompt_tokens, prompt_mask, mesh)

@@ -132,15 +132,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def per_device(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`function` of the rows that each device has: the leading axis of all arguments and results is split over fsdp.
+def per_device(
+    function: Callable[..., Any], mesh: Mesh | None, axes: str | tuple[str, ...] = "fsdp", whole: int = 0
+) -> Callable[..., Any]:  # fmt: skip
+    """`function` of what each device has: the leading axis of all arguments and results is split over `axes`.
 
-    Over data the train step's `vmap` splits it. For what indexes by computed indices, of which XLA does not know that
-    they stay within a device's own rows. Not to be differentiated: over tensor, its transpose would sum up gradients
-    that are the same everywhere.
+    The first `whole` arguments are the same on every device. In the train step, whose `vmap` splits over data, the axes
+    are fsdp alone. For what indexes by computed indices, of which XLA does not know that they stay within a device's own
+    rows. Not to be differentiated: over tensor, its transpose would sum up gradients that are the same everywhere.
     """
     if mesh is None or mesh.size == 1:
         return function
-    by_rows = PartitionSpec("fsdp")
-    # Scans under a vmap that names an axis do not pass the check.
-    return jax.shard_map(function, mesh=mesh, in_specs=by_rows, out_specs=by_rows, check_vma=False)
+    rows = PartitionSpec(axes)
+
+    def split(*args):
+        specs = (PartitionSpec(),) * whole + (rows,) * (len(args) - whole)
+        # Scans under a vmap that names an axis do not pass the check.
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*args)
+
+    return split

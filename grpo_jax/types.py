@@ -46,9 +46,11 @@ class Policy:
     prepare: Callable[[PyTree], PyTree]
     # (rows, width, columns) -> tree of leaves [R, W, columns, ...]
     init_cache: Callable[[int, int, int], PyTree]
-    # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column, key_positions
-    #  [R, W, columns] (-1 = empty, the new columns included), prefix or None, prefix_positions [R, 1, L])
-    #   -> (hidden [R, W, J, D], cache)
+    # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column of the first of them,
+    #  key_positions [R, W, columns] (-1 = empty, the new columns included), live = None, prefix = None,
+    #  prefix_positions [R, 1, L], prefix_live = None) -> (hidden [R, W, J, D], cache).
+    # live: only so many columns up to the last new one count, prefix_live: of the prefix only so many from the first on;
+    # [] int32, None: all. They save work and change nothing.
     extend: Callable[..., tuple[jax.Array, PyTree]]
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
     sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names
@@ -63,6 +65,7 @@ class SamplingParams:
     temperature: Array = 1.0  # 0 = greedy
     top_k: Array = 0  # 0 = off
     top_p: Array = 1.0  # 1 = off
+    min_p: Array = 0.0  # 0 = off
 
 
 @record

@@ -8,6 +8,7 @@ scores; they compare columns where XLA compares positions, which is the same in 
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Attend", "attend_slots", "make_attention"]
+__all__ = ["Attend", "Block", "attend_slots", "make_attention"]
 
 # (query [R, S, H, C], key [R, S, K, C], value [R, S, K, C], positions [R, S], segments [R, S]) -> [R, S, H, C]
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -229,30 +230,92 @@ def make_attention(
     return attend
 
 
-def attend_slots(query, key, value, cache, column, visible, scale, soft_cap, prefix=None, prefix_visible=None):
-    """Writes key/value at `column`, then attends to the slot's own columns and the row's prefix.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """Keys and values that slots read: their own columns, or the row's prompt."""
 
-    query [R, W, J, H, C], key/value [R, W, J, K, C], cache leaves [R, W, columns, K, C], prefix leaves
-    [R, 1, L, K, C], visible [R, W, J, columns], prefix_visible [R, W, J, L]. The prefix is read once for
-    all W slots of a row: one product, no copy of it per slot; both score blocks share one softmax.
+    cache: dict[str, jax.Array]  # key [R, W, K, C, columns], value [R, W, K, columns, C]; W = 1: one for all slots
+    visible: jax.Array  # [R, W, J, columns] bool
+    end: jax.Array | int  # [] int32, columns from here on are not read
+    live: jax.Array | int | None  # [] int32, nor those this far before; None: all are
+
+    def read(self, query: jax.Array, scale: float, soft_cap: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """query [R, W, K, M, C] -> see `_attend_block`; the work is that of a quarter, half or all of the columns."""
+        columns = self.visible.shape[-1]
+        widths = sorted({min(columns, -(-columns // (parts * _WINDOW)) * _WINDOW) for parts in (4, 2, 1)})
+
+        def window(width: int, query, cache, visible, end):
+            first = jnp.clip(end - width, 0, columns - width)
+            cut = lambda x, axis: x if width == columns else jax.lax.dynamic_slice_in_dim(x, first, width, axis)
+            keys, values = cut(cache["key"], 4), cut(cache["value"], 3)
+            return _attend_block(query, keys, values, cut(visible, 3), scale, soft_cap)
+
+        operands = query, self.cache, self.visible, self.end
+        if self.live is None or len(widths) == 1:
+            return window(columns, *operands)
+        narrower = (self.live > jnp.array(widths[:-1])).sum()  # columns that go round the end are not a window
+        return jax.lax.switch(narrower, [functools.partial(window, width) for width in widths], *operands)
+
+
+def attend_slots(query, key, value, cache, column, own, prefix, scale, soft_cap):
+    """Writes key/value at `column`, then attends to the slot's own columns and to the row's prefix, if there is one.
+
+    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `Block`; own, prefix: Blocks, own without its cache. The
+    prefix is read once for all W slots of a row, and never copied: their queries are the rows of one product. The two
+    blocks are joined as in flash attention (arXiv 2205.14135, algorithm 1).
+
+    So laid out, neither product needs a transpose, and none contracts what is contiguous in memory in both of its factors:
+    processors without matrix units are fast at that.
     """
     r, w, j, _, c = query.shape
+    kv_heads, dtype = key.shape[3], cache["key"].dtype
+    write = jax.lax.dynamic_update_slice
     cache = {
-        "key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), (0, 0, column, 0, 0)),
-        "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), (0, 0, column, 0, 0)),
+        "key": write(cache["key"], key.transpose(0, 1, 3, 4, 2).astype(dtype), (0, 0, 0, 0, column)),
+        "value": write(cache["value"], value.transpose(0, 1, 3, 2, 4).astype(dtype), (0, 0, 0, column, 0)),
     }
-    grouped = query.reshape(r, w, j, key.shape[3], -1, c)
-    scores = jnp.einsum("rwjkgc,rwtkc->rwkgjt", grouped, cache["key"], preferred_element_type=jnp.float32)
-    masks = [visible]
+    # [R, W, K, M, C] of M = J * H / K queries that read the same keys.
+    grouped = query.reshape(r, w, j, kv_heads, -1, c).transpose(0, 1, 3, 2, 4, 5).reshape(r, w, kv_heads, -1, c)
+    most, total, mixed = dataclasses.replace(own, cache=cache).read(grouped, scale, soft_cap)
     if prefix is not None:
-        shared = jnp.einsum("rwjkgc,rlkc->rwkgjl", grouped, prefix["key"][:, 0], preferred_element_type=jnp.float32)
-        scores, masks = jnp.concatenate([shared, scores], axis=-1), [prefix_visible, visible]
-    mask = jnp.concatenate(masks, axis=-1)[:, :, None, None]
-    scores = _capped(scores * scale, soft_cap)
-    weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1).astype(value.dtype)
-    own = weights[..., -cache["key"].shape[2] :]
-    mixed = jnp.einsum("rwkgjt,rwtkc->rwjkgc", own, cache["value"])
-    if prefix is not None:
-        length = prefix["value"].shape[2]
-        mixed += jnp.einsum("rwkgjl,rlkc->rwjkgc", weights[..., :length], prefix["value"][:, 0])
+        together = lambda x: x.transpose(0, 2, 1, 3, 4).reshape(r, 1, kv_heads, -1, x.shape[-1])
+        apart = lambda x: x.reshape(r, kv_heads, w, -1, x.shape[-1]).transpose(0, 2, 1, 3, 4)
+        rows = dataclasses.replace(prefix, visible=prefix.visible.reshape(r, 1, w * j, -1))
+        shared_most, shared_total, shared = map(apart, rows.read(together(grouped), scale, soft_cap))
+        largest = jnp.maximum(most, shared_most)
+        ours, theirs = jnp.exp(most - largest), jnp.exp(shared_most - largest)
+        total, mixed = ours * total + theirs * shared_total, ours * mixed + theirs * shared
+    mixed = (mixed / total).astype(query.dtype).reshape(r, w, kv_heads, j, -1, c).transpose(0, 1, 3, 2, 4, 5)
     return mixed.reshape(query.shape), cache
+
+
+_WINDOW = 64  # columns; windows of attention are multiples of it
+_FEW = 8  # a product of so few rows is slower than multiplying and adding up, where there are no matrix units
+
+
+def _attend_block(query, keys, values, visible, scale, soft_cap):
+    """Attention to some keys, not yet divided: the largest score, the sum of exponentials [..., M, 1], and [..., M, C].
+
+    query [R, W, K, M, C], keys [R, W, K, C, T], values [R, W, K, T, C], visible [R, W, J, T]; all results float32.
+    """
+    wide = lambda x: x.astype(jnp.float32)
+    products = (
+        lambda q, k: jnp.einsum("rwkmc,rwkct->rwkmt", q, k, preferred_element_type=jnp.float32),
+        lambda p, v: jnp.einsum("rwkmt,rwktc->rwkmc", p.astype(v.dtype), v, preferred_element_type=jnp.float32),
+    )
+    elementwise = (
+        lambda q, k: (wide(q)[..., None] * wide(k)[:, :, :, None]).sum(axis=-2),
+        lambda p, v: (p[..., None] * wide(v)[:, :, :, None]).sum(axis=-2),
+    )
+
+    def multiply(which, *factors):
+        if query.shape[3] > _FEW:
+            return products[which](*factors)
+        return jax.lax.platform_dependent(*factors, cpu=elementwise[which], default=products[which])
+
+    scores = _capped(multiply(0, query, keys) * scale, soft_cap)
+    seen = jnp.repeat(visible, query.shape[3] // visible.shape[2], axis=2)[:, :, None]
+    scores = jnp.where(seen, scores, _MASKED)
+    most = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    return most, weights.sum(axis=-1, keepdims=True), multiply(1, weights, values)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.models.attention import attend_slots, make_attention
+from grpo_jax.models.attention import Block, attend_slots, make_attention
 from grpo_jax.sharding import shardings
 from grpo_jax.types import Policy
 
@@ -292,23 +292,31 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, {**rest, "layers": layers})
 
     def init_cache(rows, width, columns):
-        shape = (rows, width, columns, config.kv_heads, config.head_width)
-        return [{"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)} for _ in range(config.layers)]
+        heads, c = (rows, width, config.kv_heads), config.head_width
+        layer = lambda: {"key": jnp.zeros((*heads, c, columns), dtype), "value": jnp.zeros((*heads, columns, c), dtype)}
+        return [layer() for _ in range(config.layers)]
 
-    def extend(params, tokens, positions, cache, column, key_positions, prefix=None, prefix_positions=None):
+    def extend(
+        params, tokens, positions, cache, column, key_positions, live=None, prefix=None, prefix_positions=None,
+        prefix_live=None,
+    ):  # fmt: skip
         def sees(keys, window):  # [R, W or 1, columns] -> [R, W, J, columns]
             back = positions[..., None] - keys[:, :, None, :]
             seen = (keys[:, :, None, :] >= 0) & (back >= 0)
             return seen & (back < window) if window else seen
 
-        visible = {w: sees(key_positions, w) for w in set(pattern)}
-        prefix_visible = {w: None if prefix is None else sees(prefix_positions, w) for w in set(pattern)}
+        end = column + tokens.shape[-1]
+        own = {w: Block(cache={}, visible=sees(key_positions, w), end=end, live=live) for w in set(pattern)}
         x, new_cache = embed(params, tokens), []
+        if prefix is not None:
+            seen = {w: sees(prefix_positions, w) for w in set(pattern)}
         for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
+            shared = None
+            if prefix is not None:
+                shared = Block(cache=prefix[i], visible=seen[window], end=prefix_live, live=prefix_live)
             attend = functools.partial(
-                attend_slots, cache=cache[i], column=column, visible=visible[window], scale=scale,
-                soft_cap=config.attention_cap, prefix=None if prefix is None else prefix[i],
-                prefix_visible=prefix_visible[window],
+                attend_slots, cache=cache[i], column=column, own=own[window], prefix=shared, scale=scale,
+                soft_cap=config.attention_cap,
             )  # fmt: skip
             x, layer_cache = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
             new_cache.append(layer_cache)
@@ -317,7 +325,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     is_axes = lambda x: isinstance(x, tuple)
     layer_axes = lambda stack, i: jax.tree.map(lambda axes: axes[1:], stack, is_leaf=is_axes)
     rest = {name: axes for name, axes in param_axes.items() if name not in ("layers", "tail")}
-    leaf_axes = ("batch", None, None, "kv_heads", "head")
+    slot_axes = ("batch", None, "kv_heads")
+    layer_cache_axes = {"key": (*slot_axes, "head", None), "value": (*slot_axes, None, "head")}
     return Policy(
         hidden=hidden,
         head=head,
@@ -326,6 +335,6 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         extend=extend,
         param_axes=param_axes,
         sampler_axes={**rest, "layers": unstacked(param_axes["layers"], param_axes.get("tail", []), layer_axes)},
-        cache_axes=[{"key": leaf_axes, "value": leaf_axes}] * config.layers,
+        cache_axes=[layer_cache_axes] * config.layers,
         max_segments=1 if config.attention == "cudnn" else None,  # its kernel knows no segments
     )
