@@ -328,11 +328,12 @@ class GroupRollouts:
         first = int(state.cursor) + wave * config.prompts
         prompts = [self.source(i) for i in range(first, first + config.prompts)]
         params = state.params if self.params_of is None else self.params_of(state)
-        rollout = self.sampler(
-            params, [p.text for p in prompts], range(first, first + config.prompts),
-            SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
-        )  # fmt: skip
-        host: Rollout = jax.device_get(rollout)
+        with jax.profiler.TraceAnnotation("rollout"):
+            rollout = self.sampler(
+                params, [p.text for p in prompts], range(first, first + config.prompts),
+                SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
+            )  # fmt: skip
+            host: Rollout = jax.device_get(rollout)
         sampled = time.perf_counter()
         scores = journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step), wave)
         scored = time.perf_counter()
