@@ -12,13 +12,13 @@ from grpo_jax.telemetry import WorkdirError
 __all__ = ["Profiler", "steps_of"]
 
 
-def steps_of(text: str, steps: int) -> range:
+def steps_of(text: str | None, steps: int) -> range:
     """The steps that `FIRST:LAST` names, both included and counted from 1; none where it is empty.
 
     Raises:
       ValueError: it is no such range, or beyond the last of `steps`.
     """
-    if not text.strip():
+    if not text or not text.strip():
         return range(0)
     if not (match := re.fullmatch(r"\s*(\d+):(\d+)\s*", text)) or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"--profile={text!r} must be FIRST:LAST with 1 <= FIRST <= LAST, as 3:5 for steps 3, 4 and 5.")
