@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
@@ -197,6 +196,10 @@ class Experience:
     reward_seconds: float = 0.0
 
 
+# One program each, where their operations one by one would be a dozen to compile, and to wait for at every step.
+_without_signal, _train_batch = jax.jit(without_signal), jax.jit(train_batch)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Wave:
     """What was sampled at a time."""
@@ -286,7 +289,7 @@ class GroupRollouts:
         selected = np.ones(len(host.finished), bool) if self.select is None else self.select(fresh.scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
-        batch = train_batch(rollout, advantages, temperature=config.temperature, selected=jnp.asarray(selected))
+        batch = _train_batch(rollout, advantages, temperature=config.temperature, selected=selected)
         of_completions, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
         metrics |= {"advantage/abs_mean": abs_mean, **penalty_metrics}
         if self.objective.needs_steps:
@@ -344,7 +347,7 @@ class GroupRollouts:
                 groups=groups,
                 scores=scores,
                 total=scores.total(self.rewards).reshape(-1, group),
-                constant=np.asarray(without_signal(self._outcome(groups))),
+                constant=np.asarray(_without_signal(self._outcome(groups))),
             ),
             rollout=rollout,
             rollout_seconds=sampled - started,
