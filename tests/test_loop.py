@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,40 @@ def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match=r"cannot write to workdir .*Choose another --workdir"):
         loop.open_workdir(tmp_path / "file" / "below", {})
+
+
+def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkeypatch, capsys):
+    now = 100.0
+
+    def taking(seconds, function):
+        def slow(*arguments, **options):
+            nonlocal now
+            now += seconds
+            return function(*arguments, **options)
+
+        return slow
+
+    def sampled(state, journal, interrupt):
+        return dataclasses.replace(experience(state, journal, interrupt), rollout_seconds=2.0, reward_seconds=1.0)
+
+    class Evaluator:
+        greedy = full = staticmethod(taking(10, lambda params, interrupt=None: {"eval/accuracy": 0.5}))
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(loop.RunLog, "write", taking(1, loop.RunLog.write))
+    monkeypatch.setattr(Checkpoints, "save", taking(2, Checkpoints.save))
+    _, rows = run(
+        tmp_path, 4, experience=taking(4, sampled), train_step=taking(3, double), evaluator=Evaluator(),
+        evaluate_every=3, checkpoints=CheckpointConfig(every=2),
+    )  # fmt: skip
+    column = lambda name: [row.get(f"time/{name}_seconds") for row in rows]
+    # Its own 4 + 3, and what the step before left to do: a line of the log, and a checkpoint of steps 2 and 3.
+    assert column("step") == [None, 7, 8, 10, 10]
+    assert column("other") == [None, 1, 2, 4, 4]
+    assert column("elapsed") == [0, 7, 15, 25, 35]
+    assert column("evaluation") == [10, None, None, 10, 10]
+    assert {*column("rollout")[1:], *column("reward")[1:], *column("update")[1:]} == {2, 1, 3}
+    assert "10s (rollout 20% rewards 10% update 30% other 40%)" in capsys.readouterr().out
 
 
 class Compilations(list):
