@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 def cache():
     """What JAX is told, which is put back afterwards."""
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.read(name) for name in names}
-    yield lambda: tuple(jax.config.read(name) for name in names[:2])
+    before = {name: getattr(jax.config, name) for name in names}
+    yield lambda: tuple(getattr(jax.config, name) for name in names[:2])
     for name, value in before.items():
         jax.config.update(name, value)
 
@@ -27,7 +27,7 @@ def test_compilations_are_kept_on_accelerators(cache, platform, tmp_path):
     assert cache() == (True, user)
     assert pathlib.Path(user).is_dir()
     assert not any(pathlib.Path(user).iterdir())
-    assert jax.config.read("jax_persistent_cache_min_compile_time_secs") == 0
+    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0
     elsewhere = {"XDG_CACHE_HOME": f"{tmp_path}/xdg"}
     assert runs.cache_compilations("auto", platform, elsewhere).endswith(f"{tmp_path}/xdg/grpo_jax/xla")
 
