@@ -25,7 +25,7 @@ from absl import flags
 
 from experiments import countdown, plots, runs
 from experiments import flags as sections
-from grpo_jax import loop
+from grpo_jax import loop, profiling
 from grpo_jax.telemetry import read_jsonl, write_atomically
 
 OBJECTIVES = flags.DEFINE_list(
@@ -204,6 +204,8 @@ def main(argv: list[str]) -> None:
     try:
         check_flags()
         configs = configurations(countdown.configuration(workdir), OBJECTIVES.value, SEEDS.value)
+        profile = profiling.steps_of(countdown.PROFILE.value, next(iter(configs.values()))["train"].steps)
+        print(runs.cache_compilations(countdown.CACHE.value), flush=True)
         for config in configs.values():
             countdown.Experiment(config).check()
     except ValueError as error:
@@ -215,7 +217,7 @@ def main(argv: list[str]) -> None:
     for i, (name, seed) in enumerate(missing):
         started, config, directory = time.perf_counter(), configs[name, seed], place(workdir, name, seed)
         print(f"{name}, seed {seed}: run {i + 1} of {len(missing)}", flush=True)
-        rows = countdown.Experiment(config).train(params, directory, f"{name}, seed {seed}")
+        rows = countdown.Experiment(config).train(params, directory, f"{name}, seed {seed}", profile)
         summary = runs.summary(directory, rows, seed, runs.parameters(config["model"]), started)
         runs.finish(directory, rows, summary, f"Countdown, {name}")
     report(workdir, configs)

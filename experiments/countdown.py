@@ -17,13 +17,13 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import plots, runs
+from experiments import runs
 from experiments.flags import section
-from grpo_jax import loop, objectives, sharding, training
+from grpo_jax import loop, objectives, profiling, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
-from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
@@ -94,6 +94,8 @@ BASELINES = flags.DEFINE_bool(
     "baselines", False, "Then also run continued supervision, and supervision on own samples."
 )
 WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Make the warm start, write it to the workdir and stop.")
+PROFILE = sections.profile()
+CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
     "task": CountdownConfig,
     "model": TransformerConfig,
@@ -185,14 +187,16 @@ class Experiment:
         shared |= {"model": config["model"], "checkpoints": config["checkpoints"]}
         return runs.phase(lambda: params, **{**shared, **options})
 
-    def train(self, params: Any, workdir: pathlib.Path, title: str) -> list[dict[str, Any]]:
+    def train(
+        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0)
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """The phase with the objective that the flags name, from `params`: its log."""
         config = self.config
         _, rows = self.run(
             params, objective=self.objective, experience=self.rollouts(), workdir=workdir, title=title,
             optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
             evaluator=self.evaluator, evaluate_every=config["evaluation"].every,
-            samples_every=config["train"].samples_every, surplus=self.surplus,
+            samples_every=config["train"].samples_every, surplus=self.surplus, profile=profile,
         )  # fmt: skip
         return rows
 
@@ -216,18 +220,18 @@ def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
     described = {name: dataclasses.asdict(experiment.config[name]) for name in ("task", "warm_start")} | {
         "model": {"vocab_size": Countdown.tokenizer.vocab_size, **model}
     }
-    fresh = init_params(experiment.config["model"], jax.random.key(experiment.config["warm_start"].seed))
     if SHIPPED_WARM_START.exists() and not WARM_START_ONLY.value:
         shipped: Any = flax.serialization.msgpack_restore(SHIPPED_WARM_START.read_bytes())
         if json.loads(shipped["configuration"]) == described:
             print(f"warm start: {SHIPPED_WARM_START.name}, shipped with the repository", flush=True)
-            return flax.serialization.from_state_dict(fresh, shipped["params"])
+            return flax.serialization.from_state_dict(abstract_params(experiment.config["model"])[0], shipped["params"])
     config: WarmStartConfig = experiment.config["warm_start"]
     print(
         f"warm start: supervision on {config.steps} x {config.batch} demonstrations, since the one shipped with the "
         "repository was made with other --task, --model or --warm_start flags (--warm_start.steps makes it shorter)",
         flush=True,
     )
+    fresh = init_params(experiment.config["model"], jax.random.key(config.seed))
     state, _ = experiment.run(
         fresh, objective=objectives.supervised(),
         experience=demonstrations(Countdown(experiment.config["task"], config.seed), config.batch),
@@ -297,8 +301,12 @@ def main(argv: list[str]) -> None:
     workdir = runs.directory_of(argv, WORKDIR)
     if EVAL_STEP.value is not None and not EVAL_ONLY.value:
         raise app.UsageError("--eval_step needs --eval_only.")
+    if PROFILE.value and (EVAL_ONLY.value or WARM_START_ONLY.value):
+        raise app.UsageError("--profile is of steps of GRPO: leave it out.")
     try:
         config = configuration(workdir)
+        profile = profiling.steps_of(PROFILE.value, config["train"].steps)
+        print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config)
         experiment.check()
     except ValueError as error:
@@ -320,12 +328,14 @@ def main(argv: list[str]) -> None:
         "compiling, once: it takes some 20 seconds until the first step",
         flush=True,
     )
-    rows = experiment.train(params, workdir, config["loss"].objective)
+    rows = experiment.train(params, workdir, config["loss"].objective, profile)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     curves = {"GRPO": rows}
     if BASELINES.value:
         curves |= run_baselines(experiment, params, workdir, summary["training_seconds"])
         summary["baselines"] = {name: curves[name][-1] for name in curves if name != "GRPO"}
+        from experiments import plots  # imports matplotlib: half a second
+
         plots.comparison({name: [rows] for name, rows in curves.items()}, workdir / "comparison.png")
     runs.finish(workdir, rows, summary, "Countdown")
     print(

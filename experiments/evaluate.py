@@ -41,6 +41,7 @@ class CompletionConfig:
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory, or the workdir of a run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Of a workdir, the checkpoint to evaluate; the latest by default.")
 OUTPUT = flags.DEFINE_string("output", None, "Where metrics.json and completions.jsonl are written.", required=True)
+CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> None:
     directory = given / "model" if ours else given
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()}, of_run(given) if ours else None)
+        print(runs.cache_compilations(CACHE.value), flush=True)
         opened = tasks.Opened(directory, config)
         evaluator = opened.task.evaluator(
             opened.policy, opened.mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import fancyflags as ff
 from absl import flags
 
-__all__ = ["field_comments", "section"]
+__all__ = ["compilation_cache", "field_comments", "profile", "section"]
 
 _C = TypeVar("_C")
 
@@ -33,3 +33,20 @@ def section(name: str, cls: type[_C], skip: Collection[str] = ()) -> "flags.Flag
         if field not in skip:
             flags.FLAGS[f"{name}.{field}"].help = comment
     return holder
+
+
+def profile() -> "flags.FlagHolder[str | None]":
+    """Defines `--profile`, of experiments that train; `grpo_jax.profiling.steps_of` reads it."""
+    return flags.DEFINE_string(
+        "profile", "", "FIRST:LAST, as 3:5: the steps of which a trace is written to WORKDIR/profile; empty: none."
+    )
+
+
+def compilation_cache() -> "flags.FlagHolder[str | None]":
+    """Defines `--compilation_cache`, of experiments that compile; `runs.cache_compilations` does what it says."""
+    return flags.DEFINE_string(
+        "compilation_cache",
+        "auto",
+        "Directory where compiled programs are kept for the next start, or off; auto: JAX_COMPILATION_CACHE_DIR where "
+        "it is set, else the user's cache directory on GPUs and TPUs, and off on CPUs.",
+    )

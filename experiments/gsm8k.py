@@ -22,7 +22,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import runs, tasks
 from experiments.flags import section
-from grpo_jax import loop, objectives, outcomes, rollouts, sharding, training
+from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
@@ -80,6 +80,8 @@ MODEL = flags.DEFINE_string(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
 )
+PROFILE = sections.profile()
+CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -163,6 +165,8 @@ def main(argv: list[str]) -> None:
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
+        profile = profiling.steps_of(PROFILE.value, config["train"].steps)
+        print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
     except ValueError as error:
@@ -175,7 +179,7 @@ def main(argv: list[str]) -> None:
         workdir=workdir, title=config["loss"].objective, optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
-        surplus=experiment.surplus,
+        surplus=experiment.surplus, profile=profile,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)

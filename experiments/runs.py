@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,7 +23,6 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from experiments import plots  # noqa: E402
 from grpo_jax import loop, objectives, sharding, training  # noqa: E402
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
 from grpo_jax.logprobs import CHUNK  # noqa: E402
@@ -37,6 +37,7 @@ __all__ = [
     "as_json",
     "batch_arithmetic",
     "begun",
+    "cache_compilations",
     "check_attention",
     "check_multiples",
     "command",
@@ -102,6 +103,48 @@ def restored(
 def devices() -> str:
     """What runs, in words."""
     return f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
+
+
+def cache_compilations(asked: str | None, platform: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """Says where JAX keeps compiled programs from one process to the next; to be called before the first is compiled.
+
+    Args:
+      asked: `auto`, `off` or a directory, which may be an address such as gs://bucket/cache.
+      platform: cpu, gpu or tpu; None: the one that is here.
+      environ: whose JAX_COMPILATION_CACHE_DIR, XDG_CACHE_HOME and HOME count.
+
+    Returns:
+      A line for the screen.
+
+    Raises:
+      ValueError: it is none of these, or the directory cannot be written.
+    """
+    if not asked:
+        raise ValueError(f"--compilation_cache={asked or ''} must be auto, off or a directory.")
+    given = environ.get("JAX_COMPILATION_CACHE_DIR") if asked == "auto" else asked
+    on = given or (platform or jax.default_backend()) != "cpu"
+    if asked == "off" or not on:
+        jax.config.update("jax_enable_compilation_cache", False)
+        # What XLA keeps for CPUs is not reliable in these versions: it may be loaded where it does not run.
+        return "compilation cache: off" + ("" if on else ", by default on CPUs; --compilation_cache=DIR switches it on")
+    user = environ.get("XDG_CACHE_HOME") or str(pathlib.Path(environ.get("HOME", "~"), ".cache").expanduser())
+    place = given or f"{user}/grpo_jax/xla"
+    try:
+        if "://" not in place:
+            pathlib.Path(place).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        if given:
+            raise ValueError(
+                f"the compilation cache {place} cannot be written: {error}. Name another, or off."
+            ) from error
+        jax.config.update("jax_enable_compilation_cache", False)
+        return f"compilation cache: off, for {place} cannot be written ({error}); --compilation_cache=DIR names another"
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", place)
+    # By default programs that compile within a second are left out: they are many, and together take seconds.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return f"compilation cache: {place}"
 
 
 def parameters(config: TransformerConfig) -> int:
@@ -265,6 +308,8 @@ def summary(
 
 def finish(workdir: pathlib.Path, rows: list[dict[str, Any]], summarized: Mapping[str, Any], title: str) -> None:
     """Writes `curve.png` and `summary.json`."""
+    from experiments import plots  # imports matplotlib: half a second
+
     plots.curve(rows, workdir / "curve.png", f"{title}, seed {summarized['seed']}")
     write_atomically(workdir / "summary.json", json.dumps(summarized, indent=2) + "\n")
 

@@ -17,7 +17,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import runs, tasks
 from experiments.flags import section
-from grpo_jax import loop, objectives, rollouts, sharding, training
+from grpo_jax import loop, objectives, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
@@ -49,6 +49,8 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
 )
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory: config, safetensors, tokenizer.", required=True)
+PROFILE = sections.profile()
+CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -94,6 +96,8 @@ def main(argv: list[str]) -> None:
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
+        profile = profiling.steps_of(PROFILE.value, config["train"].steps)
+        print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -112,7 +116,7 @@ def main(argv: list[str]) -> None:
         mesh=experiment.mesh, key=jax.random.key(train.seed), objective=objectives.supervised(),
         experience=experiment.demonstrations(), workdir=workdir, title="sft", optimizer=config["optimizer"],
         update=config["update"], steps=train.steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
-        evaluate_every=config["evaluation"].every,
+        evaluate_every=config["evaluation"].every, profile=profile,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, train.seed, parameters)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.diagnosis import diagnose
 from grpo_jax.evaluation import Evaluator
+from grpo_jax.profiling import Profiler, check_steps
 from grpo_jax.rollouts import Experience
 from grpo_jax.scoring import Journal
 from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
@@ -130,6 +131,7 @@ def train(
     samples_every: int = 50,
     checkpoints: CheckpointConfig = CheckpointConfig(),
     title: str = "train",
+    profile: range = range(0),
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Runs, or goes on with, the run in `workdir` until it has done `steps` steps.
 
@@ -146,64 +148,76 @@ def train(
       samples_every: steps between sampled completions on the screen and in `samples.jsonl`.
       checkpoints: when to save and what to keep.
       title: of the progress bar.
+      profile: the steps, from 1, of which a trace is written to `WORKDIR/profile/`.
 
     Returns:
       The last state, and the log: one dictionary of metrics a step, with evaluations under `eval/`.
 
     Raises:
       SystemExit: a signal came (128 + its number): the last finished step is saved.
+      ValueError: steps to profile that the run does not have.
       WorkdirError: something cannot be written. RewardError: a reward function misbehaved.
     """
+    check_steps(profile, steps)
     store = Checkpoints(workdir / "checkpoints", checkpoints)
     if store.steps:
         state = store.restore(state)
         print(f"{title}: continuing at step {int(state.step)} from {workdir}", flush=True)
     step = int(state.step)
     log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write)
-    screen = _Screen(title, steps, step)
+    screen, profiler = _Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
     evaluate = evaluator or _NoEvaluation()
-    optimizer_steps = _optimizer_count(state)
+    rate_at = jax.jit(lambda count: {"learning_rate": learning_rate(count)} if learning_rate else {})
+    optimizer_steps = int(_optimizer_count(state))
     with StopSignals() as stop:
         try:
             if not log.rows:
-                log.write(0, {"time/elapsed_seconds": 0.0, **evaluate.full(state.params, stop.check)})
+                log.write(0, {"time/elapsed_seconds": 0.0, **_evaluation(evaluate.full, state.params, stop.check)})
                 screen.evaluation(log.rows[-1])
-            elapsed = log.rows[-1]["time/elapsed_seconds"]
+            elapsed, ended = log.rows[-1]["time/elapsed_seconds"], time.perf_counter()
             while step < steps:
                 stop.check()
-                started = time.perf_counter()
-                experienced = experience(state, journal, stop.check)
-                updating = time.perf_counter()
-                state, measured = train_step(state, experienced.batch)
-                state = _advance(state, experienced)
-                metrics = {name: float(np.asarray(value)) for name, value in measured.items()}
-                ended = time.perf_counter()
-                step, elapsed = step + 1, elapsed + ended - started
-                metrics |= experienced.metrics
-                if learning_rate is not None:
-                    metrics["learning_rate"] = float(np.asarray(learning_rate(optimizer_steps)))
-                optimizer_steps = _optimizer_count(state)
-                metrics |= _times(experienced, ended - started, ended - updating, elapsed)
-                if step == steps:
-                    metrics |= evaluate.full(state.params)
-                elif step % evaluate_every == 0:
-                    metrics |= evaluate.greedy(state.params)
-                shown = experienced.samples if step % samples_every == 0 or step == 1 else ()
-                log.write(step, metrics, shown)
-                screen.step(log.rows, shown)
-                if step == steps or step % checkpoints.every == 0 or "eval/accuracy" in metrics:
-                    store.save(state, metrics.get("eval/accuracy"))
+                with profiler.step(step + 1):
+                    with _annotated("experience"):
+                        experienced = experience(state, journal, stop.check)
+                    started, updating = ended, time.perf_counter()
+                    with _annotated("update"):
+                        rate = rate_at(optimizer_steps)
+                        state, measured = train_step(state, experienced.batch)
+                        # All that the host asks of a step, at once; an array remembers what was fetched of it.
+                        asked = {**measured, **rate}, _optimizer_count(state), state.step, state.cursor
+                        metrics, count, *_ = jax.device_get(asked)
+                    ended = time.perf_counter()
+                    step, elapsed, optimizer_steps = step + 1, elapsed + ended - started, int(count)
+                    metrics = {name: float(value) for name, value in metrics.items()} | dict(experienced.metrics)
+                    metrics |= _times(experienced, ended - started, ended - updating, elapsed)
+                    state = _advance(state, experienced)
+                    if step == steps:
+                        metrics |= _evaluation(evaluate.full, state.params)
+                    elif step % evaluate_every == 0:
+                        metrics |= _evaluation(evaluate.greedy, state.params)
+                    ended += metrics.get("time/evaluation_seconds", 0.0)  # of no step
+                    with _annotated("log"):
+                        shown = experienced.samples if step % samples_every == 0 or step == 1 else ()
+                        log.write(step, metrics, shown)
+                        screen.step(log.rows, shown)
+                    if step == steps or step % checkpoints.every == 0 or "eval/accuracy" in metrics:
+                        with _annotated("checkpoint"):
+                            store.save(state, metrics.get("eval/accuracy"))
         except Stopped:
             store.save(state)
         finally:  # whatever happened: what was being saved is saved, and every file is closed
             with contextlib.ExitStack() as closing:
-                for thing in (store, journal, log, screen):
+                for thing in (store, profiler, journal, log, screen):
                     closing.callback(thing.close)
     if stop.received is not None:  # also where it came during the last step, for there may be another phase
         name = signal.Signals(stop.received).name
         print(f"{name}: stopped after step {step}, which is saved. The same command continues it.", flush=True)
         sys.exit(128 + stop.received)
     return state, log.rows
+
+
+_annotated = jax.profiler.TraceAnnotation  # a part of a step, in its profile
 
 
 def _advance(state: TrainState, experienced: Experience) -> TrainState:
@@ -214,9 +228,17 @@ def _advance(state: TrainState, experienced: Experience) -> TrainState:
     return dataclasses.replace(state, cursor=jax.device_put(cursor, state.cursor.sharding), surplus=surplus)
 
 
-def _optimizer_count(state: TrainState) -> int:
+def _optimizer_count(state: TrainState) -> jax.Array | int:
     counts = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 0]  # every count of an optax chain agrees
-    return int(counts[0]) if counts else 0
+    return counts[0] if counts else 0
+
+
+def _evaluation(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """What it measures, and what it took."""
+    started = time.perf_counter()
+    with _annotated("evaluation"):
+        metrics = measure(*arguments)
+    return metrics | ({"time/evaluation_seconds": time.perf_counter() - started} if metrics else {})
 
 
 def _times(experienced: Experience, step: float, update: float, elapsed: float) -> dict[str, float]:
@@ -227,6 +249,7 @@ def _times(experienced: Experience, step: float, update: float, elapsed: float) 
         "time/rollout_seconds": rollout,
         "time/reward_seconds": rewards,
         "time/update_seconds": update,
+        "time/other_seconds": step - rollout - rewards - update,
         "time/rollout_tokens_per_second": experienced.rollout_tokens / rollout if rollout else 0.0,
         "time/train_tokens_per_second": experienced.train_tokens / update,
     }
@@ -295,4 +318,9 @@ def _line(row: Mapping[str, Any]) -> str:
     }
     text = " ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
     speeds = {"rollout": row["time/rollout_tokens_per_second"], "train": row["time/train_tokens_per_second"]}
-    return f"{text} tok/s: " + " ".join(f"{name} {speed:.0f}" for name, speed in speeds.items() if speed)
+    said = " ".join(f"{name} {speed:.0f}" for name, speed in speeds.items() if speed)
+    seconds = row["time/step_seconds"]
+    parts = {"rollout": "rollout", "rewards": "reward", "update": "update", "other": "other"}
+    shares = {name: row[f"time/{key}_seconds"] / seconds for name, key in parts.items()}
+    split = " ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    return f"{text} tok/s: {said} {seconds:.2g}s ({split})"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
@@ -197,6 +196,10 @@ class Experience:
     reward_seconds: float = 0.0
 
 
+# One program each, where their operations one by one would be a dozen to compile, and to wait for at every step.
+_without_signal, _train_batch = jax.jit(without_signal), jax.jit(train_batch)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Wave:
     """What was sampled at a time."""
@@ -286,7 +289,7 @@ class GroupRollouts:
         selected = np.ones(len(host.finished), bool) if self.select is None else self.select(fresh.scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
-        batch = train_batch(rollout, advantages, temperature=config.temperature, selected=jnp.asarray(selected))
+        batch = _train_batch(rollout, advantages, temperature=config.temperature, selected=selected)
         of_completions, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
         metrics |= {"advantage/abs_mean": abs_mean, **penalty_metrics}
         if self.objective.needs_steps:
@@ -328,11 +331,12 @@ class GroupRollouts:
         first = int(state.cursor) + wave * config.prompts
         prompts = [self.source(i) for i in range(first, first + config.prompts)]
         params = state.params if self.params_of is None else self.params_of(state)
-        rollout = self.sampler(
-            params, [p.text for p in prompts], range(first, first + config.prompts),
-            SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
-        )  # fmt: skip
-        host: Rollout = jax.device_get(rollout)
+        with jax.profiler.TraceAnnotation("rollout"):
+            rollout = self.sampler(
+                params, [p.text for p in prompts], range(first, first + config.prompts),
+                SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
+            )  # fmt: skip
+            host: Rollout = jax.device_get(rollout)
         sampled = time.perf_counter()
         scores = journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step), wave)
         scored = time.perf_counter()
@@ -343,7 +347,7 @@ class GroupRollouts:
                 groups=groups,
                 scores=scores,
                 total=scores.total(self.rewards).reshape(-1, group),
-                constant=np.asarray(without_signal(self._outcome(groups))),
+                constant=np.asarray(_without_signal(self._outcome(groups))),
             ),
             rollout=rollout,
             rollout_seconds=sampled - started,

@@ -1,6 +1,7 @@
 """The shell between sampled completions and their advantages: rewards, their journal, and what is said of both."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -88,6 +89,7 @@ def score_rollout(
     return score(rewards, prompts=[p.text for p in each], completions=texts, completion_ids=ids, columns=columns)
 
 
+@functools.partial(jax.profiler.annotate_function, name="rewards")  # a part of a step, in its profile
 def journaled_scores(
     rewards: Sequence[Reward], prompts: Sequence[Prompt], rollout: Rollout, tokenizer: Tokenizer, group_size: int,
     journal: Journal, step: int, wave: int,

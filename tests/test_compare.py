@@ -197,6 +197,7 @@ def test_lists_that_are_refused(objectives, seeds, message):
         (["--objectives=grpo,gpro"], "error: objective='gpro' must be one of grpo, grpo_process, dr_grpo"),
         (["--loss.objective=grpo"], "error: --loss.objective is what differs between the runs: leave it out, and name"),
         (["--train.seed=0"], "error: --train.seed is what differs between the runs: leave it out, and name"),
+        (["--profile=9:1"], "error: --profile='9:1' must be FIRST:LAST"),
         (["--baselines"], "error: --baselines is for experiments.countdown alone"),
         (["--loss.clip_low=0.1"], "objective 'sapo' has no place for clip_low=0.1"),
     ],

@@ -1,17 +1,24 @@
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import loop, sharding
+from grpo_jax import loop, objectives, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
-from grpo_jax.rewards import RewardError
-from grpo_jax.rollouts import Experience
+from grpo_jax.data.sources import Prompt
+from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.evaluation import EvaluationConfig, Evaluator
+from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.rewards import Reward, RewardError
+from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig, Sampler
 from grpo_jax.telemetry import WorkdirError, _JsonLines, read_jsonl
 from grpo_jax.types import TrainState
 
@@ -168,3 +175,113 @@ def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match=r"cannot write to workdir .*Choose another --workdir"):
         loop.open_workdir(tmp_path / "file" / "below", {})
+
+
+def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkeypatch, capsys):
+    now = 100.0
+
+    def taking(seconds, function):
+        def slow(*arguments, **options):
+            nonlocal now
+            now += seconds
+            return function(*arguments, **options)
+
+        return slow
+
+    def sampled(state, journal, interrupt):
+        return dataclasses.replace(experience(state, journal, interrupt), rollout_seconds=2.0, reward_seconds=1.0)
+
+    class Evaluator:
+        greedy = full = staticmethod(taking(10, lambda params, interrupt=None: {"eval/accuracy": 0.5}))
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(loop.RunLog, "write", taking(1, loop.RunLog.write))
+    monkeypatch.setattr(Checkpoints, "save", taking(2, Checkpoints.save))
+    _, rows = run(
+        tmp_path, 4, experience=taking(4, sampled), train_step=taking(3, double), evaluator=Evaluator(),
+        evaluate_every=3, checkpoints=CheckpointConfig(every=2),
+    )  # fmt: skip
+    column = lambda name: [row.get(f"time/{name}_seconds") for row in rows]
+    # Its own 4 + 3, and what the step before left to do: a line of the log, and a checkpoint of steps 2 and 3.
+    assert column("step") == [None, 7, 8, 10, 10]
+    assert column("other") == [None, 1, 2, 4, 4]
+    assert column("elapsed") == [0, 7, 15, 25, 35]
+    assert column("evaluation") == [10, None, None, 10, 10]
+    assert {*column("rollout")[1:], *column("reward")[1:], *column("update")[1:]} == {2, 1, 3}
+    assert "10s (rollout 20% rewards 10% update 30% other 40%)" in capsys.readouterr().out
+
+
+class Compilations(list):
+    """Everything that JAX traces or compiles while this is open, by name."""
+
+    def __enter__(self):
+        jax.monitoring.register_event_duration_secs_listener(self.hear)
+        return self
+
+    def __exit__(self, *exception):
+        jax.monitoring.unregister_event_duration_listener(self.hear)
+
+    def hear(self, event, duration, **said):
+        if event.startswith("/jax/core/compile/"):
+            self.append(f"{event.rpartition('/')[2]} of {said.get('fun_name')}")
+
+
+def compiled_by_step(workdir, steps, change=lambda batch, step: batch):
+    """What a real run with a tiny model compiles, by step; and the mean lengths of its completions."""
+    tokenizer, mesh, key = ByteTokenizer("abcd"), sharding.make_mesh(), jax.random.key(0)
+    config = TransformerConfig(
+        vocab_size=tokenizer.vocab_size, layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16
+    )
+    policy, sizes = make_policy(config), {"max_tokens": 12, "max_prompt_tokens": 3}
+    source = lambda i: Prompt(text="abc"[: 1 + i % 3], columns={})
+    rewards = [
+        Reward(name="six", function=lambda completions, **columns: [-abs(len(text) - 6) for text in completions])
+    ]
+    objective, update = (
+        objectives.make_objective(objectives.LossConfig(kl_coef=0.1)),
+        training.UpdateConfig(minibatches=2, microbatches=2),
+    )
+    optimizer, schedule = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), 2 * steps)
+    state = training.init_train_state(policy, init_params(config, key), optimizer, objective, mesh)
+    rollouts = GroupRollouts(
+        sampler=Sampler(policy, mesh, tokenizer, group_size=4, key=key, chunk=4, **sizes), source=source,
+        rewards=rewards, config=RolloutConfig(prompts=4, group_size=4), objective=objective,
+    )  # fmt: skip
+    evaluation = EvaluationConfig(prompts=4, sampled_prompts=4, samples=4)
+    by_step = []
+
+    def experience(state, *rest):
+        by_step.append(len(heard))
+        experienced = rollouts(state, *rest)
+        return dataclasses.replace(experienced, batch=change(experienced.batch, len(by_step)))
+
+    with Compilations() as heard:
+        _, rows = loop.train(
+            state, steps=steps, workdir=workdir, experience=experience, learning_rate=schedule, evaluate_every=5,
+            train_step=training.make_train_step(policy, optimizer, objective, update, like=state, key=key),
+            evaluator=Evaluator(policy, mesh, tokenizer, source, rewards, evaluation, key=key, **sizes),
+            checkpoints=CheckpointConfig(every=10), samples_every=7,
+        )  # fmt: skip
+    return [heard[a:b] for a, b in itertools.pairwise([*by_step, len(heard)])], {
+        row["completions/mean_length"] for row in rows[1:]
+    }
+
+
+def test_nothing_is_compiled_after_the_first_two_steps(tmp_path):
+    compiled, lengths = compiled_by_step(tmp_path, 50)
+    assert len(compiled) == 50
+    assert len(lengths) > 10  # there was something to be surprised by
+    assert len(compiled[0]) > 5
+    assert not any(compiled[2:]), {step: names for step, names in enumerate(compiled) if step > 1 and names}
+
+
+def test_a_batch_of_another_width_is_compiled_again_and_noticed(tmp_path):
+    def cut(batch, step):
+        shorter = lambda x: x[:, :11] if step == 4 else x
+        changed = {name: shorter(getattr(batch, name)) for name in ("completion_tokens", "mask", "sampler_logprobs")}
+        return dataclasses.replace(batch, **changed)
+
+    compiled, _ = compiled_by_step(tmp_path, 5, cut)
+    assert not compiled[2]
+    assert "backend_compile_duration of jit(train_step)" in compiled[3]
+    assert not compiled[4]

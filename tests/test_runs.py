@@ -1,0 +1,91 @@
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments import runs
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cache():
+    """What JAX is told, which is put back afterwards."""
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield lambda: tuple(getattr(jax.config, name) for name in names[:2])
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_compilations_are_kept_on_accelerators(cache, platform, tmp_path):
+    user = f"{tmp_path}/.cache/grpo_jax/xla"
+    assert runs.cache_compilations("auto", platform, {"HOME": str(tmp_path)}) == f"compilation cache: {user}"
+    assert cache() == (True, user)
+    assert pathlib.Path(user).is_dir()
+    assert not any(pathlib.Path(user).iterdir())
+    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0
+    elsewhere = {"XDG_CACHE_HOME": f"{tmp_path}/xdg"}
+    assert runs.cache_compilations("auto", platform, elsewhere).endswith(f"{tmp_path}/xdg/grpo_jax/xla")
+
+
+def test_compilations_are_not_kept_on_cpus_unless_asked_for(cache, tmp_path):
+    said = runs.cache_compilations("auto", "cpu", {"HOME": str(tmp_path)})
+    assert said == "compilation cache: off, by default on CPUs; --compilation_cache=DIR switches it on"
+    assert not cache()[0]
+    assert not any(tmp_path.iterdir())
+    assert runs.cache_compilations(f"{tmp_path}/mine", "cpu", {}) == f"compilation cache: {tmp_path}/mine"
+    assert cache() == (True, f"{tmp_path}/mine")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_environment_goes_before_the_default_and_flags_before_the_environment(cache, tmp_path, platform):
+    environ = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/there", "HOME": str(tmp_path)}
+    assert runs.cache_compilations("auto", platform, environ) == f"compilation cache: {tmp_path}/there"
+    assert runs.cache_compilations(f"{tmp_path}/flag", platform, environ) == f"compilation cache: {tmp_path}/flag"
+    assert runs.cache_compilations("off", platform, environ) == "compilation cache: off"
+    assert not cache()[0]
+    assert runs.cache_compilations("gs://bucket/cache", platform, environ) == "compilation cache: gs://bucket/cache"
+
+
+def test_a_cache_that_cannot_be_written(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"the compilation cache .*/file/x cannot be written: .* Name another, or off\."
+    ):
+        runs.cache_compilations(f"{tmp_path}/file/x", "gpu", {})
+    said = runs.cache_compilations("auto", "gpu", {"XDG_CACHE_HOME": f"{tmp_path}/file"})  # nobody asked for this one
+    assert said.startswith(f"compilation cache: off, for {tmp_path}/file/grpo_jax/xla cannot be written (")
+    assert not cache()[0]
+    with pytest.raises(ValueError, match=r"--compilation_cache= must be auto, off or a directory"):
+        runs.cache_compilations("", "gpu", {})
+
+
+PROGRAM = """
+import collections, sys
+import jax
+from experiments import runs
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event]))
+runs.cache_compilations(sys.argv[1])
+assert jax.jit(lambda x: x * 2 + 1)(3) == 7
+print(counts["/jax/compilation_cache/cache_hits"], counts["/jax/compilation_cache/cache_misses"])
+"""
+
+
+def test_the_next_process_finds_what_this_one_compiled(tmp_path):
+    def hits_and_misses(asked):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, asked], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return tuple(map(int, done.stdout.split()))
+
+    hits, misses = hits_and_misses(str(tmp_path))
+    assert hits == 0
+    assert misses > 0
+    assert hits_and_misses(str(tmp_path)) == (misses, 0)
+    assert hits_and_misses("auto") == (0, 0)
