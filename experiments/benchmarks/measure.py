@@ -1,0 +1,282 @@
+"""Two things side by side: in turns in one run, medians and spread, ratios turn by turn, as a table and as JSON.
+
+A program is a frozen dataclass of options, whose fields are its flags, and a function from them to what it measured:
+
+    if __name__ == "__main__":
+        measure.command(Options, run)
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from experiments.flags import field_comments
+from grpo_jax.telemetry import write_atomically
+
+__all__ = ["Options", "command", "fresh", "machine", "need", "peak_rss", "report", "rss", "said", "turns"]
+
+_PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "trl", "google-tunix")
+_EXTRA = {"torch": "parity", "transformers": "parity", "trl": "parity"}
+_ROOT = pathlib.Path(__file__).parents[2]
+
+Values = Mapping[str, Mapping[str, Sequence[float]]]  # of each side by metric, one a round
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every program has; a subclass says what is measured."""
+
+    rounds: int = 5  # turns of each side, after one that warms up
+    seed: int = 0  # of all that is random
+    json: str = ""  # a file for everything that was measured; empty: none
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds} must be 1 or more.")
+
+    def flags(self, **changes: Any) -> list[str]:
+        """The command line that gives these options; those that are the defaults are left out."""
+        values = dataclasses.asdict(dataclasses.replace(self, **changes))
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return [f"--{name}={text(value)}" for name, value in values.items() if value != defaults[name]]
+
+
+def need(*packages: str) -> None:
+    """Raises ValueError with what to install where one of these is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = sorted({_EXTRA[name] for name in missing})
+        raise ValueError(f"{', '.join(missing)} not installed: pip install -e '.[{','.join(extra)}]' brings the peers.")
+
+
+def turns(sides: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Runs all sides one after the other, so many times, after a round that compiles and warms up.
+
+    Args:
+      sides: by name, what runs once and says what it took.
+      rounds: that count.
+
+    Returns:
+      Of each side and metric, one number a round.
+    """
+    measured: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
+    for turn in range(1 + rounds):
+        for name, run in sides.items():
+            gc.collect()  # nobody pays for what another has left
+            metrics = run()
+            if turn:
+                for metric, value in metrics.items():
+                    measured[name].setdefault(metric, []).append(float(value))
+    return measured
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    each = [float(value) for value in values]
+    return {"median": float(np.median(each)), "min": min(each), "max": max(each), "values": each}
+
+
+def _ratio(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """How many times better ours is, turn by turn: of costs, theirs over ours; of rates, ours over theirs."""
+    pairs = zip(ours, theirs, strict=True)
+    return [a / b if metric.endswith("_per_second") else b / a for a, b in pairs]
+
+
+def report(module: str, options: Options, measured: Values, *, ours: str = "ours", **more: Any) -> dict[str, Any]:
+    """Everything that was measured, as JSON wants it.
+
+    Args:
+      module: the program's `__spec__.name`, or its file.
+      options: of the run.
+      measured: what `turns` returns. A metric called `*_per_second` is a rate, any other a cost.
+      ours: the side that others are compared with; a peer's ratio above 1 says that ours is better.
+      **more: further entries.
+    """
+    sides = {side: {name: _spread(values) for name, values in of.items()} for side, of in measured.items()}
+    ratios = {
+        side: {name: _spread(_ratio(name, measured[ours][name], of[name])) for name in of if name in measured[ours]}
+        for side, of in measured.items()
+        if side != ours and ours in measured
+    }
+    return {
+        "program": module.rpartition(".")[2],
+        "command": " ".join(["python", "-m", module, *options.flags(json="")]),
+        "options": dataclasses.asdict(options),
+        "machine": machine(),
+        "versions": versions(),
+        "ours": ours,
+        "measured": sides,
+        "ratios": ratios,
+        **more,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on; `load` is of the last minute, others' work included."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = jax.devices()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": model, "cores": cores, "memory_bytes": memory, "load": os.getloadavg()[0],
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that are there."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cell(metric: str, spread: Mapping[str, Any]) -> str:
+    scale, unit = (2**20, " MiB") if metric.endswith("bytes") else (1, "")
+    show = lambda value: f"{value / scale:.4g}" if abs(value / scale) < 1000 else f"{value / scale:,.0f}"
+    middle, low, high = (show(spread[name]) for name in ("median", "min", "max"))
+    return f"{middle}{unit}" if spread["min"] == spread["max"] else f"{middle}{unit} ({low}..{high})"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Medians (min..max) of all sides, and how many times better ours is, in Markdown."""
+    ours, sides, ratios = result["ours"], result["measured"], result["ratios"]
+    metrics = list(dict.fromkeys(name for of in sides.values() for name in of))
+    lines = [
+        f"| | {' | '.join(sides)} | {' | '.join(f'{ours} against {peer}, times' for peer in ratios)} |",
+        "|---" * (1 + len(sides) + len(ratios)) + "|",
+    ]
+    for name in metrics:
+        cells = [_cell(name, of[name]) if name in of else "" for of in sides.values()]
+        cells += [_cell("", of[name]) if name in of else "" for of in ratios.values()]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\nmedians (smallest..largest); ratios are taken turn by turn, above 1: ours is better"
+
+
+def said(result: Mapping[str, Any]) -> str:
+    """All that the screen shows: the command, what it ran on, and the table."""
+    on, what = result["machine"], result["versions"]
+    seed = result["options"]["seed"]
+    head = (
+        f"{result['command']}\n{on['cpu']}, {on['cores']} cores, {on['memory_bytes'] / 2**30:.0f} GiB, load "
+        f"{on['load']:.1f}; {on['devices']}; seed {seed}\n{', '.join(f'{name} {v}' for name, v in what.items())}\n"
+    )
+    parts = [head, *([table(result)] if result["measured"] else []), *result.get("tables", ())]
+    return "\n\n".join([*parts, *result.get("notes", ())])
+
+
+# Memory, in processes of their own -------------------------------------------------------------------
+
+
+def _status(name: str) -> int | None:
+    """Bytes that Linux says of this process."""
+    path = pathlib.Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def peak_rss() -> int:
+    """The most bytes that this process has held.
+
+    Linux' `ru_maxrss` begins at what the parent held when it started this one, and `VmHWM` does not.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def rss() -> int:
+    """The bytes that this process holds now; where the system does not say, the most that it has held."""
+    return _status("VmRSS") or peak_rss()
+
+
+def fresh(module: str, options: Options, **changes: Any) -> dict[str, Any]:
+    """Runs the program in a process of its own with some options changed: what `run` returned there.
+
+    Raises:
+      RuntimeError: it failed; with what it said.
+    """
+    command = [sys.executable, "-m", module, *options.flags(**changes, json="")]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# The command line ------------------------------------------------------------------------------------
+
+
+def _define(options: type[Options]) -> None:
+    """A flag for every field, with its comment as help and its default."""
+    makers = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
+    comments = field_comments(options)
+    for field in dataclasses.fields(options):
+        name, default = field.name, field.default
+        help_text = comments.get(name) or name
+        if isinstance(default, tuple):
+            flags.DEFINE_list(name, [str(item) for item in default], help_text)
+        else:
+            makers[type(default)](name, default, help_text)  # pyright: ignore[reportArgumentType]
+
+
+def _given(options: type[Options]) -> Options:
+    """The options of the command line.
+
+    Raises:
+      ValueError: a value that the options refuse.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = flags.FLAGS[field.name].value
+        if isinstance(field.default, tuple):
+            value = tuple(type(field.default[0])(item) for item in value)
+        values[field.name] = value
+    return options(**values)
+
+
+def command(options: type[Options], run: Callable[[Any], dict[str, Any]]) -> None:
+    """A program: flags from the fields, what was measured on the screen and, as JSON, in `--json`.
+
+    A result that is no report is printed as a line of JSON: what `fresh` reads.
+    """
+    module = inspect.getmodule(run)
+    sys.modules["__main__"].__doc__ = module.__doc__ if module else None
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
+        try:
+            given = _given(options)
+            result = run(given)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        if "program" not in result:
+            print(json.dumps(result))
+            return
+        print(said(result))
+        if given.json:
+            write_atomically(pathlib.Path(given.json), json.dumps(result, indent=2) + "\n")
+
+    _define(options)
+    app.run(main)
