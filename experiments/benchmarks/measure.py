@@ -17,37 +17,46 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.flags import field_comments
-from grpo_jax.telemetry import write_atomically
+from grpo_jax.telemetry import WorkdirError, write_atomically
 
-__all__ = ["Options", "command", "fresh", "machine", "need", "peak_rss", "report", "rss", "said", "turns"]
+__all__ = [
+    "Options",
+    "Output",
+    "command",
+    "fresh",
+    "machine",
+    "need",
+    "peak_rss",
+    "report",
+    "rss",
+    "said",
+    "seconds",
+    "turns",
+]
 
 _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "trl", "google-tunix")
 _EXTRA = {"torch": "parity", "transformers": "parity", "trl": "parity"}
 _ROOT = pathlib.Path(__file__).parents[2]
 
+_T = TypeVar("_T")
 Values = Mapping[str, Mapping[str, Sequence[float]]]  # of each side by metric, one a round
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Output:
     """What every program has; a subclass says what is measured."""
 
-    rounds: int = 5  # turns of each side, after one that warms up
-    seed: int = 0  # of all that is random
     json: str = ""  # a file for everything that was measured; empty: none
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds} must be 1 or more.")
 
     def flags(self, **changes: Any) -> list[str]:
         """The command line that gives these options; those that are the defaults are left out."""
@@ -55,6 +64,18 @@ class Options:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         return [f"--{name}={text(value)}" for name, value in values.items() if value != defaults[name]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Output):
+    """What every program has that takes turns."""
+
+    rounds: int = 5  # turns of each side, after one that warms up
+    seed: int = 0  # of all that is random
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds} must be 1 or more.")
 
 
 def need(*packages: str) -> None:
@@ -65,22 +86,32 @@ def need(*packages: str) -> None:
         raise ValueError(f"{', '.join(missing)} not installed: pip install -e '.[{','.join(extra)}]' brings the peers.")
 
 
-def turns(sides: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, dict[str, list[float]]]:
+def seconds(run: Callable[[], _T]) -> tuple[float, _T]:
+    """How long something takes, and what it returns."""
+    started = time.perf_counter()
+    value = run()
+    return time.perf_counter() - started, value
+
+
+def turns(
+    sides: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, warmup: int = 1
+) -> dict[str, dict[str, list[float]]]:
     """Runs all sides one after the other, so many times, after a round that compiles and warms up.
 
     Args:
       sides: by name, what runs once and says what it took.
       rounds: that count.
+      warmup: rounds before, that do not count; 0 where each run is a process of its own.
 
     Returns:
       Of each side and metric, one number a round.
     """
     measured: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
-    for turn in range(1 + rounds):
+    for turn in range(warmup + rounds):
         for name, run in sides.items():
             gc.collect()  # nobody pays for what another has left
             metrics = run()
-            if turn:
+            if turn >= warmup:
                 for metric, value in metrics.items():
                     measured[name].setdefault(metric, []).append(float(value))
     return measured
@@ -92,24 +123,30 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _ratio(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """How many times better ours is, turn by turn: of costs, theirs over ours; of rates, ours over theirs."""
-    pairs = zip(ours, theirs, strict=True)
-    return [a / b if metric.endswith("_per_second") else b / a for a, b in pairs]
+    """How many times better ours is, turn by turn (what else the machine did then, both had): rates, or costs."""
+    more, less = (ours, theirs) if metric.endswith("_per_second") else (theirs, ours)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return [float(np.divide(a, b)) for a, b in zip(more, less, strict=True)]
 
 
-def report(module: str, options: Options, measured: Values, *, ours: str = "ours", **more: Any) -> dict[str, Any]:
+def report(module: str, options: Output, measured: Values, *, ours: str = "ours", **more: Any) -> dict[str, Any]:
     """Everything that was measured, as JSON wants it.
 
     Args:
-      module: the program's `__spec__.name`, or its file.
+      module: the program's name, as `python -m` takes it.
       options: of the run.
-      measured: what `turns` returns. A metric called `*_per_second` is a rate, any other a cost.
+      measured: what `turns` returns. A metric called `*_per_second` is a rate, `*_reward` has no ratio, the rest are
+        costs.
       ours: the side that others are compared with; a peer's ratio above 1 says that ours is better.
-      **more: further entries.
+      **more: further entries, among them `tables` and `notes`, lists of text for the screen.
     """
     sides = {side: {name: _spread(values) for name, values in of.items()} for side, of in measured.items()}
     ratios = {
-        side: {name: _spread(_ratio(name, measured[ours][name], of[name])) for name in of if name in measured[ours]}
+        side: {
+            name: _spread(_ratio(name, measured[ours][name], of[name]))
+            for name in of
+            if name in measured[ours] and not name.endswith("_reward")
+        }
         for side, of in measured.items()
         if side != ours and ours in measured
     }
@@ -155,8 +192,8 @@ def versions() -> dict[str, str]:
 
 def _cell(metric: str, spread: Mapping[str, Any]) -> str:
     scale, unit = (2**20, " MiB") if metric.endswith("bytes") else (1, "")
-    show = lambda value: f"{value / scale:.4g}" if abs(value / scale) < 1000 else f"{value / scale:,.0f}"
-    middle, low, high = (show(spread[name]) for name in ("median", "min", "max"))
+    show = lambda value: f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.4g}"
+    middle, low, high = (show(spread[name] / scale) for name in ("median", "min", "max"))
     return f"{middle}{unit}" if spread["min"] == spread["max"] else f"{middle}{unit} ({low}..{high})"
 
 
@@ -164,24 +201,23 @@ def table(result: Mapping[str, Any]) -> str:
     """Medians (min..max) of all sides, and how many times better ours is, in Markdown."""
     ours, sides, ratios = result["ours"], result["measured"], result["ratios"]
     metrics = list(dict.fromkeys(name for of in sides.values() for name in of))
-    lines = [
-        f"| | {' | '.join(sides)} | {' | '.join(f'{ours} against {peer}, times' for peer in ratios)} |",
-        "|---" * (1 + len(sides) + len(ratios)) + "|",
-    ]
+    headers = ["", *sides, *(f"{ours} against {peer}, times" for peer in ratios)]
+    lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for name in metrics:
         cells = [_cell(name, of[name]) if name in of else "" for of in sides.values()]
         cells += [_cell("", of[name]) if name in of else "" for of in ratios.values()]
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\nmedians (smallest..largest); ratios are taken turn by turn, above 1: ours is better"
+    how = "; ratios are taken turn by turn, above 1: ours is better" if ratios else ""
+    return "\n".join(lines) + f"\n\nmedians (smallest..largest){how}"
 
 
 def said(result: Mapping[str, Any]) -> str:
     """All that the screen shows: the command, what it ran on, and the table."""
     on, what = result["machine"], result["versions"]
-    seed = result["options"]["seed"]
+    seed = result["options"].get("seed", result["options"].get("seeds"))
     head = (
         f"{result['command']}\n{on['cpu']}, {on['cores']} cores, {on['memory_bytes'] / 2**30:.0f} GiB, load "
-        f"{on['load']:.1f}; {on['devices']}; seed {seed}\n{', '.join(f'{name} {v}' for name, v in what.items())}\n"
+        f"{on['load']:.1f}; {on['devices']}; seed {seed}\n{', '.join(f'{name} {v}' for name, v in what.items())}"
     )
     parts = [head, *([table(result)] if result["measured"] else []), *result.get("tables", ())]
     return "\n\n".join([*parts, *result.get("notes", ())])
@@ -211,7 +247,7 @@ def rss() -> int:
     return _status("VmRSS") or peak_rss()
 
 
-def fresh(module: str, options: Options, **changes: Any) -> dict[str, Any]:
+def fresh(module: str, options: Output, **changes: Any) -> dict[str, Any]:
     """Runs the program in a process of its own with some options changed: what `run` returned there.
 
     Raises:
@@ -227,7 +263,7 @@ def fresh(module: str, options: Options, **changes: Any) -> dict[str, Any]:
 # The command line ------------------------------------------------------------------------------------
 
 
-def _define(options: type[Options]) -> None:
+def _define(options: type[Output]) -> None:
     """A flag for every field, with its comment as help and its default."""
     makers = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
     comments = field_comments(options)
@@ -240,7 +276,7 @@ def _define(options: type[Options]) -> None:
             makers[type(default)](name, default, help_text)  # pyright: ignore[reportArgumentType]
 
 
-def _given(options: type[Options]) -> Options:
+def _given(options: type[Output]) -> Output:
     """The options of the command line.
 
     Raises:
@@ -248,14 +284,14 @@ def _given(options: type[Options]) -> Options:
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):
-        value = flags.FLAGS[field.name].value
+        value: Any = flags.FLAGS[field.name].value
         if isinstance(field.default, tuple):
             value = tuple(type(field.default[0])(item) for item in value)
         values[field.name] = value
     return options(**values)
 
 
-def command(options: type[Options], run: Callable[[Any], dict[str, Any]]) -> None:
+def command(options: type[Output], run: Callable[[Any], dict[str, Any]]) -> None:
     """A program: flags from the fields, what was measured on the screen and, as JSON, in `--json`.
 
     A result that is no report is printed as a line of JSON: what `fresh` reads.
@@ -266,10 +302,12 @@ def command(options: type[Options], run: Callable[[Any], dict[str, Any]]) -> Non
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             given = _given(options)
             result = run(given)
-        except ValueError as error:
+        except (ValueError, WorkdirError) as error:
             sys.exit(f"error: {error}")
         if "program" not in result:
             print(json.dumps(result))

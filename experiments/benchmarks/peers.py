@@ -13,8 +13,10 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-import trl
 from tokenizers import decoders, models, pre_tokenizers
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
 from experiments.benchmarks.workload import EOS, PAD, Workload, completion_reward
@@ -22,11 +24,13 @@ from grpo_jax.models.families import write_config
 from grpo_jax.models.transformer import TransformerConfig
 
 __all__ = [
+    "RewardLog",
     "TrlSteps",
     "character_tokenizer",
     "grpo_trainer",
     "load_model",
     "logprobs",
+    "number_tokenizer",
     "rollout",
     "tunix_rollout",
     "write_checkpoint",
@@ -48,7 +52,7 @@ def write_checkpoint(directory: pathlib.Path, config: TransformerConfig, seed: i
 
 def load_model(directory: pathlib.Path, dtype: str = "float32") -> Any:
     """A model as one would load it: fused attention."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
     return model.to(DEVICE).eval()
@@ -124,23 +128,47 @@ def character_tokenizer(token_bytes: Sequence[bytes | None]) -> Any:
 
 
 def grpo_trainer(
-    directory: pathlib.Path, out: pathlib.Path, tokenizer: Any, rows: Mapping[str, Sequence[Any]], rewards: Sequence[Any],
-    *, dtype: str = "float32", callbacks: Sequence[Any] = (), **options: Any,
+    directory: pathlib.Path, out: pathlib.Path, tokenizer: Any, rows: Mapping[str, Sequence[Any]],
+    rewards: Sequence[Any], *, dtype: str = "float32", callbacks: Sequence[Any] = (), **options: Any,
 ) -> Any:  # fmt: skip
     """TRL's trainer as one would have it for speed on this device: no logs, no checkpoints, nothing computed twice.
 
     `rows`: the columns of the prompts, in the order in which they are trained on. `options`: of `GRPOConfig`.
     """
-    config = trl.GRPOConfig(
+    config = GRPOConfig(
         output_dir=str(out), report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
         use_cpu=DEVICE == "cpu", bf16=dtype == "bfloat16", gradient_checkpointing=False, shuffle_dataset=False,
-        temperature=1.0, loss_type="grpo", use_bias_correction_kl=False,
+        loss_type="grpo", use_bias_correction_kl=False,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"}, **options,
     )  # fmt: skip
-    return trl.GRPOTrainer(
+    trainer = GRPOTrainer(
         model=str(directory), reward_funcs=list(rewards), args=config, processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_dict(dict(rows)), callbacks=list(callbacks),
     )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+class RewardLog(transformers.TrainerCallback):
+    """The mean reward of every step of a trainer, and the seconds that its steps have taken."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._elapsed = 0.0
+
+    def of(self, trainer: Any) -> None:
+        """Whose log it is."""
+        self._trainer = trainer
+
+    def on_step_begin(self, *args: Any, **options: Any) -> None:
+        """A clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **options: Any) -> None:
+        """The step has been generated, scored and learned from."""
+        self._elapsed += time.perf_counter() - self._started
+        reward = self._trainer._metrics["train"]["reward"][-1]
+        self.rows.append({"step": len(self.rows) + 1, "reward": reward, "time/elapsed_seconds": self._elapsed})
 
 
 class _Closed(Exception):
@@ -158,7 +186,7 @@ class TrlSteps(transformers.TrainerCallback):
             dtype=workload.dtype, callbacks=[self], beta=0.04, learning_rate=1e-6, max_grad_norm=1.0,
             num_generations=workload.group, max_completion_length=workload.tokens, max_steps=1_000_000,
             per_device_train_batch_size=batch // microbatches, gradient_accumulation_steps=microbatches,
-            seed=workload.seed,
+            temperature=1.0, seed=workload.seed,
         )  # fmt: skip
         self._workload, self._lengths, self._generation = workload, np.zeros(0), 0.0
         trainer.model.generate = functools.partial(self._generate, trainer.model.generate)
@@ -239,7 +267,7 @@ def logprobs(
     def run() -> float:
         x.grad = w.grad = None
         if chunked:
-            per_token = trl.kernels.ChunkedLogProbFunction.apply(x, w, None, ids, 1.0, 32_768, None, 1.0, ("entropy",))[0]
+            per_token = ChunkedLogProbFunction.apply(x, w, None, ids, 1.0, 32_768, None, 1.0, ("entropy",))[0]
         else:
             per_token = selective_log_softmax(x @ w.T, ids)
         loss = (scale * per_token).sum()

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +36,7 @@ def timed(workload: Workload, side: str, generate: Callable[[], np.ndarray]) -> 
     """A side of `measure.turns` out of what makes completions of lengths [B]."""
 
     def run() -> dict[str, float]:
-        started = time.perf_counter()
-        lengths = generate()
-        seconds = time.perf_counter() - started
+        seconds, lengths = measure.seconds(generate)
         workload.check(lengths, side)
         return {"seconds": seconds, "tokens_per_second": float(lengths.sum()) / seconds}
 

@@ -25,18 +25,19 @@ from grpo_jax.types import Rollout, SamplingParams
 __all__ = ["EOS", "PAD", "SIZES", "Ours", "Workload", "completion_reward"]
 
 PAD, EOS = 0, 1  # ids of the peers; prompts hold neither
-# Qwen2's shape, tied. By name: about so many parameters; 5m is the baseline of docs/performance.md, 0.5b and 1.5b are
-# those of Qwen2.5.
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(vocab_size=128, layers=2, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=64),
-    "1m": dict(vocab_size=4096, layers=3, width=128, heads=4, kv_heads=2, head_width=32, mlp_width=256),
-    "5m": dict(vocab_size=4096, layers=4, width=256, heads=8, kv_heads=2, head_width=32, mlp_width=1024),
-    "20m": dict(vocab_size=8192, layers=6, width=512, heads=8, kv_heads=2, head_width=64, mlp_width=1280),
-    "0.1b": dict(vocab_size=16_384, layers=12, width=768, heads=12, kv_heads=2, head_width=64, mlp_width=2560),
-    "0.5b": dict(vocab_size=151_936, layers=24, width=896, heads=14, kv_heads=2, head_width=64, mlp_width=4864),
-    "1.5b": dict(vocab_size=151_936, layers=28, width=1536, heads=12, kv_heads=2, head_width=128, mlp_width=8960),
+# Qwen2's family, tied, by about how many parameters: 5m is the usual one of these programs, tiny is for tests, and 0.5b
+# and 1.5b are Qwen2.5's.
+_FIELDS = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
+SIZES = {
+    "tiny": (128, 2, 32, 4, 2, 8, 64),
+    "1m": (4096, 3, 128, 4, 2, 32, 256),
+    "5m": (4096, 4, 256, 8, 2, 32, 1024),
+    "20m": (8192, 6, 512, 8, 2, 64, 1280),
+    "0.1b": (16_384, 12, 768, 12, 2, 64, 2560),
+    "0.5b": (151_936, 24, 896, 14, 2, 64, 4864),
+    "1.5b": (151_936, 28, 1536, 12, 2, 128, 8960),
 }
-_FAMILY = dict(scale_embedding=False, qkv_bias=True, tied=True, rope_base=1e6, norm_epsilon=1e-6)
+_FAMILY: dict[str, Any] = {"scale_embedding": False, "qkv_bias": True, "rope_base": 1e6, "norm_epsilon": 1e-6}
 LENGTHS = ("full", "geometric")
 
 
@@ -69,10 +70,16 @@ class Workload(Options):
                 f"microbatches={self.microbatches} must divide prompts x group = {self.prompts * self.group}."
             )
 
+    def workload(self, **changes: Any) -> "Workload":
+        """The same with changes, and without what a program adds."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Workload)}
+        return Workload(**values | changes)
+
     @property
     def model(self) -> TransformerConfig:
         """The shape, as computed with here."""
-        sizes = SIZES[self.size] | ({"vocab_size": self.vocabulary} if self.vocabulary else {})
+        sizes = dict(zip(_FIELDS, SIZES[self.size], strict=True))
+        sizes["vocab_size"] = self.vocabulary or sizes["vocab_size"]
         return TransformerConfig(**sizes, **_FAMILY, compute_dtype=self.dtype, attention=self.attention)
 
     @functools.cached_property
@@ -135,8 +142,8 @@ class LimitedSampler(Sampler):
 
     def __call__(self, *args: Any, **options: Any) -> Rollout:
         """As the sampler's."""
-        # TODO(switch): `super().__call__(*args, **options, limits=self.limits)` and nothing below, once it takes limits,
-        # and `slots=workload.slots` in `Ours.sampler`. Until then completions are cut when all is done.
+        # TODO(switch): once it takes them, `super().__call__(*args, **options, limits=self.limits)` and nothing below,
+        # and `slots=w.slots` in `Ours.sampler`. Until then completions are cut when all is done.
         rollout = super().__call__(*args, **options)
         keep = np.arange(rollout.mask.shape[1]) < self.limits.reshape(-1, 1)
         cut = lambda x, empty: np.where(keep, np.asarray(x), empty).astype(x.dtype)
@@ -158,6 +165,7 @@ class Ours:
         key = jax.random.key(workload.seed)
         self.params = init_params(self.config, key) if directory is None else load(directory, self.mesh)
 
+    @functools.cached_property
     def sampler(self) -> LimitedSampler:
         """Compiled when it is called first."""
         w = self.workload
@@ -170,17 +178,16 @@ class Ours:
 
     def rollout(self, temperature: float = 1.0) -> Callable[[], Rollout]:
         """Samples the workload once, and waits until it lies on the host."""
-        w, sampler = self.workload, self.sampler()
-        sampling = SamplingParams(temperature=temperature)
-        return lambda: jax.device_get(sampler(self.params, w.texts, range(w.prompts), sampling))
+        w, params, sampling = self.workload, self.params, SamplingParams(temperature=temperature)
+        return lambda: jax.device_get(self.sampler(params, w.texts, range(w.prompts), sampling))
 
     def step(self, workdir: pathlib.Path, kl_coef: float = 0.04) -> Callable[[], dict[str, float]]:
-        """A whole GRPO step: rollout, rewards (journaled in the workdir), reference and update. Says what took how long."""
+        """A whole GRPO step: rollout, rewards (journaled in the workdir), reference, update; what took how long."""
         w = self.workload
         objective, (optimizer, _) = make_objective(LossConfig(kl_coef=kl_coef)), make_optimizer(OptimizerConfig(), 1)
         texts, journal = w.texts, RewardJournal(workdir)
         experience = GroupRollouts(
-            sampler=self.sampler(), source=lambda cursor: Prompt(text=texts[cursor % w.prompts]),
+            sampler=self.sampler, source=lambda cursor: Prompt(text=texts[cursor % w.prompts]),
             rewards=(Reward(name="reward", function=completion_reward),), objective=objective,
             config=RolloutConfig(prompts=w.prompts, group_size=w.group),
         )  # fmt: skip
