@@ -306,17 +306,41 @@ def test_packing():
 
 
 def test_scaling():
-    options = scaling.Options(**{**TINY, "rounds": 1}, vary=("T",), factors=(1.0, 2.0), memory=False)
+    options = scaling.Options(**{**TINY, "rounds": 1}, vary=("T", "G"), factors=(1.0,), memory=False)
     result = scaling.run(options)
-    assert list(result["points"]["T"]) == ["8", "16"]
-    for sweep in result["points"].values():
-        for of in sweep.values():
-            assert len(of["rollout_tokens_per_second"]) == len(of["step_seconds"]) == 1
-    seconds = [np.median(of["rollout_seconds"]) for of in result["points"]["T"].values()]
-    fitted = result["exponents"]["T"]["rollout_seconds"]
-    assert fitted["exponent"] == pytest.approx(np.log2(seconds[1] / seconds[0]))
-    assert fitted["standard_error"] is None  # of two points
+    assert list(result["points"]["T"]) == ["8"]
+    assert list(result["points"]["G"]) == ["3"]
+    assert result["points"]["T"]["8"] == result["points"]["G"]["3"]  # the base point is measured once
+    of = result["points"]["T"]["8"]
+    assert of["rollout_tokens_per_second"] == [pytest.approx(6 * 8 / of["rollout_seconds"][0])]
+    assert of["step_tokens_per_second"] == [pytest.approx(6 * 8 / of["step_seconds"][0])]
+    assert result["exponents"] == {"T": {}, "G": {}}  # of one point
+
+
+def test_exponents_of_sweeps(monkeypatch):
+    def side(w, scratch):
+        seconds = 1e-3 * w.tokens**2 if w.group == 4 else 0.5
+        return lambda: {
+            "rollout_seconds": seconds, "step_seconds": float(w.tokens), "rollout_tokens_per_second": 1 / seconds,
+            "step_tokens_per_second": 1.0,
+        }  # fmt: skip
+
+    held = lambda module, alone, only: {"peak_beyond_model_bytes": 100 * alone.tokens**0.5}
+    monkeypatch.setattr(scaling, "_side", side)
+    monkeypatch.setattr(measure, "fresh", held)
+    options = scaling.Options(**{**TINY, "group": 4}, vary=("T", "G"), factors=(1.0, 2.0, 4.0))
+    result = scaling.run(options)
+    fitted = result["exponents"]["T"]
+    assert {name: round(of["exponent"], 6) for name, of in fitted.items()} == {
+        "rollout_seconds": 2.0, "step_seconds": 1.0, "bytes": 0.5,
+    }  # fmt: skip
+    assert {name: of["leaves"] for name, of in fitted.items()} == {
+        "rollout_seconds": 8, "step_seconds": None, "bytes": 8,
+    }  # fmt: skip
+    assert list(result["points"]["G"]) == ["4", "8"]  # 16 does not divide 8 completions
+    assert result["exponents"]["G"]["step_seconds"]["exponent"] == pytest.approx(0)
     assert "| T | rollout tokens/s |" in measure.said(result)
+    assert "| rollout, seconds | 2.00 | 0.00 | 8 |" in measure.said(result)
 
 
 def test_points():

@@ -185,5 +185,6 @@ def run(options: Options) -> dict[str, Any]:
 if __name__ == "__main__":
     from absl import flags
 
+    flags.adopt_module_key_flags(countdown)  # so that --help shows them
     flags.FLAGS.set_default("train.steps", STEPS)
     measure.command(Options, run)

@@ -274,6 +274,7 @@ def _define(options: type[Output]) -> None:
             flags.DEFINE_list(name, [str(item) for item in default], help_text)
         else:
             makers[type(default)](name, default, help_text)  # pyright: ignore[reportArgumentType]
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows it
 
 
 def _given(options: type[Output]) -> Output:
