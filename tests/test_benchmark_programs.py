@@ -52,7 +52,7 @@ def check(result, program: str, metrics: set[str], sides: set[str], rounds: int 
     again = json.loads(json.dumps(result))
     assert again["program"] == program
     assert again["command"].startswith(f"python -m experiments.benchmarks.{program}")
-    assert {"cpu", "cores", "memory_bytes", "load", "devices"} <= set(again["machine"])
+    assert {"cpu", "cores", "memory_bytes", "busy_cores", "devices"} <= set(again["machine"])
     assert {"python", "jax", "numpy"} <= set(again["versions"])
     assert set(again["measured"]) == sides
     for of in again["measured"].values():
@@ -102,6 +102,13 @@ def test_report_by_hand():
     assert result["ratios"]["peer"]["tokens_per_second"]["values"] == [3.0, 2.0, 1.0]
     assert result["command"] == "python -m experiments.benchmarks.step --rounds=3 --seed=7"
     assert "| seconds | 2 (1..4) | 4 (3..4) | 2 (1..3) |" in measure.table(result)
+
+
+def test_busy_machine_is_named(monkeypatch):
+    for busy, said in ((1.5, True), (0.1, False), (None, False)):
+        monkeypatch.setattr(measure, "_busy_cores", lambda busy=busy: busy)
+        result = measure.report("experiments.benchmarks.step", measure.Options(), {"ours": {"seconds": [1.0]}})
+        assert ("others kept 1.5 cores busy" in measure.said(result)) == said
 
 
 def test_limits():
@@ -491,7 +498,12 @@ def test_command_line(tmp_path):
     assert "of sides" in python(str(program), "--helpshort", status=1)
 
 
-def test_bad_flag_is_a_line():
-    shown = python("-m", "experiments.benchmarks.step", "--size=7b", status=1)
-    assert "error: size='7b' must be one of tiny" in shown
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--size=7b", "size='7b' must be one of tiny"), ("--json=nowhere/x.json", "there is no directory")],
+)
+def test_bad_flag_is_a_line(flag, message):
+    shown = python("-m", "experiments.benchmarks.step", flag, status=1)
+    assert f"error: {flag[2:6]}" in shown
+    assert message in shown
     assert "Traceback" not in shown

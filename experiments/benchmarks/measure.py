@@ -48,6 +48,11 @@ _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "tr
 _EXTRA = {"torch": "parity", "transformers": "parity", "trl": "parity"}
 _ROOT = pathlib.Path(__file__).parents[2]
 
+_QUIET = 0.25  # cores that others may keep busy
+_BUSY = (
+    "others kept {:.1f} cores busy: threads that wait for one another suffer most, PyTorch's above all, so that ratios "
+    "are not to be trusted; run it again when all is quiet."
+)
 _T = TypeVar("_T")
 Values = Mapping[str, Mapping[str, Sequence[float]]]  # of each side by metric, one a round
 
@@ -163,8 +168,24 @@ def report(module: str, options: Output, measured: Values, *, ours: str = "ours"
     }
 
 
+def _busy_cores(window: float = 0.25) -> float | None:
+    """How many cores others keep busy while this process sleeps for so many seconds; None where nothing says."""
+    path = pathlib.Path("/proc/stat")
+    if not path.exists():
+        return None
+
+    def ticks() -> tuple[int, int]:
+        user, nice, system, idle, waiting, *rest = map(int, path.read_text().splitlines()[0].split()[1:9])
+        return user + nice + system + sum(rest), idle + waiting
+
+    (busy, idle), _ = ticks(), time.sleep(window)
+    after_busy, after_idle = ticks()
+    share = (after_busy - busy) / max(after_busy - busy + after_idle - idle, 1)
+    return share * (os.cpu_count() or 1)
+
+
 def machine() -> dict[str, Any]:
-    """What it ran on; `load` is of the last minute, others' work included."""
+    """What it ran on; `busy_cores` are kept so by others, None where the system does not say."""
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -174,7 +195,7 @@ def machine() -> dict[str, Any]:
     devices = jax.devices()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": model, "cores": cores, "memory_bytes": memory, "load": os.getloadavg()[0],
+        "cpu": model, "cores": cores, "memory_bytes": memory, "busy_cores": _busy_cores(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
     }  # fmt: skip
 
@@ -215,12 +236,14 @@ def said(result: Mapping[str, Any]) -> str:
     """All that the screen shows: the command, what it ran on, and the table."""
     on, what = result["machine"], result["versions"]
     seed = result["options"].get("seed", result["options"].get("seeds"))
+    others = on["busy_cores"] or 0.0
+    busy = [_BUSY.format(others)] if others > _QUIET else []
     head = (
-        f"{result['command']}\n{on['cpu']}, {on['cores']} cores, {on['memory_bytes'] / 2**30:.0f} GiB, load "
-        f"{on['load']:.1f}; {on['devices']}; seed {seed}\n{', '.join(f'{name} {v}' for name, v in what.items())}"
+        f"{result['command']}\n{on['cpu']}, {on['cores']} cores, {on['memory_bytes'] / 2**30:.0f} GiB; "
+        f"{on['devices']}; seed {seed}\n{', '.join(f'{name} {v}' for name, v in what.items())}"
     )
     parts = [head, *([table(result)] if result["measured"] else []), *result.get("tables", ())]
-    return "\n\n".join([*parts, *result.get("notes", ())])
+    return "\n\n".join([*parts, *result.get("notes", ()), *busy])
 
 
 # Memory, in processes of their own -------------------------------------------------------------------
@@ -307,15 +330,14 @@ def command(options: type[Output], run: Callable[[Any], dict[str, Any]]) -> None
             logging.set_verbosity(logging.WARNING)
         try:
             given = _given(options)
+            if given.json and not (folder := pathlib.Path(given.json).absolute().parent).is_dir():
+                raise ValueError(f"json={given.json!r}: there is no directory {folder}.")
             result = run(given)
+            print(said(result) if "program" in result else json.dumps(result))
+            if given.json:
+                write_atomically(pathlib.Path(given.json), json.dumps(result, indent=2) + "\n")
         except (ValueError, WorkdirError) as error:
             sys.exit(f"error: {error}")
-        if "program" not in result:
-            print(json.dumps(result))
-            return
-        print(said(result))
-        if given.json:
-            write_atomically(pathlib.Path(given.json), json.dumps(result, indent=2) + "\n")
 
     _define(options)
     app.run(main)
