@@ -334,6 +334,7 @@ def test_exponents_of_sweeps(monkeypatch):
 
     held = lambda module, alone, only: {"peak_beyond_model_bytes": 100 * alone.tokens**0.5}
     monkeypatch.setattr(scaling, "_side", side)
+    monkeypatch.setattr(measure.gc, "collect", lambda: None)  # there is nothing to collect
     monkeypatch.setattr(measure, "fresh", held)
     options = scaling.Options(**{**TINY, "group": 4}, vary=("T", "G"), factors=(1.0, 2.0, 4.0))
     result = scaling.run(options)

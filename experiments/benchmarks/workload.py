@@ -143,7 +143,7 @@ class LimitedSampler(Sampler):
     def __call__(self, *args: Any, **options: Any) -> Rollout:
         """As the sampler's."""
         # TODO(switch): once it takes them, `super().__call__(*args, **options, limits=self.limits)` and nothing below,
-        # and `slots=w.slots` in `Ours.sampler`. Until then completions are cut when all is done.
+        # and `slots=w.slots` in `Ours.sampler` for the error there. Until then completions are cut when all is done.
         rollout = super().__call__(*args, **options)
         keep = np.arange(rollout.mask.shape[1]) < self.limits.reshape(-1, 1)
         cut = lambda x, empty: np.where(keep, np.asarray(x), empty).astype(x.dtype)
@@ -169,6 +169,8 @@ class Ours:
     def sampler(self) -> LimitedSampler:
         """Compiled when it is called first."""
         w = self.workload
+        if w.slots:
+            raise ValueError(f"slots={w.slots}: this sampler decodes all completions at a time; leave it out.")
         sampler = LimitedSampler(
             self.policy, self.mesh, NumberTokenizer(self.config.vocab_size), group_size=w.group, max_tokens=w.tokens,
             max_prompt_tokens=w.prompt_tokens, key=jax.random.key(w.seed),
