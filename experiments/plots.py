@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, SymmetricalLogLocator
 
-__all__ = ["WIDTH", "comparison", "curve", "interquartile_mean", "multiples"]
+__all__ = ["WIDTH", "comparison", "curve", "interquartile_mean", "learning", "multiples"]
 
 Rows = Sequence[Mapping[str, Any]]
 WIDTH = 20  # steps that a smoothed value is made of
@@ -112,4 +112,31 @@ def multiples(
     over = f"mean and standard deviation of {count} seeds; " if count > 1 else ""
     smoothed = f"{over}held-out accuracy as measured, all else interquartile means of up to {WIDTH} steps"
     figure.suptitle(smoothed, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def learning(logs: Mapping[str, Mapping[int, Rows]], samples: int, path: pathlib.Path) -> None:
+    """Mean reward over completions and over wall time: a colour a side, a thin line a seed, a thick one their mean.
+
+    Means over the last steps, up to `WIDTH`. `samples`: completions a step. Over time the mean goes as far as the
+    quickest seed of a side does.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, (side, seeds) in enumerate(logs.items()):
+        lines = [_smooth(_series(rows, "step", "reward")[1]) for rows in seeds.values()]
+        clocks = [_series(rows, "step", "time/elapsed_seconds")[1] for rows in seeds.values()]
+        counts = samples * np.arange(1, len(lines[0]) + 1)
+        grid = np.linspace(max(clock[0] for clock in clocks), min(clock[-1] for clock in clocks), 200)
+        over_time = np.mean([np.interp(grid, clock, line) for clock, line in zip(clocks, lines, strict=True)], axis=0)
+        for line, clock in zip(lines, clocks, strict=True):
+            left.plot(counts, line, color=f"C{i}", alpha=0.35, linewidth=0.8)
+            right.plot(clock, line, color=f"C{i}", alpha=0.35, linewidth=0.8)
+        left.plot(counts, np.mean(lines, axis=0), color=f"C{i}", linewidth=2, label=f"{side}, {len(lines)} seeds")
+        right.plot(grid, over_time, color=f"C{i}", linewidth=2, label=f"{side}, {len(lines)} seeds")
+    left.set(xlabel="completions", ylabel="mean reward (train, sampled)")
+    right.set(xlabel="seconds of training")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend()
     figure.savefig(path, dpi=120)

@@ -1,0 +1,45 @@
+"""A whole GRPO step beside TRL's GRPOTrainer: the same random checkpoint, prompts, lengths, reward; KL to a reference.
+
+python -m experiments.benchmarks.step [--size=5m] [--tokens=512 --lengths=geometric] [--peer_microbatches=1]
+
+Both: float32, temperature 1, one update of AdamW a step, gradients clipped to norm 1, beta 0.04. Needs `.[parity]`.
+"""
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any
+
+from experiments.benchmarks import measure
+from experiments.benchmarks.workload import Ours, Workload
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Workload):
+    """The workload, and how the peer cuts its batch."""
+
+    peer_microbatches: int = 1  # TRL accumulates gradients over so many parts of a step; 1: a step is one batch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.peer_microbatches < 1 or self.prompts * self.group % self.peer_microbatches:
+            raise ValueError(f"peer_microbatches={self.peer_microbatches} must divide {self.prompts * self.group}.")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measures both in turns. An update holds all that is not generation (of ours: nor rewards), the reference too."""
+    measure.need("torch", "transformers", "trl")
+    from experiments.benchmarks import peers
+
+    with tempfile.TemporaryDirectory() as scratch:
+        directory, workdir = pathlib.Path(scratch) / "model", pathlib.Path(scratch)
+        peers.write_checkpoint(directory, options.model, options.seed)
+        trl = peers.TrlSteps(options, directory, workdir / "trl", microbatches=options.peer_microbatches)
+        sides = {"ours": Ours(options, directory).step(workdir), "trl": trl}
+        measured = measure.turns(sides, options.rounds)
+        trl.close()
+    return measure.report("experiments.benchmarks.step", options, measured, lengths=options.limits.tolist())
+
+
+if __name__ == "__main__":
+    measure.command(Options, run)

@@ -1,0 +1,510 @@
+"""The benchmarks at tiny sizes: both sides do the same work, and what is said of it follows from what was measured."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import logprobs, measure, memory, packing, rollout, roofline, scaling, step, workload
+from experiments.benchmarks.workload import EOS, Ours, Workload
+from grpo_jax.logprobs import unembed
+from grpo_jax.models.pretrained import load, read_config
+from grpo_jax.models.transformer import init_params, make_policy
+from grpo_jax.sharding import make_mesh
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {"size": "tiny", "prompts": 2, "group": 3, "prompt_tokens": 5, "tokens": 8, "microbatches": 2, "rounds": 2}
+
+
+def python(*command: str, status: int = 0) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def peers():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("trl", minversion="1.16")
+    from experiments.benchmarks import peers
+
+    torch.set_num_threads(1)  # several wait for one another longer than such small products take
+    return peers
+
+
+def check(result, program: str, metrics: set[str], sides: set[str], rounds: int = 2) -> None:
+    """The fields of the JSON, and the ratios from the numbers."""
+    again = json.loads(json.dumps(result))
+    assert again["program"] == program
+    assert again["command"].startswith(f"python -m experiments.benchmarks.{program}")
+    assert {"cpu", "cores", "memory_bytes", "busy_cores", "devices"} <= set(again["machine"])
+    assert {"python", "jax", "numpy"} <= set(again["versions"])
+    assert set(again["measured"]) == sides
+    for of in again["measured"].values():
+        assert metrics <= set(of)
+        for name in metrics:
+            values = of[name]["values"]
+            assert len(values) == rounds
+            assert of[name]["min"] == min(values) <= of[name]["median"] == np.median(values) <= of[name]["max"]
+    for peer in sides - {"ours"}:
+        for name in (name for name in metrics if not name.endswith("_reward")):
+            ours, theirs = (again["measured"][side][name]["values"] for side in ("ours", peer))
+            expected = [a / b if name.endswith("_per_second") else b / a for a, b in zip(ours, theirs, strict=True)]
+            assert again["ratios"][peer][name]["values"] == pytest.approx(expected)
+            assert again["ratios"][peer][name]["median"] == pytest.approx(np.median(expected))
+    shown = measure.said(result)
+    assert again["command"] in shown
+    assert again["machine"]["cpu"] in shown
+    assert all(name.replace("_", " ") in shown for name in metrics)
+
+
+# What both sides are given ---------------------------------------------------------------------------
+
+
+def test_turns_alternate_and_the_first_does_not_count():
+    order, clock = [], iter(range(100))
+
+    def side(name):
+        def run():
+            order.append(name)
+            return {"seconds": next(clock)}
+
+        return run
+
+    measured = measure.turns({"ours": side("a"), "peer": side("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert measured == {"ours": {"seconds": [2, 4]}, "peer": {"seconds": [3, 5]}}
+
+
+def test_report_by_hand():
+    options = measure.Options(rounds=3, seed=7)
+    measured = {
+        "ours": {"seconds": [1.0, 2.0, 4.0], "tokens_per_second": [30.0, 20.0, 10.0]},
+        "peer": {"seconds": [3.0, 4.0, 4.0], "tokens_per_second": [10.0, 10.0, 10.0]},
+    }
+    result = measure.report("experiments.benchmarks.step", options, measured)
+    assert result["ratios"]["peer"]["seconds"] == {"median": 2.0, "min": 1.0, "max": 3.0, "values": [3.0, 2.0, 1.0]}
+    assert result["ratios"]["peer"]["tokens_per_second"]["values"] == [3.0, 2.0, 1.0]
+    assert result["command"] == "python -m experiments.benchmarks.step --rounds=3 --seed=7"
+    assert "| seconds | 2 (1..4) | 4 (3..4) | 2 (1..3) |" in measure.table(result)
+
+
+def test_busy_machine_is_named(monkeypatch):
+    for busy, said in ((1.5, True), (0.1, False), (None, False)):
+        monkeypatch.setattr(measure, "_busy_cores", lambda busy=busy: busy)
+        result = measure.report("experiments.benchmarks.step", measure.Options(), {"ours": {"seconds": [1.0]}})
+        assert ("others kept 1.5 cores busy" in measure.said(result)) == said
+
+
+def test_limits():
+    full, geometric = Workload(**TINY), Workload(lengths="geometric", prompts=64, group=64, tokens=400)
+    assert (full.limits == 8).all()
+    assert full.limits.shape == (2, 3)
+    drawn = geometric.limits
+    assert drawn.min() >= 1
+    assert drawn.max() == 400  # cut
+    # Mean of a geometric with mean m cut at T: m (1 - (1 - 1/m)^T); level 4 standard errors of 4,096 draws.
+    assert drawn.mean() == pytest.approx(100 * (1 - 0.99**400), abs=4 * 100 / 64)
+    assert (drawn == dataclasses.replace(geometric, rounds=9).limits).all()
+    assert (drawn != dataclasses.replace(geometric, seed=1).limits).any()
+
+
+@pytest.mark.parametrize("size", workload.SIZES)
+def test_sizes(size):
+    """What their names say."""
+    config = Workload(size=size).model
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    named = {"tiny": 2.3e4, "1m": 1e6, "5m": 5e6, "20m": 2e7, "0.1b": 1e8, "0.5b": 4.94e8, "1.5b": 1.54e9}
+    assert count == pytest.approx(named[size], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": "7b"}, "must be one of tiny, 1m"),
+        ({"lengths": "normal"}, "must be one of full, geometric"),
+        ({"microbatches": 3}, "must divide prompts x group = 64"),
+        ({"group": 1}, "group 2 or more"),
+        ({"rounds": 0}, "must be 1 or more"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Workload(**options)
+
+
+def test_missing_peer(monkeypatch):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
+    with pytest.raises(ValueError, match=r"trl not installed: pip install -e '\.\[parity\]'"):
+        measure.need("torch", "trl")
+
+
+def test_checkpoint_is_the_same_model_on_both_sides(peers, tmp_path):
+    """The same configuration back, and the same greedy tokens in float32."""
+    w = Workload(**{**TINY, "tokens": 12})
+    peers.write_checkpoint(tmp_path, w.model, 3)
+    assert read_config(tmp_path) == w.model
+    model, normal = peers.load_model(tmp_path), peers.torch.randn_like
+    with peers.torch.no_grad():  # as it is, a tied model says its last token again
+        for parameter in model.parameters():
+            parameter.add_(normal(parameter) * 0.15)
+    model.save_pretrained(tmp_path)
+    greedy = Ours(w, tmp_path).rollout(temperature=0.0)()
+    ids = peers.torch.from_numpy(w.prompt_ids).long()
+    out = model.generate(
+        ids, attention_mask=peers.torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0
+    )
+    theirs = out[:, ids.shape[1] :].numpy()
+    assert len(np.unique(theirs)) > 4
+    np.testing.assert_array_equal(greedy.completion_tokens.reshape(2, 3, 12), np.repeat(theirs[:, None], 3, axis=1))
+
+
+def test_forced_lengths(peers):
+    torch, limits = peers.torch, np.array([1, 3, 4, 2])
+    processor, seen = peers.Lengths(limits, tokens=4), []
+    for _ in range(4):
+        scores = processor(None, torch.zeros(4, 6))
+        seen.append(scores.argmax(dim=1).numpy() == EOS)
+        free = torch.isfinite(scores).sum(dim=1)
+        assert set(free.tolist()) <= {1, 5}  # the end alone, or all but the end
+    ends = np.stack(seen, axis=1)
+    assert [np.flatnonzero(row).tolist() for row in ends] == [[0], [2], [], [1]]  # a row as long as T is cut
+
+
+def test_tokenizers_agree(peers):
+    from grpo_jax.data.countdown import Countdown
+
+    ours, theirs = Countdown.tokenizer, peers.character_tokenizer(Countdown.tokenizer.token_bytes)
+    text = "7 50 3=22:(50-7)/3*1+0"
+    assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.decode([*ours.encode(text), 1, 0], skip_special_tokens=True) == text
+    w = Workload(**TINY)
+    numbers = peers.number_tokenizer(w.model.vocab_size)
+    assert numbers(w.texts)["input_ids"] == w.prompt_ids.tolist()
+    mine = workload.NumberTokenizer(w.model.vocab_size)
+    assert [mine.encode(text) for text in w.texts] == w.prompt_ids.tolist()
+    assert max(mine.eos_ids) >= w.model.vocab_size  # which nothing samples
+
+
+# The programs ----------------------------------------------------------------------------------------
+
+
+def test_rollout(peers):
+    options = rollout.Options(**TINY, lengths="geometric")
+    result = rollout.run(options)
+    check(result, "rollout", {"seconds", "tokens_per_second"}, {"ours", "transformers"})
+    assert result["lengths"] == options.limits.tolist()
+    tokens = options.limits.sum()
+    for of in result["measured"].values():
+        speeds = [tokens / seconds for seconds in of["seconds"]["values"]]
+        assert of["tokens_per_second"]["values"] == pytest.approx(speeds)
+    assert any("tunix is left out" in note for note in result["notes"])
+
+
+def test_a_side_of_other_lengths_is_an_error():
+    w = Workload(**TINY, lengths="geometric")
+    w.check(w.limits.reshape(-1), "ours")
+    with pytest.raises(RuntimeError, match="peer made completions of"):
+        rollout.timed(w, "peer", lambda: w.limits.reshape(-1) + 1)()
+
+
+def test_step(peers, monkeypatch):
+    written = []
+
+    class Journal(workload.RewardJournal):
+        def write(self, step, wave, digest, scores):
+            written.append((step, scores["reward"]))
+            super().write(step, wave, digest, scores)
+
+    monkeypatch.setattr(workload, "RewardJournal", Journal)
+    options = step.Options(**TINY, lengths="geometric", peer_microbatches=2)
+    metrics = ("seconds", "generation_seconds", "update_seconds")
+    result = step.run(options)
+    check(result, "step", {*metrics}, {"ours", "trl"})
+    for of in result["measured"].values():
+        total, generation, update = (np.array(of[name]["values"]) for name in metrics)
+        assert (update + generation <= total * 1.001).all()
+        assert (generation > 0).all()
+    assert [number for number, _ in written] == [0, 1, 2]  # ours took real steps, each with samples of its own
+    assert len({tuple(rewards) for _, rewards in written}) == 3
+    assert len(set(written[0][1])) > 1
+
+
+def test_trl_takes_real_steps(peers, tmp_path):
+    """With the lengths that were asked for, and parameters that move; an error in its thread is an error here."""
+    w = Workload(**TINY, lengths="geometric")
+    peers.write_checkpoint(tmp_path / "model", w.model, 0)
+    trl = peers.TrlSteps(w, tmp_path / "model", tmp_path / "out")
+    trl()
+    trl()
+    np.testing.assert_array_equal(trl._lengths, w.limits.reshape(-1))
+    trl.close()
+    trl._thread.join(timeout=10)
+    assert not trl._thread.is_alive()
+    broken = peers.TrlSteps(w, tmp_path / "model", tmp_path / "out")
+    broken._reward = None
+    broken._workload = None
+    with pytest.raises(AttributeError):
+        broken()
+
+
+def test_memory(peers, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    options = memory.Options(**{**TINY, "rounds": 1}, what="rollout", repeats=1)
+    metrics = {"imported_bytes", "loaded_bytes", "peak_bytes", "peak_beyond_imports_bytes", "peak_beyond_model_bytes"}
+    result = memory.run(options)
+    check(result, "memory", metrics, {"ours", "transformers"}, rounds=1)
+    for of in result["measured"].values():
+        imported, loaded, peak = (of[f"{name}_bytes"]["median"] for name in ("imported", "loaded", "peak"))
+        assert 50 * 2**20 < imported <= loaded <= peak
+        assert of["peak_beyond_imports_bytes"]["median"] == peak - imported
+        assert of["peak_beyond_model_bytes"]["median"] == peak - loaded
+
+
+def test_peak_is_of_this_process_alone():
+    """A large parent does not count, as it does in ru_maxrss."""
+    held = np.ones(2**27, np.uint8)
+    code = "from experiments.benchmarks import measure; print(measure.peak_rss(), measure.rss())"
+    peak, now = map(int, python("-c", code).split()[-2:])
+    assert measure.rss() > held.nbytes
+    assert now <= peak < measure.rss()
+
+
+def test_logprobs(peers):
+    options = logprobs.Options(tokens=64, vocabulary=96, width=8, chunk=2048, rounds=2)
+    result = logprobs.run(options)
+    check(result, "logprobs", {"seconds"}, {"ours", "quarter chunks", "plain", "trl full", "trl chunked"})
+    hidden, kernel, tokens, weights = (x.astype(np.float64) for x in logprobs.arguments(options))
+    logits = hidden @ kernel.T
+    of_tokens = np.take_along_axis(logits, tokens.astype(int)[..., None], -1)[..., 0]
+    expected = (weights * (of_tokens - np.log(np.exp(logits).sum(-1)))).sum()
+    for loss in result["losses"].values():
+        assert loss == pytest.approx(expected, rel=1e-4)
+    temporaries = {
+        side: of["temporary_bytes"]["median"] for side, of in result["measured"].items() if side in logprobs.OURS
+    }
+    assert temporaries["quarter chunks"] < temporaries["ours"] < temporaries["plain"]
+    with pytest.raises(ValueError, match="one chunk"):
+        logprobs.Options(tokens=64, vocabulary=96)
+
+
+def test_packing():
+    result = packing.run(packing.Options(completions=8, prompt=4, limit=16, microbatches=4, width=32, rounds=2))
+    check(result, "packing", {"seconds"}, {"ours", "a completion a row"})
+    assert result["fill"]["ours"] > result["fill"]["a completion a row"]
+    assert result["losses"]["ours"] == pytest.approx(result["losses"]["a completion a row"], abs=1e-5)
+    assert result["parameters_differ"] < 1e-4
+
+
+def test_scaling():
+    options = scaling.Options(**{**TINY, "rounds": 1}, vary=("T", "G"), factors=(1.0,), memory=False)
+    result = scaling.run(options)
+    assert list(result["points"]["T"]) == ["8"]
+    assert list(result["points"]["G"]) == ["3"]
+    assert result["points"]["T"]["8"] == result["points"]["G"]["3"]  # the base point is measured once
+    of = result["points"]["T"]["8"]
+    assert of["rollout_tokens_per_second"] == [pytest.approx(6 * 8 / of["rollout_seconds"][0])]
+    assert of["step_tokens_per_second"] == [pytest.approx(6 * 8 / of["step_seconds"][0])]
+    assert result["exponents"] == {"T": {}, "G": {}}  # of one point
+
+
+def test_exponents_of_sweeps(monkeypatch):
+    def side(w, scratch):
+        seconds = 1e-3 * w.tokens**2 if w.group == 4 else 0.5
+        return lambda: {
+            "rollout_seconds": seconds, "step_seconds": float(w.tokens), "rollout_tokens_per_second": 1 / seconds,
+            "step_tokens_per_second": 1.0,
+        }  # fmt: skip
+
+    held = lambda module, alone, only: {"peak_beyond_model_bytes": 100 * alone.tokens**0.5}
+    monkeypatch.setattr(scaling, "_side", side)
+    monkeypatch.setattr(measure.gc, "collect", lambda: None)  # there is nothing to collect
+    monkeypatch.setattr(measure, "fresh", held)
+    options = scaling.Options(**{**TINY, "group": 4}, vary=("T", "G"), factors=(1.0, 2.0, 4.0))
+    result = scaling.run(options)
+    fitted = result["exponents"]["T"]
+    assert {name: round(of["exponent"], 6) for name, of in fitted.items()} == {
+        "rollout_seconds": 2.0, "step_seconds": 1.0, "bytes": 0.5,
+    }  # fmt: skip
+    assert {name: of["leaves"] for name, of in fitted.items()} == {
+        "rollout_seconds": 8, "step_seconds": None, "bytes": 8,
+    }  # fmt: skip
+    assert list(result["points"]["G"]) == ["4", "8"]  # 16 does not divide 8 completions
+    assert result["exponents"]["G"]["step_seconds"]["exponent"] == pytest.approx(0)
+    assert "| T | rollout tokens/s |" in measure.said(result)
+    assert "| rollout, seconds | 2.00 | 0.00 | 8 |" in measure.said(result)
+
+
+def test_points():
+    options = scaling.Options(size="5m", factors=(0.5, 1.0, 2.0))
+    points = {what: options.points(what) for what in options.vary}
+    assert [(b, w.prompts, w.group, w.microbatches) for b, w in points["B"].items()] == [
+        (32, 4, 8, 4), (64, 8, 8, 8), (128, 16, 8, 16),
+    ]  # fmt: skip
+    assert [(g, w.prompts * w.group) for g, w in points["G"].items()] == [(4, 64), (8, 64), (16, 64)]
+    assert list(points["T"]) == [64, 128, 256]
+    assert [(v, w.model.vocab_size) for v, w in points["V"].items()] == [(2048, 2048), (4096, 4096), (8192, 8192)]
+    assert [w.size for w in points["N"].values()] == ["1m", "5m", "20m"]
+    base = options.workload()
+    assert sum(w == base for sweep in points.values() for w in sweep.values()) >= 3  # measured once
+
+
+def test_fit():
+    sizes = [1, 2, 4, 8]
+    assert scaling.fit(sizes, [3 * x**1.5 for x in sizes]) == (pytest.approx(1.5), pytest.approx(0, abs=1e-9))
+    # By hand: log2 of the costs 0, 1, 1, 2 over 0, 1, 2, 3: slope 0.6, residuals -0.1, 0.3, -0.3, 0.1, Sxx 5.
+    exponent, error = scaling.fit(sizes, [1, 2, 2, 4])
+    assert exponent == pytest.approx(0.6)
+    assert error == pytest.approx((0.2 / 2 / 5) ** 0.5)
+    assert scaling.leaves(sizes, [1, 2, 4, 16], 1.0) == 4
+    assert scaling.leaves(sizes, [1, 2, 4, 8], 1.0) is None
+
+
+def test_roofline():
+    result = roofline.run(roofline.Options(**TINY, copy_mib=1, matrix=64))
+    shares = {"decode_share_of_copy", "decode_share_of_product", "update_share_of_product"}
+    check(result, "roofline", shares | {"decode_seconds", "update_seconds"}, {"ours"})
+    rates, of = result["machine_rates"], result["measured"]["ours"]
+    assert set(rates) == {"copy_bytes_per_second", "float32_flop_per_second"}
+    expected = [
+        result["work"]["update_flop"] / s / rates["float32_flop_per_second"] for s in of["update_seconds"]["values"]
+    ]
+    assert of["update_share_of_product"]["values"] == pytest.approx(expected)
+
+
+def test_work_by_loops():
+    """Bytes and FLOP of ragged completions, token by token."""
+    w = Workload(**{**TINY, "tokens": 6}, lengths="geometric")
+    m, limits = w.model, w.limits
+    assert len(np.unique(limits)) > 2
+    dense = m.layers * (
+        m.width * m.heads * m.head_width * 2 + m.width * m.kv_heads * m.head_width * 2 + 3 * m.width * m.mlp_width
+    )
+    head, kv = m.vocab_size * m.width, 2 * m.kv_heads * m.head_width * m.layers * 4
+    per_key = 4 * m.heads * m.head_width * m.layers
+    read = flop = update = 0
+    for t in range(1, limits.max()):  # a token after the first
+        read += 1000
+        for group in limits:
+            alive = [n for n in group if n > t]
+            read += kv * w.prompt_tokens * bool(alive) + kv * t * len(alive)
+            flop += sum(2 * (dense + head) + per_key * (w.prompt_tokens + t) for _ in alive)
+    for n in limits.reshape(-1):
+        update += 6 * (dense * (w.prompt_tokens + n) + head * n) + 3 * per_key * (w.prompt_tokens + n) ** 2 / 2
+    work = roofline.work_of(w, 1000)
+    assert (work.decode_bytes, work.decode_flop, work.update_flop) == pytest.approx((read, flop, update))
+
+
+# Learning --------------------------------------------------------------------------------------------
+
+
+def test_learning(peers, tmp_path, monkeypatch):
+    from experiments import countdown
+    from experiments.benchmarks import learning
+    from grpo_jax.data.countdown import Countdown
+    from grpo_jax.models.transformer import TransformerConfig
+
+    config = {name: cls() for name, cls in countdown.SECTIONS.items() if name != "model"}
+    config["model"] = TransformerConfig(
+        vocab_size=Countdown.tokenizer.vocab_size, layers=1, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16
+    )
+    config["rollout"] = dataclasses.replace(config["rollout"], prompts=2, group_size=4)
+    config["update"] = dataclasses.replace(config["update"], microbatches=2)
+    config["train"] = dataclasses.replace(config["train"], steps=2)
+    warm = init_params(config["model"], jax.random.key(5))
+    monkeypatch.setattr(countdown, "warm_start", lambda experiment, workdir: warm)
+    options = learning.Options(seeds=(3,))
+    result = learning.compare(config, options, tmp_path)
+    check(result, "learning", {"final_reward", "mean_reward", "seconds"}, {"ours", "trl"}, rounds=1)
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+    for side in learning.SIDES:
+        ((seed, rows),) = result["logs"][side].items()
+        assert seed == "3"
+        assert [row["step"] for row in rows] == [1, 2]
+        means = result["measured"][side]["mean_reward"]["values"]
+        assert means == pytest.approx([np.mean([row["reward"] for row in rows])])
+    # The exported model computes what the warm start does.
+    mesh, tokens = make_mesh(), jnp.asarray([Countdown.tokenizer.encode("7 5 3=22:7+5")])
+    where = jnp.arange(tokens.shape[1])[None], jnp.ones(tokens.shape, jnp.int32)
+
+    def logits(model, params):
+        policy = make_policy(model)
+        return unembed(policy.hidden(params, tokens, *where)[0], policy.head(params))
+
+    directory = tmp_path / "model"
+    exported = logits(read_config(directory), load(directory, mesh))
+    np.testing.assert_array_equal(exported, logits(config["model"], warm))
+    # Finished runs are read.
+    monkeypatch.setattr(learning, "run_ours", None)
+    monkeypatch.setattr(learning, "run_trl", None)
+    assert learning.compare(config, options, tmp_path)["logs"] == result["logs"]
+    with pytest.raises(ValueError, match="kl_coef"):
+        learning.check({**config, "loss": dataclasses.replace(config["loss"], objective="dr_grpo")})
+
+
+def test_noise():
+    from experiments.benchmarks import learning
+
+    assert learning.noise([1.0], [2.0]) is None
+    # By hand: variances 2 and 8, means 2 and 4, standard error sqrt(2 / 2 + 8 / 2).
+    assert learning.noise([1.0, 3.0], [2.0, 6.0]) == pytest.approx(-2 / 5**0.5)
+
+
+# The command line ------------------------------------------------------------------------------------
+
+
+PROGRAM = """
+import dataclasses, jax
+from experiments.benchmarks import measure
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(measure.Options):
+    names: tuple[str, ...] = ("a", "b")  # of sides
+    scale: float = 1.0  # of all
+
+def run(options):
+    sides = {name: lambda: {"seconds": options.scale} for name in ("ours", *options.names)}
+    return measure.report("experiments.benchmarks.program", options, measure.turns(sides, options.rounds))
+
+measure.command(Options, run)
+"""
+
+
+def test_command_line(tmp_path):
+    out, program = tmp_path / "out.json", tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    shown = python(str(program), "--names=x,y", "--scale=0.5", "--rounds=3", f"--json={out}")
+    written = json.loads(out.read_text())
+    assert measure.table(written) in shown
+    assert written["command"] == "python -m experiments.benchmarks.program --rounds=3 --names=x,y --scale=0.5"
+    assert {side: of["seconds"]["values"] for side, of in written["measured"].items()} == dict.fromkeys(
+        ("ours", "x", "y"), [0.5] * 3
+    )
+    assert "of sides" in python(str(program), "--helpshort", status=1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--size=7b", "size='7b' must be one of tiny"), ("--json=nowhere/x.json", "there is no directory")],
+)
+def test_bad_flag_is_a_line(flag, message):
+    shown = python("-m", "experiments.benchmarks.step", flag, status=1)
+    assert f"error: {flag[2:6]}" in shown
+    assert message in shown
+    assert "Traceback" not in shown
