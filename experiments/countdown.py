@@ -27,7 +27,8 @@ from grpo_jax.models.transformer import TransformerConfig, abstract_params, init
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
-from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig, Sampler, surplus_of
+from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig, surplus_of
+from grpo_jax.sampler import Sampler
 from grpo_jax.telemetry import write_atomically
 from grpo_jax.types import TrainState
 
@@ -152,6 +153,7 @@ class Experiment:
             tokenizer,
             group_size=rollout.group_size,
             stop=rollout.stop,
+            slots=rollout.slots,
             key=jax.random.fold_in(self.key, 0),
             **sizes,
         )

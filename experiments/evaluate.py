@@ -22,6 +22,7 @@ from experiments import runs, tasks
 from experiments.flags import section
 from grpo_jax import objectives, rollouts, sharding, training
 from grpo_jax.models import pretrained
+from grpo_jax.sampler import check_stop
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 
@@ -35,7 +36,7 @@ class CompletionConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be 1 or more.")
-        rollouts.check_stop(self.stop)
+        check_stop(self.stop)
 
 
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory, or the workdir of a run.", required=True)

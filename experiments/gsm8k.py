@@ -26,6 +26,7 @@ from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, 
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
+from grpo_jax.sampler import Sampler
 
 # Defaults for pretrained models, where the library's are for any.
 
@@ -124,10 +125,10 @@ class Experiment(tasks.Opened):
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
         rollout = self.config["rollout"]
-        sampler = rollouts.Sampler(
+        sampler = Sampler(
             self.policy, self.mesh, self.tokenizer, group_size=rollout.group_size, max_tokens=rollout.max_tokens,
             max_prompt_tokens=self.config["data"].max_prompt_tokens, key=jax.random.fold_in(self.key, 0),
-            stop=rollout.stop,
+            stop=rollout.stop, slots=rollout.slots,
         )  # fmt: skip
         return rollouts.GroupRollouts(
             sampler=sampler,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward
-from grpo_jax.rollouts import Sampler
+from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import completion_texts, score_rollout
 from grpo_jax.types import Policy, SamplingParams
 
@@ -110,7 +110,7 @@ class Evaluator:
                 "judges, may be 'accuracy'."
             )
         self._source, self._rewards, self._config, self._tokenizer = source, rewards, config, tokenizer
-        self._answer = answer
+        self._answer, self._max_tokens = answer, max_tokens
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         sampler: Callable[[int], Sampler] = lambda group: Sampler(
             policy,
@@ -144,9 +144,9 @@ class Evaluator:
             prompts = [self._source(i) for i in ids]
             # Every batch has the same compiled shape: the last is filled up with a prompt that is then dropped.
             texts, filled = [p.text for p in prompts], size - len(ids)
-            rollout = jax.device_get(
-                sampler(params, texts + texts[:1] * filled, [*ids, *[start] * filled], choice, interrupt)
-            )
+            texts_and_ids = texts + texts[:1] * filled, [*ids, *[start] * filled]
+            limits = np.repeat([[self._max_tokens], [0]], [len(ids), filled], axis=0).repeat(group, axis=1)
+            rollout = jax.device_get(sampler(params, *texts_and_ids, choice, interrupt, limits))
             rollout = jax.tree.map(lambda x, n=len(ids): x[: len(x) // size * n], rollout)
             scores = score_rollout(self._rewards, prompts, rollout, self._tokenizer, group).by_name
             for i, (tokens, completion) in enumerate(zip(*completion_texts(rollout, self._tokenizer), strict=True)):

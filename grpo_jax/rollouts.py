@@ -8,36 +8,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jax.stages import Compiled
 
-from grpo_jax import sampling, sharding
+from grpo_jax import sharding
 from grpo_jax.data.sources import Source
-from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.objectives import Objective
 from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
 from grpo_jax.rewards import Reward, Scores
+from grpo_jax.sampler import Sampler, check_stop
 from grpo_jax.scoring import Journal, ScoredGroups, journaled_scores, rollout_metrics, samples_of_group
 from grpo_jax.training import train_batch
-from grpo_jax.types import Groups, Policy, PyTree, Rollout, SamplingParams, Surplus, TrainBatch, TrainState
+from grpo_jax.types import Groups, PyTree, Rollout, SamplingParams, Surplus, TrainBatch, TrainState
 
 __all__ = [
     "Demonstrations",
     "Experience",
     "GroupRollouts",
     "RolloutConfig",
-    "Sampler",
-    "check_stop",
     "surplus_of",
 ]
-
-
-def check_stop(stop: Sequence[str]) -> None:
-    """Raises ValueError unless these are stop strings: a string alone would be taken for its characters."""
-    if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"stop={stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +40,9 @@ class RolloutConfig:
     temperature: float = 1.0  # of sampling; the trainer's log-probabilities are at it too
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the likeliest tokens of this mass; 1: all
+    min_p: float = 0.0  # sample among tokens at least this share as likely as the likeliest; 0: all
     stop: tuple[str, ...] = ()  # strings that end a completion too, as a Python tuple: ('Question:',)
+    slots: int = 0  # completions decoded at a time, about; one that ends makes room for the next; 0: by the hardware
     max_waves: int = 1  # prompts again, so many times at most, until every group has signal (DAPO); 1: never again
 
     def __post_init__(self) -> None:
@@ -68,117 +60,17 @@ class RolloutConfig:
         if self.max_waves < 1:
             raise ValueError(f"max_waves={self.max_waves} must be 1 or more; 1: what is sampled is trained on.")
         check_stop(self.stop)
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k={self.top_k} must be 0 or more, top_p={self.top_p} in (0, 1].")
-
-
-def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The ids that end a completion, and the strings that do: a stop string may be a special token, which is an id."""
-    ids, strings = list(tokenizer.eos_ids), []
-    for string in stop:
-        tokens = tokenizer.encode(string, continues=True)
-        silent = [i for i in tokens if tokenizer.token_bytes[i] is None]
-        if silent and len(tokens) > 1:
-            raise ValueError(f"stop string {string!r} holds a special token beside other text: give one of them alone.")
-        ids += silent
-        strings += [] if silent else [string]
-    return ids, strings
-
-
-class Sampler:
-    """`sampling.generate`, compiled for a mesh, in chunks of tokens so that the host has a turn between them."""
-
-    def __init__(
-        self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, *, group_size: int, max_tokens: int,
-        max_prompt_tokens: int, key: jax.Array, stop: Sequence[str] = (), chunk: int = 64,
-    ):  # fmt: skip
-        """`key` is the root of all randomness: with prompt id, member and token index it gives a token's.
-
-        `stop`: strings, special tokens among them, that end a completion as an EOS does.
-        """
-        if not tokenizer.eos_ids or tokenizer.pad_id is None:
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(
-                f"the tokenizer has eos_ids={tokenizer.eos_ids!r} and pad_id={tokenizer.pad_id!r}: sampling needs at "
-                "least one id that ends a completion, and one to pad with (an EOS id will do)."
+                f"top_k={self.top_k} must be 0 or more, top_p={self.top_p} in (0, 1], min_p={self.min_p} in [0, 1]."
             )
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens} must be 1 or more.")
-        self.tokenizer, self.group_size, self.max_prompt_tokens = tokenizer, group_size, max_prompt_tokens
-        self.mesh, self._key = mesh, key
-        self._eos_ids, strings = _ends(tokenizer, stop)
-        self._stop_table = stop_table(tokenizer.token_bytes, strings) if strings else None
+        if self.slots < 0:
+            raise ValueError(f"slots={self.slots} must be 1 or more, or 0 to choose by the hardware.")
 
-        def constrained(tree, axes, rules):
-            return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, rules))
-
-        placed = dataclasses.replace(
-            policy,
-            prepare=lambda p: constrained(policy.prepare(p), policy.sampler_axes, sharding.SAMPLER_RULES),
-            init_cache=lambda *shape: constrained(policy.init_cache(*shape), policy.cache_axes, sharding.SAMPLER_RULES),
-        )
-        self._start = jax.jit(functools.partial(sampling.start, placed, group_size=group_size, max_tokens=max_tokens))
-        self._decode = jax.jit(functools.partial(sampling.decode, placed, steps=chunk), donate_argnums=1)
-        self._collect = jax.jit(sampling.collect)
-
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts.
-
-        Raises:
-          ValueError: a prompt is empty or longer than `max_prompt_tokens`.
-        """
-        rows = [self.tokenizer.encode(text) for text in prompts]
-        for text, row in zip(prompts, rows, strict=True):
-            if not 1 <= len(row) <= self.max_prompt_tokens:
-                raise ValueError(
-                    f"prompt {text!r} has {len(row)} tokens; expected from 1 to {self.max_prompt_tokens}. "
-                    "Shorten it, leave it out, or raise the limit."
-                )
-        return rows
-
-    def __call__(
-        self, params: PyTree, prompts: Sequence[str], prompt_ids: Sequence[int] | np.ndarray,
-        sampling_params: SamplingParams, interrupt: Callable[[], None] = lambda: None,
-    ) -> Rollout:  # fmt: skip
-        """Samples a group for each prompt; `interrupt` is called between chunks and may raise.
-
-        Raises:
-          ValueError: the prompts do not divide over the mesh, or one is empty or too long.
-        """
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if len(prompts) % shards:
-            raise ValueError(
-                f"{len(prompts)} prompts do not divide over {shards} devices (data x fsdp); use a multiple of {shards}."
-            )
-        tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
-        ids = np.asarray(prompt_ids, np.uint32)
-        tokens, mask, ids = jax.device_put((tokens, mask, ids), sharding.batch_sharding(self.mesh))
-        prefilled, state = self._prefill(self._start, params, tokens, mask, ids, sampling_params)
-        while True:
-            interrupt()
-            if state.done():
-                return self._collect(state, tokens, mask)
-            state = self._decode(prefilled, state)
-
-    def compile(self, params: PyTree, prompts: int) -> tuple[Compiled, Compiled]:
-        """Prefill and a chunk of decoding, compiled ahead: to see what they need, on devices that are not here too.
-
-        Args:
-          params: ShapeDtypeStructs with shardings.
-          prompts: P, a multiple of data x fsdp.
-        """
-        rows = sharding.batch_sharding(self.mesh)
-        shape = lambda dtype, *columns: jax.ShapeDtypeStruct((prompts, *columns), dtype, sharding=rows)
-        tokens, mask = (shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool))
-        lowered = self._prefill(self._start.lower, params, tokens, mask, shape(np.uint32), SamplingParams())
-        start = lowered.compile()
-        abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        return start, self._decode.lower(*jax.tree.map(abstract, lowered.out_info, start.output_shardings)).compile()
-
-    def _prefill(self, run, params, tokens, mask, ids, sampling_params):
-        return run(
-            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self._eos_ids, np.int32),
-            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params, stop_table=self._stop_table,
-        )  # fmt: skip
+    @property
+    def sampling(self) -> SamplingParams:
+        """How tokens are chosen."""
+        return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,9 +225,8 @@ class GroupRollouts:
         params = state.params if self.params_of is None else self.params_of(state)
         with jax.profiler.TraceAnnotation("rollout"):
             rollout = self.sampler(
-                params, [p.text for p in prompts], range(first, first + config.prompts),
-                SamplingParams(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p), interrupt,
-            )  # fmt: skip
+                params, [p.text for p in prompts], range(first, first + config.prompts), config.sampling, interrupt
+            )
             host: Rollout = jax.device_get(rollout)
         sampled = time.perf_counter()
         scores = journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step), wave)

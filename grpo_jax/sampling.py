@@ -1,19 +1,19 @@
 """Sampling: prefill once a prompt, then one compiled loop in which slots take one completion after the other.
 
-A row of slots holds the cache of one prompt, stored once and read by all of them; the members of the prompt's group pass
-through its slots. A slot whose completion has ended takes the next member that waits, and a row whose members are done the
-next prompt, so that the cost follows the tokens and not slots x the longest. Where there is a slot for every completion,
-completions stay where they are and nothing of that is compiled.
+A row of slots holds the cache of one prompt, stored once and read by all of them; the members of the prompt's group
+pass through its slots. A slot whose completion has ended takes the next member that waits, and a row whose members are
+done the next prompt, so that the cost follows the tokens and not slots x the longest. Where there is a slot for every
+completion, completions stay where they are and nothing of that is compiled.
 
-All slots write the same column of the cache at a time, which goes round and round in the T columns there are: column c was
-written (now - c) mod T tokens ago, and counts where the slot's completion is at least that old. So a slot that changes
-hands forgets without being cleared, and the columns that anybody reads are a window that ends at the present one.
+All slots write the same column of the cache at a time, which goes round and round in the T columns there are: column c
+was written (now - c) mod T tokens ago, and counts where the slot's completion is at least that old. So a slot that
+changes hands forgets without being cleared, and the columns that anybody reads are the last so many.
 
 The random numbers of a completion depend on (key, prompt id, member, token index) alone, so that no batch size, order,
 padding, number of slots or mesh changes them.
 
-`generate` is the whole thing as one pure function. Where somebody waits for it, `start` and then `decode` in chunks of a
-few tokens do the same, so that signals, progress and streaming have a turn.
+`generate` is the whole thing as one pure function. Where somebody waits for it, `start` and then `decode` in chunks of
+a few tokens do the same, so that signals, progress and streaming have a turn.
 """
 
 import dataclasses
@@ -102,7 +102,9 @@ class Decoding:
     slots: Slots
     cache: PyTree  # leaves [R, W, ...] of T columns
     written: Choice  # [R, W, T], tokens in the columns that their keys have
-    prefix: PyTree | None  # caches of the rows' prompts, leaves [R, 1, ...]; None: a row for every prompt, as in Prefilled
+    prefix: (
+        PyTree | None
+    )  # caches of the rows' prompts, leaves [R, 1, ...]; None: a row for every prompt, as in Prefilled
     results: Results | None  # None: a slot for every completion
 
     def done(self) -> jax.Array:
@@ -167,7 +169,7 @@ def _prefill(policy: Policy, params: PyTree, tokens: jax.Array, lengths: jax.Arr
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1)
         column = i * width
         hidden, cache = policy.extend(
-            params, part(tokens)[:, None], part(positions), cache, column, positions, column + width
+            params, part(tokens)[:, None], part(positions), cache, column, positions, None, None, column + width
         )
         last = jnp.clip(lengths - 1 - i * width, 0, width - 1)
         return jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0], cache
@@ -296,7 +298,7 @@ def _empty(rows: int, width: int, prompts: int, devices: int) -> Slots:
 
 
 def _take(queue: Queue, slots: Slots) -> tuple[Slots, jax.Array, jax.Array]:
-    """Gives free rows to prompts and free slots to members: slots, which rows [R] and which slots [R, W] have new ones."""
+    """Free rows take prompts and free slots members: slots, which rows [R] and which slots [R, W] have new ones."""
     of_prompt = lambda x, prompt: x.at[prompt].get(mode="fill", fill_value=0)
     free = ~slots.alive
     row_free = free.all(axis=1) & (slots.taken >= of_prompt(queue.waiting, slots.prompt))
@@ -418,9 +420,9 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, state: Deco
     index = prefilled.columns[None, None]
     hidden, cache = policy.extend(
         prefilled.params, jax.lax.dynamic_index_in_dim(state.written.ids, column, axis=2), position[..., None],
-        state.cache, column, jnp.where(read, position[..., None] - age[None, None], -1), live,
+        state.cache, column, jnp.where(read, position[..., None] - age[None, None], -1),
         prefilled.prompts if state.prefix is None else state.prefix,
-        jnp.where(index < slots.prompt_length[:, None, None], index, -1), prefilled.longest,
+        jnp.where(index < slots.prompt_length[:, None, None], index, -1), live, prefilled.longest,
     )  # fmt: skip
     keys = _keys(prefilled.key, slots.prompt_id, slots.member, slots.length)
     choice = choose_tokens(unembed(hidden[:, :, 0], policy.head(prefilled.params)), keys, prefilled.sampling)

@@ -138,8 +138,8 @@ def per_device(
     """`function` of what each device has: the leading axis of all arguments and results is split over `axes`.
 
     The first `whole` arguments are the same on every device. In the train step, whose `vmap` splits over data, the axes
-    are fsdp alone. For what indexes by computed indices, of which XLA does not know that they stay within a device's own
-    rows. Not to be differentiated: over tensor, its transpose would sum up gradients that are the same everywhere.
+    are fsdp alone. For what indexes by computed indices, of which XLA does not know that they stay within a device's
+    own rows. Not to be differentiated: over tensor, its transpose would sum up gradients that are the same everywhere.
     """
     if mesh is None or mesh.size == 1:
         return function

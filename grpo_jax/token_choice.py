@@ -53,7 +53,9 @@ def _kept(logits: jax.Array, sampling: SamplingParams) -> jax.Array:
     largest = logits.max(axis=-1)
     zero = jnp.zeros(lead, jnp.uint32)
     top_k = jnp.minimum(jnp.asarray(sampling.top_k), logits.shape[-1])
-    by_count = lambda: _largest_threshold(keys, jnp.ones(logits.shape), jnp.broadcast_to(top_k, lead).astype(jnp.float32))
+    by_count = lambda: _largest_threshold(
+        keys, jnp.ones(logits.shape), jnp.broadcast_to(top_k, lead).astype(jnp.float32)
+    )
     threshold = jax.lax.cond(top_k > 0, by_count, lambda: zero)
 
     def by_mass():
@@ -69,8 +71,8 @@ def truncate(logits: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Sets to -inf the logits of what cannot be sampled.
 
     Top-k keeps the k largest; top-p (nucleus sampling, arXiv 1904.09751) the smallest set of them whose mass, among
-    those, reaches it; min-p (arXiv 2407.01082) what is at least that share as likely as the likeliest. Equals of the last
-    that is kept are kept too, and the likeliest always is.
+    those, reaches it; min-p (arXiv 2407.01082) what is at least that share as likely as the likeliest. Equals of the
+    last that is kept are kept too, and the likeliest always is.
 
     Args:
       logits: [..., V] float32, divided by the temperature.

@@ -18,7 +18,7 @@ from grpo_jax import sharding
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
 from grpo_jax.objectives import LossConfig, grpo
-from grpo_jax.rollouts import Sampler
+from grpo_jax.sampler import Sampler
 from grpo_jax.sharding import MeshConfig, make_mesh
 from grpo_jax.training import OptimizerConfig, UpdateConfig, abstract_train_state, make_optimizer, make_train_step
 from grpo_jax.types import TrainBatch

@@ -4,6 +4,7 @@ import fractions
 import math
 
 import numpy as np
+from scipy.stats import chi2
 
 
 def pad(rows, width, side="right", value=0):
@@ -294,7 +295,7 @@ def softmax(logits):
     return np.array([e / math.fsum(exps) for e in exps])
 
 
-def truncate(logits, top_k=0, top_p=1.0):
+def truncate(logits, top_k=0, top_p=1.0, min_p=0.0):
     """One row of logits -> which of them may be sampled. Equals of the last one that is kept are kept too."""
     ordered = sorted((float(x) for x in logits), reverse=True)
     kept = [x for x in ordered if not top_k or x >= ordered[min(top_k, len(ordered)) - 1]]
@@ -304,4 +305,20 @@ def truncate(logits, top_k=0, top_p=1.0):
         while math.fsum(probabilities[:count]) < top_p and count < len(kept):
             count += 1
         kept = kept[:count]
-    return np.array([float(x) >= kept[-1] for x in logits])
+    return np.array([float(x) >= kept[-1] and math.exp(x - ordered[0]) >= min_p for x in logits])
+
+
+LEVEL = 1e-3  # of chi-squared tests
+
+
+def rejected(tokens, probabilities):
+    """Whether a chi-squared test rejects that `tokens` were drawn from `probabilities`; rare tokens share a bin."""
+    counts, expected = np.bincount(tokens, minlength=len(probabilities)), len(tokens) * probabilities
+    assert (counts[probabilities == 0] == 0).all()
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] < 5:
+        counts, expected = counts[:-1], expected[:-1]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return statistic > chi2.isf(LEVEL, len(counts) - 1)

@@ -17,7 +17,8 @@ from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.rewards import Reward
-from grpo_jax.rollouts import GroupRollouts, RolloutConfig, Sampler, surplus_of
+from grpo_jax.rollouts import GroupRollouts, RolloutConfig, surplus_of
+from grpo_jax.sampler import Sampler
 from grpo_jax.training import UpdateConfig, init_train_state, make_reference_logprobs, make_train_step
 from grpo_jax.types import Groups, Rollout
 from tests import oracle

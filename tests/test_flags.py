@@ -175,7 +175,7 @@ def observe_run(config, tmp_path):
     experiment = countdown.Experiment(config)
     said, asked = [], []
 
-    def silent(sampler, params, prompts, prompt_ids, sampling_params, interrupt=None):
+    def silent(sampler, params, prompts, prompt_ids, sampling_params, interrupt=None, limits=None):
         asked.append(
             (len(prompts), sampler.group_size, float(sampling_params.temperature), float(sampling_params.top_p))
         )
@@ -183,7 +183,7 @@ def observe_run(config, tmp_path):
         return silent_rollout(len(prompts), sampler.group_size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grpo_jax.rollouts.Sampler.__call__", silent)
+        patch.setattr("grpo_jax.sampler.Sampler.__call__", silent)
         patch.setattr(
             training, "make_train_step", lambda *_, **__: lambda s, b: (dataclasses.replace(s, step=s.step + 1), {})
         )

@@ -18,7 +18,8 @@ from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.rewards import Reward, RewardError
-from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig, Sampler
+from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig
+from grpo_jax.sampler import Sampler
 from grpo_jax.telemetry import WorkdirError, _JsonLines, read_jsonl
 from grpo_jax.types import TrainState
 

@@ -41,7 +41,7 @@ class MyDecoder(nnx.Module):
     def init_cache(rows, width, columns):
         return jnp.zeros((rows, width, columns, D))
 
-    def extend(self, tokens, positions, cache, column, key_positions, prefix=None, prefix_positions=None):
+    def extend(self, tokens, positions, cache, column, key_positions, prefix=None, prefix_positions=None, *live):
         x = self.embedding[...][tokens]
         cache = jax.lax.dynamic_update_slice(cache, x, (0, 0, column, 0))
         keys, values = key_positions, cache

@@ -21,7 +21,7 @@ from grpo_jax.models import pretrained
 from grpo_jax.models.pretrained import PretrainedError, load, read_config, save, saved_dtype
 from grpo_jax.models.transformer import make_policy
 from grpo_jax.objectives import grpo
-from grpo_jax.rollouts import Sampler
+from grpo_jax.sampler import Sampler
 from grpo_jax.sharding import MeshConfig, make_mesh
 from grpo_jax.training import UpdateConfig, init_train_state, make_train_step, train_batch
 from grpo_jax.types import SamplingParams

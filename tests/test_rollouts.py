@@ -12,7 +12,8 @@ from grpo_jax.models.transformer import TransformerConfig, init_params, make_pol
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward, RewardError
-from grpo_jax.rollouts import GroupRollouts, RolloutConfig, Sampler
+from grpo_jax.rollouts import GroupRollouts, RolloutConfig
+from grpo_jax.sampler import Sampler
 from grpo_jax.training import UpdateConfig, make_reference_logprobs
 from tests import oracle
 

@@ -19,6 +19,7 @@ from grpo_jax.data.tokenizer import PretrainedTokenizer
 from grpo_jax.logprobs import CHUNK
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
+from grpo_jax.sampler import Sampler
 from tests.silent import silent_rollout
 
 # The files of the fixture below, by name.
@@ -120,13 +121,13 @@ def observe_reward(config, tokenizer):
 def observe_evaluation(config, tokenizer):
     task, asked = make(tokenizer), []
 
-    def silent(sampler, params, prompts, prompt_ids, sampling_params, interrupt=None):
+    def silent(sampler, params, prompts, prompt_ids, sampling_params, interrupt=None, limits=None):
         choice = (float(sampling_params.temperature), float(sampling_params.top_p))
         asked.append((list(prompts), sampler.group_size, choice))
         return silent_rollout(len(prompts), sampler.group_size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts.Sampler, "__call__", silent)
+        patch.setattr(Sampler, "__call__", silent)
         evaluator = task.evaluator(make_policy(TINY), sharding.make_mesh(), config, max_tokens=4, stop=())
         measured = sorted(evaluator.full({}))
     return asked, measured

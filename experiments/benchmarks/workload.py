@@ -16,7 +16,8 @@ from grpo_jax.models.pretrained import load, read_config
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.rewards import Reward
-from grpo_jax.rollouts import GroupRollouts, RolloutConfig, Sampler
+from grpo_jax.rollouts import GroupRollouts, RolloutConfig
+from grpo_jax.sampler import Sampler
 from grpo_jax.sharding import make_mesh
 from grpo_jax.telemetry import RewardJournal
 from grpo_jax.training import OptimizerConfig, UpdateConfig, init_train_state, make_optimizer, make_train_step
@@ -142,15 +143,7 @@ class LimitedSampler(Sampler):
 
     def __call__(self, *args: Any, **options: Any) -> Rollout:
         """As the sampler's."""
-        # TODO(switch): once it takes them, `super().__call__(*args, **options, limits=self.limits)` and nothing below,
-        # and `slots=w.slots` in `Ours.sampler` for the error there. Until then completions are cut when all is done.
-        rollout = super().__call__(*args, **options)
-        keep = np.arange(rollout.mask.shape[1]) < self.limits.reshape(-1, 1)
-        cut = lambda x, empty: np.where(keep, np.asarray(x), empty).astype(x.dtype)
-        return dataclasses.replace(
-            rollout, completion_tokens=cut(rollout.completion_tokens, PAD), mask=cut(rollout.mask, False),
-            logprobs=cut(rollout.logprobs, 0), sampler_logprobs=cut(rollout.sampler_logprobs, 0),
-        )  # fmt: skip
+        return super().__call__(*args, **options, limits=self.limits)
 
 
 class Ours:
@@ -169,11 +162,9 @@ class Ours:
     def sampler(self) -> LimitedSampler:
         """Compiled when it is called first."""
         w = self.workload
-        if w.slots:
-            raise ValueError(f"slots={w.slots}: this sampler decodes all completions at a time; leave it out.")
         sampler = LimitedSampler(
             self.policy, self.mesh, NumberTokenizer(self.config.vocab_size), group_size=w.group, max_tokens=w.tokens,
-            max_prompt_tokens=w.prompt_tokens, key=jax.random.key(w.seed),
+            max_prompt_tokens=w.prompt_tokens, key=jax.random.key(w.seed), slots=w.slots,
         )  # fmt: skip
         sampler.limits = w.limits
         return sampler

@@ -236,7 +236,7 @@ class Block:
 
     cache: dict[str, jax.Array]  # key [R, W, K, C, columns], value [R, W, K, columns, C]; W = 1: one for all slots
     visible: jax.Array  # [R, W, J, columns] bool
-    end: jax.Array | int  # [] int32, columns from here on are not read
+    end: Any  # [] int32, columns from here on are not read
     live: jax.Array | int | None  # [] int32, nor those this far before; None: all are
 
     def read(self, query: jax.Array, scale: float, soft_cap: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -260,12 +260,12 @@ class Block:
 def attend_slots(query, key, value, cache, column, own, prefix, scale, soft_cap):
     """Writes key/value at `column`, then attends to the slot's own columns and to the row's prefix, if there is one.
 
-    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `Block`; own, prefix: Blocks, own without its cache. The
-    prefix is read once for all W slots of a row, and never copied: their queries are the rows of one product. The two
-    blocks are joined as in flash attention (arXiv 2205.14135, algorithm 1).
+    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `Block`; own, prefix: Blocks, own without its cache.
+    The prefix is read once for all W slots of a row, and never copied: their queries are the rows of one product. The
+    two blocks are joined as in flash attention (arXiv 2205.14135, algorithm 1).
 
-    So laid out, neither product needs a transpose, and none contracts what is contiguous in memory in both of its factors:
-    processors without matrix units are fast at that.
+    So laid out, neither product needs a transpose, and none contracts what is contiguous in memory in both of its
+    factors: processors without matrix units are fast at that.
     """
     r, w, j, _, c = query.shape
     kv_heads, dtype = key.shape[3], cache["key"].dtype

@@ -297,7 +297,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return [layer() for _ in range(config.layers)]
 
     def extend(
-        params, tokens, positions, cache, column, key_positions, live=None, prefix=None, prefix_positions=None,
+        params, tokens, positions, cache, column, key_positions, prefix=None, prefix_positions=None, live=None,
         prefix_live=None,
     ):  # fmt: skip
         def sees(keys, window):  # [R, W or 1, columns] -> [R, W, J, columns]
@@ -308,12 +308,14 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         end = column + tokens.shape[-1]
         own = {w: Block(cache={}, visible=sees(key_positions, w), end=end, live=live) for w in set(pattern)}
         x, new_cache = embed(params, tokens), []
+        seen, prefix_end = {}, prefix_live
         if prefix is not None:
             seen = {w: sees(prefix_positions, w) for w in set(pattern)}
+            prefix_end = prefix_positions.shape[-1] if prefix_live is None else prefix_live
         for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
             shared = None
             if prefix is not None:
-                shared = Block(cache=prefix[i], visible=seen[window], end=prefix_live, live=prefix_live)
+                shared = Block(cache=prefix[i], visible=seen[window], end=prefix_end, live=prefix_live)
             attend = functools.partial(
                 attend_slots, cache=cache[i], column=column, own=own[window], prefix=shared, scale=scale,
                 soft_cap=config.attention_cap,

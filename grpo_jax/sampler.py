@@ -1,0 +1,305 @@
+"""The sampler as a run uses it: prompts in text, compiled for a mesh, cut to the memory there is."""
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+from grpo_jax import sampling, sharding
+from grpo_jax.data.stops import stop_table
+from grpo_jax.data.tokenizer import Tokenizer, pad
+from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams
+
+__all__ = ["Plan", "Sampler", "check_stop", "device_memory", "rollout_bytes"]
+
+# A CPU's products of more rows are hardly faster a row, while slots that wait for the longest cost as much as others,
+# and wait the longer the longer completions may be: so many columns of cache, and no fewer slots than these.
+_CPU_COLUMNS, _CPU_SLOTS = 2**13, 16
+_HELD = 4  # copies of the parameters that a training run holds: themselves, two moments, a reference
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises ValueError unless these are stop strings: a string alone would be taken for its characters."""
+    if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
+        raise ValueError(f"stop={stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
+
+
+def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The ids that end a completion, and the strings that do: a stop string may be a special token, which is an id."""
+    ids, strings = list(tokenizer.eos_ids), []
+    for string in stop:
+        tokens = tokenizer.encode(string, continues=True)
+        silent = [i for i in tokens if tokenizer.token_bytes[i] is None]
+        if silent and len(tokens) > 1:
+            raise ValueError(f"stop string {string!r} holds a special token beside other text: give one of them alone.")
+        ids += silent
+        strings += [] if silent else [string]
+    return ids, strings
+
+
+def device_memory() -> int | None:
+    """Bytes of a device, or its part of the host's memory where it is a CPU; None: it does not say."""
+    device, *others = jax.local_devices()
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 + len(others))
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _bytes(tree: PyTree, axes: PyTree, mesh: Mesh, rules: sharding.Rules) -> int:
+    """Of a tree of shapes, on a device."""
+    places = sharding.shardings(tree, axes, mesh, rules)
+    sizes = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+    return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in sizes)
+
+
+def rollout_bytes(
+    policy: Policy, mesh: Mesh, params: PyTree, *, prompts: int, group_size: int, slots: int, max_prompt_tokens: int,
+    max_tokens: int,
+) -> int:  # fmt: skip
+    """Bytes a device needs to sample, estimated from shapes: weights, caches, logits, and what is returned.
+
+    Args:
+      params: of the trainer, or their shapes.
+      slots: completions at a time, 0: all.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, width = sampling.arrange(prompts, group_size, slots, devices)
+    weights = jax.eval_shape(policy.prepare, params)
+    kernel = jax.eval_shape(policy.head, weights)[0]
+
+    def cache(*shape: int) -> int:
+        tree = jax.eval_shape(lambda: policy.init_cache(*shape))
+        return _bytes(tree, policy.cache_axes, mesh, sharding.SAMPLER_RULES)
+
+    refilled = (rows, width) != (prompts, group_size)
+    logits = rows * width * kernel.shape[0] * 4 // (devices * mesh.shape["tensor"])
+    return (
+        _bytes(weights, policy.sampler_axes, mesh, sharding.SAMPLER_RULES)
+        + cache(prompts, 1, max_prompt_tokens)
+        + refilled * cache(rows, 1, max_prompt_tokens)
+        + cache(rows, width, max_tokens)
+        + 3 * logits  # with what is drawn beside them
+        + 2 * 12 * prompts * group_size * max_tokens // devices  # token and two log-probabilities, twice
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a rollout is cut to the memory there is."""
+
+    prompts: int  # at a time
+    slots: int  # completions at a time, about; 0: all of those prompts
+
+
+class Sampler:
+    """`sampling.generate`, compiled for a mesh, in chunks of tokens so that the host has a turn between them."""
+
+    def __init__(
+        self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, *, group_size: int, max_tokens: int,
+        max_prompt_tokens: int, key: jax.Array, stop: Sequence[str] = (), slots: int = 0, chunk: int = 64,
+        memory: int | None = None,
+    ):  # fmt: skip
+        """`key` is the root of all randomness: with prompt id, member and token index it gives a token's.
+
+        Args:
+          stop: strings, special tokens among them, that end a completion as an EOS does.
+          slots: completions decoded at a time, about; a slot whose completion has ended takes the next. 0: on a CPU
+            8192 / max_tokens, or 16 where that is less; elsewhere all, or as many as fit.
+          chunk: tokens between two turns of the host.
+          memory: bytes of a device; None: what it says. A rollout that does not fit beside a training run is cut.
+        """
+        if not tokenizer.eos_ids or tokenizer.pad_id is None:
+            raise ValueError(
+                f"the tokenizer has eos_ids={tokenizer.eos_ids!r} and pad_id={tokenizer.pad_id!r}: sampling needs at "
+                "least one id that ends a completion, and one to pad with (an EOS id will do)."
+            )
+        if max_tokens < 1 or slots < 0:
+            raise ValueError(f"max_tokens={max_tokens} must be 1 or more, slots={slots} 0 or more.")
+        self.tokenizer, self.group_size = tokenizer, group_size
+        self.max_prompt_tokens, self.max_tokens = max_prompt_tokens, max_tokens
+        self.mesh, self._key, self._policy, self._slots, self._chunk = mesh, key, policy, slots, chunk
+        self._memory = device_memory() if memory is None else memory
+        self._eos_ids, strings = _ends(tokenizer, stop)
+        self._stop_table = stop_table(tokenizer.token_bytes, strings) if strings else None
+        self._plans: dict[int, Plan] = {}
+
+        def constrained(tree, axes, rules):
+            return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, rules))
+
+        placed = dataclasses.replace(
+            policy,
+            prepare=lambda p: constrained(policy.prepare(p), policy.sampler_axes, sharding.SAMPLER_RULES),
+            init_cache=lambda *shape: constrained(policy.init_cache(*shape), policy.cache_axes, sharding.SAMPLER_RULES),
+        )
+        start = functools.partial(sampling.start, placed, group_size=group_size, max_tokens=max_tokens, mesh=mesh)
+        self._start = jax.jit(start, static_argnames="slots")
+        self._decode = jax.jit(functools.partial(sampling.decode, placed, mesh=mesh), donate_argnums=1)
+        self._collect = jax.jit(functools.partial(sampling.collect, mesh=mesh))
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts.
+
+        Raises:
+          ValueError: a prompt is empty or longer than `max_prompt_tokens`.
+        """
+        rows = [self.tokenizer.encode(text) for text in prompts]
+        for text, row in zip(prompts, rows, strict=True):
+            if not 1 <= len(row) <= self.max_prompt_tokens:
+                raise ValueError(
+                    f"prompt {text!r} has {len(row)} tokens; expected from 1 to {self.max_prompt_tokens}. "
+                    "Shorten it, leave it out, or raise the limit."
+                )
+        return rows
+
+    def plan(self, params: PyTree, prompts: int) -> Plan:
+        """How many prompts and completions at a time: all if they fit beside a training run, else fewer, which is said.
+
+        A function of shapes and of the size of the memory, not of what is free at the moment, so that a run that is
+        continued does the same.
+
+        Raises:
+          ValueError: the prompts do not divide over the mesh.
+        """
+        if prompts in self._plans:
+            return self._plans[prompts]
+        devices, group = self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.group_size
+        sampling.arrange(prompts, group, 0, devices)  # raises
+        cpu = self.mesh.devices.flat[0].platform == "cpu"
+        wanted = self._slots or (max(_CPU_SLOTS, _CPU_COLUMNS // self.max_tokens) * devices if cpu else 0)
+        wanted = wanted if wanted < prompts * group else 0
+        sizes = {"max_prompt_tokens": self.max_prompt_tokens, "max_tokens": self.max_tokens, "group_size": group}
+        needs = lambda plan: rollout_bytes(
+            self._policy, self.mesh, params, prompts=plan.prompts, slots=plan.slots, **sizes
+        )
+        held = _HELD * _bytes(params, self._policy.param_axes, self.mesh, sharding.RULES)
+        room = math.inf if self._memory is None else 0.9 * self._memory - held
+        # Fewer slots first, as long as they are an eighth of the completions, or as many as were asked for; then waves.
+        waves = [n for n in range(1, prompts // devices + 1) if prompts // devices % n == 0]
+        parts = [1] if self._slots else [1, 2, 4, 8]
+        plans = [
+            Plan(
+                prompts=prompts // n, slots=0 if part == 1 and not wanted else (wanted or prompts * group) // (n * part)
+            )
+            for n in waves
+            for part in parts
+        ]
+        plan = next((plan for plan in plans if needs(plan) <= room), plans[-1])
+        if plan != plans[0]:
+            gib = lambda n: f"{n / 2**30:.2f} GiB"
+            logging.getLogger(__name__).warning(
+                "rollout: %d x %d completions at a time need about %s a device, beside %s of a training run, and there "
+                "are %s: sampled in %d waves of %d prompts, %s completions at a time.",
+                prompts, group, gib(needs(plans[0])), gib(held), gib(self._memory or 0), prompts // plan.prompts,
+                plan.prompts, plan.slots or plan.prompts * group,
+            )  # fmt: skip
+        return self._plans.setdefault(prompts, plan)
+
+    def __call__(
+        self, params: PyTree, prompts: Sequence[str], prompt_ids: Sequence[int] | np.ndarray,
+        sampling_params: SamplingParams, interrupt: Callable[[], None] = lambda: None,
+        limits: np.ndarray | None = None,
+    ) -> Rollout:  # fmt: skip
+        """Samples a group for each prompt; `interrupt` is called between chunks and may raise.
+
+        Args:
+          limits: [P, G] int32, where completions are cut before `max_tokens`; 0: nothing is sampled. None: nowhere.
+
+        Raises:
+          ValueError: the prompts do not divide over the mesh, or one is empty or too long.
+        """
+        waves = []
+        for arguments in self._waves(params, prompts, prompt_ids, limits):
+            prefilled, state = self._prefill(self._start, params, sampling_params, *arguments)
+            while True:
+                interrupt()
+                if state.done():
+                    break
+                state = self._decode(prefilled, state, np.int32(self._chunk))
+            waves.append(self._collect(prefilled, state, *arguments[1:3]))
+        return waves[0] if len(waves) == 1 else _join(waves)
+
+    def stream(
+        self, params: PyTree, prompts: Sequence[str], prompt_ids: Sequence[int] | np.ndarray,
+        sampling_params: SamplingParams, every: int = 1,
+    ) -> Iterator[list[list[str]]]:  # fmt: skip
+        """The completions of each prompt as they come, for people to watch: `texts[p][g]`, as far as they have got.
+
+        Args:
+          every: tokens between two turns.
+
+        Yields:
+          The texts of all, every time, at last whole; prompts that are sampled later have empty ones.
+
+        Raises:
+          ValueError: as `__call__`.
+        """
+        if every < 1:
+            raise ValueError(f"every={every} must be 1 or more tokens.")
+        texts = [[""] * self.group_size for _ in prompts]
+        first = 0
+        for arguments in self._waves(params, prompts, prompt_ids, None):
+            prefilled, state = self._prefill(self._start, params, sampling_params, *arguments)
+            while True:
+                so_far = jax.device_get(self._collect(prefilled, state, *arguments[1:3]))
+                for b, (ids, mask) in enumerate(zip(so_far.completion_tokens, so_far.mask, strict=True)):
+                    text = self.tokenizer.decode(ids[mask].tolist())
+                    # A character whose bytes are not all there yet waits for the others.
+                    done = so_far.finished[b] or mask.all()
+                    texts[first + b // self.group_size][b % self.group_size] = text if done else text.rstrip("\ufffd")
+                yield [list(row) for row in texts]
+                if state.done():
+                    break
+                state = self._decode(prefilled, state, np.int32(every))
+            first += len(arguments[1])
+
+    def compile(self, params: PyTree, prompts: int) -> tuple[Compiled, Compiled]:
+        """Prefill and a chunk of decoding, compiled ahead: to see what they need, on devices that are not here too.
+
+        Args:
+          params: ShapeDtypeStructs with shardings.
+          prompts: P, a multiple of data x fsdp.
+        """
+        rows, plan = sharding.batch_sharding(self.mesh), self.plan(params, prompts)
+        shape = lambda dtype, *columns: jax.ShapeDtypeStruct((plan.prompts, *columns), dtype, sharding=rows)
+        tokens, mask = (shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool))
+        arguments = plan.slots, tokens, mask, shape(np.uint32), shape(np.int32, self.group_size)
+        lowered = self._prefill(self._start.lower, params, SamplingParams(), *arguments)
+        start = lowered.compile()
+        abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        held = jax.tree.map(abstract, lowered.out_info, start.output_shardings)
+        return start, self._decode.lower(*held, np.int32(self._chunk)).compile()
+
+    def _waves(self, params, prompts, prompt_ids, limits) -> Iterator[tuple[Any, ...]]:
+        """Slots, and tokens, mask, ids and limits of as many prompts as are sampled at a time."""
+        plan = self.plan(params, len(prompts))
+        tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
+        shape = len(prompts), self.group_size
+        limits = np.full(shape, self.max_tokens) if limits is None else np.asarray(limits)
+        if limits.shape != shape or limits.min() < 0:
+            raise ValueError(f"limits of shape {limits.shape} must be {shape} numbers of tokens, 0 or more.")
+        arguments = tokens, mask, np.asarray(prompt_ids, np.uint32), limits.astype(np.int32)
+        for first in range(0, len(prompts), plan.prompts):
+            part = tuple(x[first : first + plan.prompts] for x in arguments)
+            yield plan.slots, *jax.device_put(part, sharding.batch_sharding(self.mesh))
+
+    def _prefill(self, run, params, sampling_params, slots, tokens, mask, ids, limits):
+        return run(
+            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self._eos_ids, np.int32),
+            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params, stop_table=self._stop_table,
+            limits=limits, slots=slots,
+        )  # fmt: skip
+
+
+@jax.jit
+def _join(waves: Sequence[Rollout]) -> Rollout:
+    """One rollout of several, in order."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *waves)

@@ -1,0 +1,272 @@
+"""Completions that pass through slots, windows of attention, prompts in chunks: other ways to the same completions."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import sampling, sharding
+from grpo_jax.data.stops import stop_table
+from grpo_jax.models import attention
+from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from tests import oracle
+from tests.test_sampling import (
+    IDS,
+    KEY,
+    NEVER,
+    PROMPTS,
+    STATIC,
+    G,
+    T,
+    V,
+    assert_same_up_to_near_ties,
+    flat_params,
+    generate,
+    options_of,
+    quantiles,
+    rollout,
+)
+from tests.test_training import collectives, computations, reached
+
+__all__ = ["flat_params", "quantiles", "rollout"]  # fixtures
+
+P = len(PROMPTS)
+
+
+def mesh_of(*sizes):
+    return sharding.make_mesh(sharding.MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
+
+
+@pytest.mark.parametrize(
+    ("slots", "devices", "expected"),
+    [
+        (0, 1, (64, 8)),
+        (512, 1, (64, 8)),
+        (600, 1, (64, 8)),
+        (64, 1, (32, 2)),
+        (64, 8, (32, 2)),
+        (16, 8, (8, 2)),
+        (8, 8, (8, 1)),
+        (1, 8, (8, 1)),  # every device has one at least
+        (256, 1, (64, 4)),  # no more rows than prompts
+        (1, 1, (1, 1)),
+    ],
+)
+def test_arrangements(slots, devices, expected):
+    assert sampling.arrange(64, 8, slots, devices) == expected
+
+
+def test_prompts_must_divide_over_the_devices():
+    with pytest.raises(ValueError, match="9 prompts do not divide over 4 devices"):
+        sampling.arrange(9, 8, 0, 4)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 17])
+def test_slots_do_not_matter(policy, params, rollout, quantiles, slots):
+    got = generate(policy, params, slots=slots)
+    assert_same_up_to_near_ties(rollout, got, quantiles)
+    np.testing.assert_array_equal(rollout.finished, got.finished)
+    np.testing.assert_allclose(rollout.sampler_logprobs, got.sampler_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("slots", [0, 8])
+def test_neither_do_slots_on_a_mesh(policy, params, rollout, quantiles, sizes, slots):
+    """Every device has a queue of its own."""
+    mesh = mesh_of(*sizes)
+    prompts, ids = jax.device_put((oracle.pad(PROMPTS, 5, "left"), IDS), sharding.batch_sharding(mesh))
+    placed = jax.device_put(params, sharding.shardings(params, policy.param_axes, mesh))
+    got = jax.device_get(generate(policy, placed, prompts, ids, slots=slots, mesh=mesh))
+    assert_same_up_to_near_ties(rollout, got, quantiles)
+    np.testing.assert_array_equal(rollout.finished, got.finished)
+
+
+@pytest.mark.parametrize("slots", [0, 2, 9])
+def test_limits(policy, flat_params, slots):
+    """A completion is the one without a limit, cut; a limit of 0 costs nothing and samples nothing."""
+    limits = np.random.default_rng(0).integers(0, T + 3, (P, G))
+    limits[2], limits[4, :2] = 0, 1
+    free = generate(policy, flat_params, eos=[5])
+    got = generate(policy, flat_params, eos=[5], limits=limits, slots=slots)
+    mask = np.asarray(free.mask) & (np.arange(T) < limits.reshape(-1, 1))
+    np.testing.assert_array_equal(got.mask, mask)
+    np.testing.assert_array_equal(got.completion_tokens, np.where(mask, free.completion_tokens, 0))
+    np.testing.assert_array_equal(got.finished, free.finished & (free.mask.sum(1) <= limits.reshape(-1)))
+
+
+def test_stop_strings_in_slots(policy, flat_params):
+    letters = [None, None, *(bytes([97 + i % 3]) * (1 + i % 2) for i in range(V - 4))]
+    options = {"eos": NEVER, "stop_table": stop_table(letters, ["ab", "cca"])}
+    expected, got = (generate(policy, flat_params, slots=slots, **options) for slots in (0, 5))
+    assert 8 < expected.finished.sum() < P * G
+    jax.tree.map(np.testing.assert_array_equal, expected.mask, got.mask)
+    np.testing.assert_array_equal(expected.completion_tokens, got.completion_tokens)
+
+
+# Long completions: windows, columns that go round, chunks of prompts ---------------------------------
+
+LONG = 40
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """Windows from 4 columns on, and prompts in chunks of 2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_WINDOW", 4)
+        patch.setattr(sampling, "_SMALLEST_CHUNK", 2)
+        patch.setattr(sampling, "_PREFILL_TOKENS", 1)
+        yield
+
+
+@functools.lru_cache
+def long_rollout(policy, narrow, slots):
+    config = TransformerConfig(vocab_size=V, layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=24)
+    windows = TransformerConfig(
+        vocab_size=V, layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=24, windows=(0, 7)
+    )
+    config = windows if policy == "windows" else config
+    policy, params = make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
+    limits = np.minimum(np.random.default_rng(3).geometric(4 / LONG, (P, G)), LONG)
+    options = options_of(NEVER, max_tokens=LONG, limits=limits, slots=slots)
+    # A function of its own: what is patched is read when it is traced.
+    sample = jax.jit(functools.partial(sampling.generate, policy), static_argnames=STATIC)
+    return sample(params, *oracle.pad(PROMPTS, 5), IDS, KEY, **options), limits
+
+
+@pytest.mark.parametrize("kind", ["all", "windows"])
+@pytest.mark.parametrize("slots", [0, 6])
+def test_windows_of_attention_and_chunks_of_prompts_do_not_matter(kind, slots, request):
+    expected, limits = long_rollout(kind, False, 0)
+    request.getfixturevalue("narrow")
+    got, _ = long_rollout(kind, True, slots)
+    np.testing.assert_array_equal(got.mask, np.arange(LONG) < limits.reshape(-1, 1))
+    same = (got.completion_tokens == expected.completion_tokens).all(axis=1)
+    assert same.mean() > 0.9  # but for near-ties
+    np.testing.assert_allclose(got.logprobs[same], expected.logprobs[same], atol=1e-4)
+
+
+def test_the_cost_follows_the_tokens(policy, params):
+    """Steps of all slots, beside the tokens there are: slots x longest would be more than twice as many."""
+    rng, prompts, group, slots, tokens = np.random.default_rng(0), 32, 8, 16, 64
+    limits = np.minimum(rng.geometric(4 / tokens, (prompts, group)), tokens)
+    arguments = policy, params, np.ones((prompts, 2), np.int32), np.ones((prompts, 2), bool), np.arange(prompts), KEY
+    options = options_of(NEVER, group_size=group, max_tokens=tokens, limits=limits, slots=slots)
+    prefilled, state = jax.jit(sampling.start, static_argnums=0, static_argnames=STATIC)(*arguments, **options)
+    state = jax.jit(sampling.decode, static_argnums=0)(policy, prefilled, state, prompts * group * tokens)
+    taken = int(state.step) * slots
+    assert limits.sum() - limits.size <= taken < 1.4 * limits.sum()
+    assert prompts * group * tokens > 2.5 * taken
+
+
+# What is compiled -----------------------------------------------------------------------------------
+
+CONFIG = TransformerConfig(vocab_size=V, layers=2, width=16, heads=4, kv_heads=2, head_width=64, mlp_width=32)
+COLUMNS = 256
+
+
+def programs(group, slots, mesh=None, prompts=16, columns=64):
+    """The lowered start, and the compiled decode, of parameters that lie over fsdp, if there is a mesh."""
+    policy = make_policy(CONFIG)
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    place = lambda x: None
+    if mesh is not None:
+        where = sharding.shardings(shapes, policy.param_axes, mesh)
+        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+        place = lambda x: sharding.batch_sharding(mesh)
+        placed = lambda tree, axes: jax.lax.with_sharding_constraint(
+            tree, sharding.shardings(tree, axes, mesh, sharding.SAMPLER_RULES)
+        )
+        plain = policy
+        policy = dataclasses.replace(
+            plain,
+            prepare=lambda p: placed(plain.prepare(p), plain.sampler_axes),
+            init_cache=lambda *shape: placed(plain.init_cache(*shape), plain.cache_axes),
+        )
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((prompts, *shape), dtype, sharding=place(shape))
+    start = jax.jit(functools.partial(sampling.start, policy, mesh=mesh), static_argnames=STATIC)
+    lowered = start.lower(
+        shapes, array(jnp.int32, columns), array(bool, columns), array(jnp.uint32), KEY,
+        **options_of(group_size=group, max_tokens=COLUMNS, slots=slots),
+    )  # fmt: skip
+    compiled = lowered.compile()
+    held = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=x.weak_type),
+        lowered.out_info, compiled.output_shardings,
+    )  # fmt: skip
+    decode = jax.jit(functools.partial(sampling.decode, policy, mesh=mesh), donate_argnums=1)
+    return compiled, held, decode.lower(*held, np.int32(8)).compile()
+
+
+def in_the_loop(text):
+    found = computations(text)
+    return [line for name in reached(found, re.findall(r"body=%?([\w.\-]+)", text)) for line in found[name]]
+
+
+def copied(text):
+    """The largest array that is copied for every token, in elements."""
+    copies = [line for line in in_the_loop(text) if re.search(r" (copy|transpose)\(", line)]
+    shapes = [re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]", line) for line in copies]
+    return max((math.prod(map(int, filter(None, m[1].split(",")))) for m in shapes if m), default=0)
+
+
+@pytest.mark.parametrize("slots", [0, 16])
+def test_neither_caches_nor_weights_are_copied_for_a_token(slots):
+    _, (prefilled, state), decode = programs(8, slots)
+    assert " while(" in decode.as_text()
+    caches = [x.size for x in jax.tree.leaves((state.cache, prefilled.prompts))]
+    assert copied(decode.as_text()) < min(caches)
+    # Beside activations, a window of half the columns of one layer at a time, and no prompt's cache a slot.
+    layer = 4 * sum(x.size for x in jax.tree.leaves(state.cache[0]))
+    assert decode.memory_analysis().temp_size_in_bytes < 0.75 * layer
+
+
+def test_a_copy_in_a_loop_is_found():
+    """The negative control: a cache whose columns are reversed for every token."""
+
+    def careless(cache):
+        def body(i, cache):
+            row = (cache @ cache[0, 0]).sum(axis=0)
+            return jax.lax.dynamic_update_index_in_dim(cache, cache[::-1, ::-1].swapaxes(1, 2)[0] + row.sum(), i, 0)
+
+        return jax.lax.fori_loop(0, 8, body, cache)
+
+    text = jax.jit(careless).lower(jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)).compile().as_text()
+    assert copied(text) >= 8 * 64 * 64
+
+
+def test_the_prompts_cache_and_prefill_do_not_grow_with_the_group():
+    (small, (prefilled, _), _), (large, (same, _), _) = programs(4, 0), programs(16, 0)
+    assert jax.tree.map(jnp.shape, prefilled.prompts) == jax.tree.map(jnp.shape, same.prompts)
+    flops = [program.cost_analysis()["flops"] for program in (small, large)]
+    choice = 16 * 16 * V * 40  # of the first tokens
+    assert abs(flops[1] - flops[0]) < choice < 0.2 * flops[0]
+
+
+@pytest.mark.parametrize("slots", [0, 32])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1)])
+def test_nothing_travels_for_a_token(slots, sizes):
+    """But a number or two that says whether anybody is alive; parameters over fsdp are gathered once a rollout."""
+    start, _, decode = programs(8, slots, mesh_of(*sizes))
+    _, inside = collectives(decode.as_text())
+    for line in inside:
+        (returned,) = re.findall(r"= (.*?) all-", line)
+        assert "all-reduce" in line, line
+        assert set(re.findall(r"\[([\d,]*)\]", returned)) == {""}, line
+    assert sizes[1] == 1 or "all-gather" in start.as_text()
+
+
+def test_decoding_compiles_once(policy, params):
+    """What `start` returns and what `decode` returns are of one type."""
+    for slots in (0, 3):
+        prefilled, state = jax.eval_shape(
+            functools.partial(sampling.start, policy, **options_of(slots=slots)), params,
+            np.ones((P, 5), np.int32), np.ones((P, 5), bool), IDS, KEY,
+        )  # fmt: skip
+        after = jax.eval_shape(functools.partial(sampling.decode, policy), prefilled, state, np.int32(3))
+        of = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.weak_type))
+        assert of(state) == of(after)
