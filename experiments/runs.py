@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import platform
@@ -30,6 +29,7 @@ from grpo_jax.models import pretrained  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.rollouts import RolloutConfig  # noqa: E402
+from grpo_jax.sampler import device_memory, rollout_bytes  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 from grpo_jax.types import Policy, Surplus, TrainState  # noqa: E402
 
@@ -215,19 +215,7 @@ def memory(
     A compiler needs somewhat more or less: it fuses, and keeps copies.
     """
     shapes, axes = abstract_params(config)
-    place = sharding.shardings(shapes, axes, mesh)
-    per_device = lambda tree, places: sum(
-        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-        for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
-    )
-    params = per_device(shapes, place)
-    sampler = jax.eval_shape(policy.prepare, shapes)
-    weights = per_device(sampler, sharding.shardings(sampler, policy.sampler_axes, mesh, sharding.SAMPLER_RULES))
-
-    def cache(*shape):
-        tree = jax.eval_shape(lambda: policy.init_cache(*shape))
-        return per_device(tree, sharding.shardings(tree, policy.cache_axes, mesh, sharding.SAMPLER_RULES))
-
+    params = sharding.device_bytes(shapes, axes, mesh)
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
     width = 2 if config.compute_dtype == "bfloat16" else 4
@@ -242,11 +230,16 @@ def memory(
         "state": params * (3 + needs_reference),  # parameters, two moments of Adam's, the reference
         # Gradients, summed up over microbatches; activations; logits.
         "update": params * (1 + (update.microbatches > 1)) + kept + logits,
-        "rollout": weights
-        + cache(rollout.prompts, 1, max_prompt_tokens)
-        + cache(rollout.prompts, rollout.group_size, max_tokens)
-        # Logits of a token, with what is drawn beside them.
-        + 3 * rollout.prompts * rollout.group_size * config.vocab_size // (shards * tensor) * 4,
+        "rollout": rollout_bytes(
+            policy,
+            mesh,
+            shapes,
+            prompts=rollout.prompts,
+            group_size=rollout.group_size,
+            slots=rollout.slots,
+            max_prompt_tokens=max_prompt_tokens,
+            max_tokens=max_tokens,
+        ),
     }
 
 
@@ -254,10 +247,7 @@ def memory_line(bytes_of: Mapping[str, int]) -> str:
     """`memory` in words, beside what the device has, where it says."""
     gib = lambda n: f"{n / 2**30:.2f} GiB"
     total = bytes_of["state"] + max(bytes_of["update"], bytes_of["rollout"])
-    device, *others = jax.local_devices()
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if device.platform == "cpu":  # they share the host's
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 + len(others))
+    limit = device_memory()
     parts = ", ".join(f"{name} {gib(n)}" for name, n in bytes_of.items())
     line = f"memory a device, estimated: {gib(total)} ({parts})"
     if limit is None:

@@ -54,13 +54,6 @@ def device_memory() -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _bytes(tree: PyTree, axes: PyTree, mesh: Mesh, rules: sharding.Rules) -> int:
-    """Of a tree of shapes, on a device."""
-    places = sharding.shardings(tree, axes, mesh, rules)
-    sizes = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
-    return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in sizes)
-
-
 def rollout_bytes(
     policy: Policy, mesh: Mesh, params: PyTree, *, prompts: int, group_size: int, slots: int, max_prompt_tokens: int,
     max_tokens: int,
@@ -78,12 +71,12 @@ def rollout_bytes(
 
     def cache(*shape: int) -> int:
         tree = jax.eval_shape(lambda: policy.init_cache(*shape))
-        return _bytes(tree, policy.cache_axes, mesh, sharding.SAMPLER_RULES)
+        return sharding.device_bytes(tree, policy.cache_axes, mesh, sharding.SAMPLER_RULES)
 
     refilled = (rows, width) != (prompts, group_size)
     logits = rows * width * kernel.shape[0] * 4 // (devices * mesh.shape["tensor"])
     return (
-        _bytes(weights, policy.sampler_axes, mesh, sharding.SAMPLER_RULES)
+        sharding.device_bytes(weights, policy.sampler_axes, mesh, sharding.SAMPLER_RULES)
         + cache(prompts, 1, max_prompt_tokens)
         + refilled * cache(rows, 1, max_prompt_tokens)
         + cache(rows, width, max_tokens)
@@ -126,11 +119,13 @@ class Sampler:
             raise ValueError(f"max_tokens={max_tokens} must be 1 or more, slots={slots} 0 or more.")
         self.tokenizer, self.group_size = tokenizer, group_size
         self.max_prompt_tokens, self.max_tokens = max_prompt_tokens, max_tokens
-        self.mesh, self._key, self._policy, self._slots, self._chunk = mesh, key, policy, slots, chunk
+        self.mesh, self._policy, self._slots, self._chunk = mesh, policy, slots, chunk
         self._memory = device_memory() if memory is None else memory
-        self._eos_ids, strings = _ends(tokenizer, stop)
-        self._stop_table = stop_table(tokenizer.token_bytes, strings) if strings else None
+        eos_ids, strings = _ends(tokenizer, stop)
+        table = stop_table(tokenizer.token_bytes, strings) if strings else None
+        self._fixed = key, np.asarray(eos_ids, np.int32), np.int32(tokenizer.pad_id), table
         self._plans: dict[int, Plan] = {}
+        self._compiled: dict[Plan, tuple[Any, Any]] = {}
 
         def constrained(tree, axes, rules):
             return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, rules))
@@ -140,10 +135,10 @@ class Sampler:
             prepare=lambda p: constrained(policy.prepare(p), policy.sampler_axes, sharding.SAMPLER_RULES),
             init_cache=lambda *shape: constrained(policy.init_cache(*shape), policy.cache_axes, sharding.SAMPLER_RULES),
         )
-        start = functools.partial(sampling.start, placed, group_size=group_size, max_tokens=max_tokens, mesh=mesh)
-        self._start = jax.jit(start, static_argnames="slots")
-        self._decode = jax.jit(functools.partial(sampling.decode, placed, mesh=mesh), donate_argnums=1)
-        self._collect = jax.jit(functools.partial(sampling.collect, mesh=mesh))
+        self._placed = placed
+        self._collect = jax.jit(
+            functools.partial(sampling.collect, mesh=mesh), out_shardings=sharding.batch_sharding(mesh)
+        )
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts.
@@ -180,18 +175,14 @@ class Sampler:
         needs = lambda plan: rollout_bytes(
             self._policy, self.mesh, params, prompts=plan.prompts, slots=plan.slots, **sizes
         )
-        held = _HELD * _bytes(params, self._policy.param_axes, self.mesh, sharding.RULES)
+        held = _HELD * sharding.device_bytes(params, self._policy.param_axes, self.mesh)
         room = math.inf if self._memory is None else 0.9 * self._memory - held
-        # Fewer slots first, as long as they are an eighth of the completions, or as many as were asked for; then waves.
-        waves = [n for n in range(1, prompts // devices + 1) if prompts // devices % n == 0]
-        parts = [1] if self._slots else [1, 2, 4, 8]
-        plans = [
-            Plan(
-                prompts=prompts // n, slots=0 if part == 1 and not wanted else (wanted or prompts * group) // (n * part)
-            )
-            for n in waves
-            for part in parts
-        ]
+        # Fewer slots first, down to an eighth, or as many as were asked for; then waves.
+        plans = []
+        for size in [prompts // n for n in range(1, prompts // devices + 1) if prompts // devices % n == 0]:
+            every = min(wanted or size * group, size * group)
+            for slots in [max(1, every // part) for part in ((1,) if self._slots else (1, 2, 4, 8))]:
+                plans.append(Plan(prompts=size, slots=0 if slots == size * group else slots))
         plan = next((plan for plan in plans if needs(plan) <= room), plans[-1])
         if plan != plans[0]:
             gib = lambda n: f"{n / 2**30:.2f} GiB"
@@ -217,14 +208,15 @@ class Sampler:
           ValueError: the prompts do not divide over the mesh, or one is empty or too long.
         """
         waves = []
-        for arguments in self._waves(params, prompts, prompt_ids, limits):
-            prefilled, state = self._prefill(self._start, params, sampling_params, *arguments)
+        for prefilled, state, decode, *tokens_and_mask in self._begin(
+            params, prompts, prompt_ids, sampling_params, limits
+        ):
             while True:
                 interrupt()
                 if state.done():
                     break
-                state = self._decode(prefilled, state, np.int32(self._chunk))
-            waves.append(self._collect(prefilled, state, *arguments[1:3]))
+                state = decode(prefilled, state, np.int32(self._chunk))
+            waves.append(self._collect(prefilled, state, *tokens_and_mask))
         return waves[0] if len(waves) == 1 else _join(waves)
 
     def stream(
@@ -246,20 +238,19 @@ class Sampler:
             raise ValueError(f"every={every} must be 1 or more tokens.")
         texts = [[""] * self.group_size for _ in prompts]
         first = 0
-        for arguments in self._waves(params, prompts, prompt_ids, None):
-            prefilled, state = self._prefill(self._start, params, sampling_params, *arguments)
+        for prefilled, state, decode, tokens, mask in self._begin(params, prompts, prompt_ids, sampling_params, None):
             while True:
-                so_far = jax.device_get(self._collect(prefilled, state, *arguments[1:3]))
-                for b, (ids, mask) in enumerate(zip(so_far.completion_tokens, so_far.mask, strict=True)):
-                    text = self.tokenizer.decode(ids[mask].tolist())
+                so_far = jax.device_get(self._collect(prefilled, state, tokens, mask))
+                for b, (ids, keep) in enumerate(zip(so_far.completion_tokens, so_far.mask, strict=True)):
+                    text = self.tokenizer.decode(ids[keep].tolist())
                     # A character whose bytes are not all there yet waits for the others.
-                    done = so_far.finished[b] or mask.all()
+                    done = so_far.finished[b] or keep.all()
                     texts[first + b // self.group_size][b % self.group_size] = text if done else text.rstrip("\ufffd")
                 yield [list(row) for row in texts]
                 if state.done():
                     break
-                state = self._decode(prefilled, state, np.int32(every))
-            first += len(arguments[1])
+                state = decode(prefilled, state, np.int32(every))
+            first += len(tokens)
 
     def compile(self, params: PyTree, prompts: int) -> tuple[Compiled, Compiled]:
         """Prefill and a chunk of decoding, compiled ahead: to see what they need, on devices that are not here too.
@@ -271,32 +262,57 @@ class Sampler:
         rows, plan = sharding.batch_sharding(self.mesh), self.plan(params, prompts)
         shape = lambda dtype, *columns: jax.ShapeDtypeStruct((plan.prompts, *columns), dtype, sharding=rows)
         tokens, mask = (shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool))
-        arguments = plan.slots, tokens, mask, shape(np.uint32), shape(np.int32, self.group_size)
-        lowered = self._prefill(self._start.lower, params, SamplingParams(), *arguments)
+        arguments = (
+            params,
+            SamplingParams(),
+            *self._fixed,
+            tokens,
+            mask,
+            shape(np.uint32),
+            shape(np.int32, self.group_size),
+        )
+        start, decode = self._programs(plan, *arguments)
+        lowered = start.lower(*arguments)
         start = lowered.compile()
         abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         held = jax.tree.map(abstract, lowered.out_info, start.output_shardings)
-        return start, self._decode.lower(*held, np.int32(self._chunk)).compile()
+        return start, decode.lower(*held, np.int32(self._chunk)).compile()
 
-    def _waves(self, params, prompts, prompt_ids, limits) -> Iterator[tuple[Any, ...]]:
-        """Slots, and tokens, mask, ids and limits of as many prompts as are sampled at a time."""
+    def _programs(self, plan: Plan, *arguments: Any) -> tuple[Any, Any]:
+        """`start` and `decode`, jitted; what they return lies where they take it, and nothing is compiled twice."""
+        if plan not in self._compiled:
+
+            def start(params, sampling_params, key, eos_ids, pad_id, stop_table, tokens, mask, ids, limits):
+                return sampling.start(
+                    self._placed, params, tokens, mask, ids, key, group_size=self.group_size,
+                    max_tokens=self.max_tokens, eos_ids=eos_ids, pad_id=pad_id, sampling=sampling_params,
+                    stop_table=stop_table, limits=limits, slots=plan.slots, mesh=self.mesh,
+                )  # fmt: skip
+
+            prefilled, state = jax.eval_shape(start, *arguments)
+            places = sampling.placement(self._policy, prefilled, state, self.mesh)
+            decode = functools.partial(sampling.decode, self._placed, mesh=self.mesh)
+            self._compiled[plan] = (
+                jax.jit(start, out_shardings=places),
+                jax.jit(decode, out_shardings=places[1], donate_argnums=1),
+            )
+        return self._compiled[plan]
+
+    def _begin(self, params, prompts, prompt_ids, sampling_params, limits) -> Iterator[tuple[Any, ...]]:
+        """For as many prompts as are sampled at a time: prefilled, state, decode, their tokens and mask."""
         plan = self.plan(params, len(prompts))
         tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
         shape = len(prompts), self.group_size
         limits = np.full(shape, self.max_tokens) if limits is None else np.asarray(limits)
         if limits.shape != shape or limits.min() < 0:
             raise ValueError(f"limits of shape {limits.shape} must be {shape} numbers of tokens, 0 or more.")
-        arguments = tokens, mask, np.asarray(prompt_ids, np.uint32), limits.astype(np.int32)
+        of_prompts = tokens, mask, np.asarray(prompt_ids, np.uint32), limits.astype(np.int32)
         for first in range(0, len(prompts), plan.prompts):
-            part = tuple(x[first : first + plan.prompts] for x in arguments)
-            yield plan.slots, *jax.device_put(part, sharding.batch_sharding(self.mesh))
-
-    def _prefill(self, run, params, sampling_params, slots, tokens, mask, ids, limits):
-        return run(
-            params, tokens, mask, ids, self._key, eos_ids=np.asarray(self._eos_ids, np.int32),
-            pad_id=np.int32(self.tokenizer.pad_id), sampling=sampling_params, stop_table=self._stop_table,
-            limits=limits, slots=slots,
-        )  # fmt: skip
+            part = tuple(x[first : first + plan.prompts] for x in of_prompts)
+            part = jax.device_put(part, sharding.batch_sharding(self.mesh))
+            arguments = params, sampling_params, *self._fixed, *part
+            start, decode = self._programs(plan, *arguments)
+            yield *start(*arguments), decode, *part[:2]
 
 
 @jax.jit

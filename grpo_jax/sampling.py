@@ -30,7 +30,7 @@ from grpo_jax.logprobs import unembed
 from grpo_jax.token_choice import Choice, choose_tokens
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, record
 
-__all__ = ["Decoding", "Prefilled", "arrange", "collect", "decode", "generate", "start"]
+__all__ = ["Decoding", "Prefilled", "arrange", "collect", "decode", "generate", "placement", "start"]
 
 _PREFILL_TOKENS = 2**14  # a device extends its prompts' caches by at most so many tokens at a time, which bounds memory
 _SMALLEST_CHUNK = 64
@@ -157,15 +157,17 @@ def _chunks(prompts: int, columns: int, devices: int) -> tuple[int, int]:
     return chunks, -(-columns // chunks)
 
 
-def _prefill(policy: Policy, params: PyTree, tokens: jax.Array, lengths: jax.Array, devices: int):
+def _prefill(
+    policy: Policy, params: PyTree, tokens: jax.Array, lengths: jax.Array, devices: int
+) -> tuple[jax.Array, PyTree, jax.Array]:  # fmt: skip
     """The hidden state [P, D] behind each prompt, the caches of all, and their columns; in chunks of columns."""
     prompts = len(tokens)
-    chunks, width = _chunks(*tokens.shape, devices)
+    chunks, width = _chunks(prompts, tokens.shape[1], devices)
     columns = jnp.arange(chunks * width)
     tokens, index = jnp.pad(tokens, ((0, 0), (0, columns.size - tokens.shape[1]))), columns[None]
     positions = jnp.where(index < lengths[:, None], index, -1)[:, None]  # [P, 1, columns]
 
-    def extend(i, cache):
+    def extend(i, cache: PyTree) -> tuple[jax.Array, PyTree]:
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1)
         column = i * width
         hidden, cache = policy.extend(
@@ -257,6 +259,27 @@ def start(
         results=Results(tokens=_write(tokens, first, 0), lengths=jnp.minimum(limits, 1), finished=ended),
     )
     return prefilled, _refill(policy, prefilled, state, jnp.zeros((rows, width), bool), mesh)
+
+
+def placement(policy: Policy, prefilled: Prefilled, state: Decoding, mesh: Mesh) -> tuple[Prefilled, Decoding]:
+    """Where what `start` returns lies: rows and prompts over data and fsdp, heads of caches and weights over tensor."""
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    place = functools.partial(sharding.shardings, mesh=mesh, rules=sharding.SAMPLER_RULES)
+    every = lambda where, tree: jax.tree.map(lambda _: where, tree)
+    return (
+        dataclasses.replace(
+            every(whole, prefilled),
+            params=place(prefilled.params, policy.sampler_axes),
+            prompts=place(prefilled.prompts, policy.cache_axes),
+            queue=every(rows, prefilled.queue),
+        ),
+        dataclasses.replace(
+            every(rows, state),
+            step=whole,
+            cache=place(state.cache, policy.cache_axes),
+            prefix=None if state.prefix is None else place(state.prefix, policy.cache_axes),
+        ),
+    )
 
 
 # Slots that change hands: of one device's prompts and rows ------------------------------------------
@@ -396,8 +419,7 @@ def _refill(policy: Policy, prefilled: Prefilled, state: Decoding, leaving: jax.
     )
     copy = _copy_rows
     if mesh is not None and mesh.size > 1:
-        places = sharding.shardings(state.prefix, policy.cache_axes, mesh, sharding.SAMPLER_RULES)
-        specs = jax.tree.map(lambda place: place.spec, places)
+        specs = jax.tree.map(lambda place: place.spec, placement(policy, prefilled, state, mesh)[1].prefix)
         rows = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
         copy = jax.shard_map(
             _copy_rows, mesh=mesh, in_specs=(rows, rows, specs, specs), out_specs=specs, check_vma=False

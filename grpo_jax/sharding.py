@@ -17,6 +17,7 @@ __all__ = [
     "SAMPLER_RULES",
     "MeshConfig",
     "batch_sharding",
+    "device_bytes",
     "make_mesh",
     "per_device",
     "replicated",
@@ -120,6 +121,13 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any
         return NamedSharding(mesh, _spec(leaf_axes, leaf.shape, mesh, rules, name))
 
     return jax.tree_util.tree_map_with_path(one, abstract, axes)
+
+
+def device_bytes(abstract: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> int:
+    """Bytes of a tree on one device, where `shardings` puts it."""
+    places = jax.tree.leaves(shardings(abstract, axes, mesh, rules))
+    sizes = zip(jax.tree.leaves(abstract), places, strict=True)
+    return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in sizes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,7 +27,7 @@ OTHER = {
               "norm_epsilon": 1e-3, "compute_dtype": "bfloat16"},
     "warm_start": {"steps": 3, "batch": 4, "learning_rate": 0.1, "seed": 5},
     "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 3, "temperature": 0.5, "top_k": 1, "top_p": 0.01,
-                "stop": tuple("0123456789+-*/()= :"), "max_waves": 2},
+                "min_p": 1.0, "slots": 1, "stop": tuple("0123456789+-*/()= :"), "max_waves": 2},
     "advantages": {"baseline": "batch", "scale": "none", "ddof": 0, "epsilon": 1.0, "smoothing": 0.5, "discount": 0.5,
                    "normalize_each": True, "count_truncated": False, "train_truncated": False},
     "loss": {"objective": "gspo", "kl_coef": 1.0, "kl": "k2", "weighted_kl": True, "kl_in_reward": True,
@@ -167,7 +167,8 @@ def observe_rollout(config, tmp_path):
     state = types.SimpleNamespace(params=fresh_params(config), cursor=0, step=0, surplus=surplus)
     journal = types.SimpleNamespace(read=lambda *_: None, write=lambda *_: None)
     experience = experiment.rollouts()(state, journal, lambda: None)
-    return np.asarray(experience.batch.completion_tokens).tolist(), experience.prompts_consumed
+    plan = experiment.sampler.plan(state.params, 2)  # slots change no token
+    return np.asarray(experience.batch.completion_tokens).tolist(), experience.prompts_consumed, plan.slots
 
 
 def observe_run(config, tmp_path):

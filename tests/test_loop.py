@@ -22,6 +22,7 @@ from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.telemetry import WorkdirError, _JsonLines, read_jsonl
 from grpo_jax.types import TrainState
+from tests.compilations import Compilations
 
 
 def fresh():
@@ -212,21 +213,6 @@ def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkey
     assert "10s (rollout 20% rewards 10% update 30% other 40%)" in capsys.readouterr().out
 
 
-class Compilations(list):
-    """Everything that JAX traces or compiles while this is open, by name."""
-
-    def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self.hear)
-        return self
-
-    def __exit__(self, *exception):
-        jax.monitoring.unregister_event_duration_listener(self.hear)
-
-    def hear(self, event, duration, **said):
-        if event.startswith("/jax/core/compile/"):
-            self.append(f"{event.rpartition('/')[2]} of {said.get('fun_name')}")
-
-
 def compiled_by_step(workdir, steps, change=lambda batch, step: batch):
     """What a real run with a tiny model compiles, by step; and the mean lengths of its completions."""
     tokenizer, mesh, key = ByteTokenizer("abcd"), sharding.make_mesh(), jax.random.key(0)
@@ -235,9 +221,8 @@ def compiled_by_step(workdir, steps, change=lambda batch, step: batch):
     )
     policy, sizes = make_policy(config), {"max_tokens": 12, "max_prompt_tokens": 3}
     source = lambda i: Prompt(text="abc"[: 1 + i % 3], columns={})
-    rewards = [
-        Reward(name="six", function=lambda completions, **columns: [-abs(len(text) - 6) for text in completions])
-    ]
+    # At last completions end with their first token.
+    rewards = [Reward(name="short", function=lambda completions, **columns: [-len(text) / 12 for text in completions])]
     objective, update = (
         objectives.make_objective(objectives.LossConfig(kl_coef=0.1)),
         training.UpdateConfig(minibatches=2, microbatches=2),

@@ -317,10 +317,11 @@ def test_memory_by_hand():
     # 2 rows of 10 columns at a time. Of a layer: query and output (16 each), the MLP (3 x 12); scores of 2 heads twice.
     layer, inner, scores = 4 * 2 * 10 * 8, 4 * 2 * 10 * (32 + 36), 4 * 2 * 2 * 2 * 10 * 10
     logits = 4 * 5 * 2 * 4 * 16
+    kept = 2 * 12 * 4 * 4  # ids and log-probabilities of all tokens, twice
     expected = {
         "state": 3 * params,
         "update": 2 * params + 4 * layer + inner + scores + logits,
-        "rollout": params + cache(2, 6) + cache(4, 4) + 3 * 4 * 16 * 4,  # logits of a token of 4 completions
+        "rollout": params + cache(2, 6) + cache(4, 4) + 3 * 4 * 16 * 4 + kept,  # logits of 4 tokens
     }
     assert memory() == expected
     assert memory(needs_reference=True) == {**expected, "state": 4 * params}
@@ -336,12 +337,12 @@ def test_memory_is_split_over_the_mesh_and_the_sampler_is_halved_by_bfloat16():
     whole = memory()
     split = memory(mesh=sharding.MeshConfig(fsdp=2))
     assert split["state"] * 2 == whole["state"]  # every leaf has the model's width
-    assert split["rollout"] == whole["rollout"] - (4 * 2 * 8) * (1 * 6 + 2 * 4) - 3 * 2 * 16 * 4  # weights whole
+    assert split["rollout"] == whole["rollout"] - (4 * 2 * 8) * (1 * 6 + 2 * 4) - 3 * 2 * 16 * 4 - 192  # weights whole
     copies = memory(mesh=sharding.MeshConfig(data=2))
     assert copies["state"] == whole["state"]
     halved = memory(dataclasses.replace(TINY, compute_dtype="bfloat16"))
     assert halved["state"] == whole["state"]
-    kept = 2 * 3 * 8 + 3 * 4 * 16 * 4 // 2  # three norms stay as they are, and logits
+    kept = 2 * 3 * 8 + 3 * 4 * 16 * 4 // 2 + 192  # three norms stay as they are, logits, and what is returned
     assert halved["rollout"] == whole["rollout"] // 2 + kept
 
 

@@ -309,7 +309,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         own = {w: Block(cache={}, visible=sees(key_positions, w), end=end, live=live) for w in set(pattern)}
         x, new_cache = embed(params, tokens), []
         seen, prefix_end = {}, prefix_live
-        if prefix is not None:
+        if prefix is not None and prefix_positions is not None:
             seen = {w: sees(prefix_positions, w) for w in set(pattern)}
             prefix_end = prefix_positions.shape[-1] if prefix_live is None else prefix_live
         for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):

@@ -1,0 +1,159 @@
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import sampling, sharding
+from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.sampler import Plan, Sampler, device_memory, rollout_bytes
+from grpo_jax.types import SamplingParams
+from tests.compilations import Compilations
+
+TOKENIZER = ByteTokenizer("abcdefgh")
+CONFIG = TransformerConfig(
+    vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16
+)
+POLICY = make_policy(CONFIG)
+P, G, T = 8, 4, 10
+PROMPTS = ["a", "bc", "dea", "fg", "h", "ab", "ba", "cab"]
+SIZES = {"group_size": G, "max_tokens": T, "max_prompt_tokens": 3}
+
+
+def make(mesh=None, **options):
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    return Sampler(POLICY, mesh, TOKENIZER, key=jax.random.key(0), **{**SIZES, "chunk": 3, **options})
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def rollout(params):
+    return jax.device_get(make()(params, PROMPTS, range(P), SamplingParams()))
+
+
+def needs(prompts, slots, mesh=None):
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    return rollout_bytes(
+        POLICY, mesh, shapes, prompts=prompts, group_size=G, slots=slots, max_tokens=T, max_prompt_tokens=3
+    )
+
+
+def memory_for(plan):
+    """The least memory that leaves room for a plan beside a training run."""
+    held = 4 * sum(x.size * 4 for x in jax.tree.leaves(init_params(CONFIG, jax.random.key(0))))
+    return int((needs(plan.prompts, plan.slots) + held) / 0.9) + 2
+
+
+@pytest.mark.parametrize("plan", [Plan(prompts=8, slots=16), Plan(prompts=4, slots=2), None])
+def test_a_rollout_larger_than_memory_is_cut(params, rollout, plan, caplog):
+    """Fewer slots, then waves: what is sampled is the same, and it is said once. At worst one by one."""
+    sampler = make(memory=1 if plan is None else memory_for(plan))
+    got, plan = sampler.plan(params, P), plan or Plan(prompts=1, slots=1)
+    assert got.prompts == plan.prompts
+    assert needs(got.prompts, got.slots) <= needs(plan.prompts, plan.slots)
+    (said,) = {record.message for record in caplog.records}
+    assert f"sampled in {P // got.prompts} waves of {got.prompts} prompts" in said
+    again = jax.device_get(sampler(params, PROMPTS, range(P), SamplingParams()))
+    np.testing.assert_array_equal(rollout.completion_tokens, again.completion_tokens)
+    np.testing.assert_array_equal(rollout.mask, again.mask)
+    assert len({record.message for record in caplog.records}) == 1
+
+
+def test_what_fits_is_not_cut(params, caplog):
+    assert make(memory=memory_for(Plan(prompts=P, slots=0))).plan(params, P) == Plan(prompts=P, slots=0)
+    assert make(slots=5).plan(params, P) == Plan(prompts=P, slots=5)
+    assert make(slots=P * G).plan(params, P) == Plan(prompts=P, slots=0)
+    assert device_memory() > 2**20
+    assert not caplog.records
+
+
+def test_a_cpu_has_few_slots_and_fewer_for_long_completions(params):
+    plans = [make(max_tokens=tokens).plan(params, 64).slots for tokens in (10, 64, 256, 4096)]
+    assert plans == [0, 128, 32, 16]
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2))
+    assert make(mesh, max_tokens=256).plan(params, 64).slots == 64  # of two devices
+
+
+def test_estimates_are_what_is_there(params):
+    """Arguments and results of the compiled loop, which leaves little beside them."""
+    for slots in (0, 8):
+        sampler = make(slots=slots)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        _, decode = sampler.compile(shapes, P)
+        real = decode.memory_analysis().argument_size_in_bytes
+        assert real < needs(P, slots) < 1.6 * real
+
+
+def test_limits_are_checked(params):
+    with pytest.raises(ValueError, match=r"limits of shape \(8,\) must be \(8, 4\) numbers"):
+        make()(params, PROMPTS, range(P), SamplingParams(), limits=np.ones(P, int))
+    with pytest.raises(ValueError, match="0 or more"):
+        make()(params, PROMPTS, range(P), SamplingParams(), limits=np.full((P, G), -1))
+    with pytest.raises(ValueError, match="slots=-1"):
+        make(slots=-1)
+
+
+@pytest.mark.parametrize("slots", [0, 6])
+def test_limits_cut(params, rollout, slots):
+    limits = np.random.default_rng(0).integers(0, T + 2, (P, G))
+    got = make(slots=slots)(params, PROMPTS, range(P), SamplingParams(), limits=limits)
+    mask = rollout.mask & (np.arange(T) < limits.reshape(-1, 1))
+    np.testing.assert_array_equal(got.mask, mask)
+    np.testing.assert_array_equal(got.completion_tokens, np.where(mask, rollout.completion_tokens, TOKENIZER.pad_id))
+
+
+@pytest.mark.parametrize("slots", [0, 6])
+def test_a_stream_shows_completions_as_they_come(params, rollout, slots):
+    expected = [
+        TOKENIZER.decode(ids[mask].tolist()) for ids, mask in zip(rollout.completion_tokens, rollout.mask, strict=True)
+    ]
+    seen = list(make(slots=slots).stream(params, PROMPTS, range(P), SamplingParams(), every=2))
+    assert [text for row in seen[-1] for text in row] == expected
+    assert len(seen) > 3
+    for before, after in itertools.pairwise(seen):
+        for earlier, later in zip(np.ravel(before), np.ravel(after), strict=True):
+            assert later.startswith(earlier)
+    assert sum(map(len, np.ravel(seen[0]))) < sum(map(len, expected))
+    with pytest.raises(ValueError, match="every=0"):
+        next(make().stream(params, PROMPTS, range(P), SamplingParams(), every=0))
+
+
+def test_a_stream_waits_for_the_other_bytes_of_a_character(params, monkeypatch):
+    sampler = make()
+    monkeypatch.setattr(sampler.tokenizer, "decode", lambda ids: "é" if len(ids) > 4 else "\ufffd" * bool(ids))
+    seen = [text for row in sampler.stream(params, PROMPTS[:1], [0], SamplingParams()) for text in row[0]]
+    assert seen[0] == ""
+    assert "é" in seen
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("slots", [0, 8])
+def test_a_second_rollout_compiles_nothing(params, rollout, sizes, slots):
+    """Nor does a second chunk of tokens, over a mesh too: what a chunk returns lies where it lay."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
+    sampler = make(mesh, slots=slots)
+    placed = jax.device_put(params, sharding.shardings(params, POLICY.param_axes, mesh))
+    sample = lambda temperature: jax.device_get(
+        sampler(placed, PROMPTS, range(P), SamplingParams(temperature=temperature))
+    )
+    with Compilations() as compiled:
+        got = sample(1.0)
+    assert (got.completion_tokens == rollout.completion_tokens).all(axis=1).mean() > 0.9
+    assert sum("backend_compile" in said and "decode" in said for said in compiled) == 1
+    with Compilations() as compiled:
+        sample(0.5)
+        sample(0.0)
+    assert not compiled
+
+
+def test_arrangement_errors_come_before_anything(params):
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
+    with pytest.raises(ValueError, match="6 prompts do not divide over 8 devices"):
+        make(mesh)(params, PROMPTS[:6], range(6), SamplingParams())
+    assert sampling.arrange(8, 4, 0, 8) == (8, 4)
