@@ -114,7 +114,7 @@ SECTIONS: dict[str, type[Any]] = {
 # What makes a model here; the families of pretrained models differ in more, and parameters stay float32 whatever
 # computes with them.
 MODEL = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "rope_base", "norm_epsilon")
-SKIPPED = {f.name for f in dataclasses.fields(TransformerConfig)} - {*MODEL, "compute_dtype"}
+SKIPPED = {f.name for f in dataclasses.fields(TransformerConfig)} - {*MODEL, "compute_dtype", "sampler_dtype"}
 FLAGS_OF = {name: section(name, cls, skip=SKIPPED if name == "model" else ()) for name, cls in SECTIONS.items()}
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 SHIPPED_WARM_START = pathlib.Path(__file__).with_name("countdown_warm_start.msgpack")

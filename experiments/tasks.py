@@ -44,6 +44,7 @@ class ModelConfig:
     """How the model computes."""
 
     compute_dtype: str = "bfloat16"  # of activations and products: bfloat16 or float32; parameters are float32
+    sampler_dtype: str = ""  # of the sampler: bfloat16, or int8 for its matrices alone (qwix); empty: compute_dtype
     attention: str = "xla"  # of the training pass: xla (anywhere), cudnn (NVIDIA GPUs) or splash (TPUs)
     remat: bool = True  # compute activations again in the backward pass; saves memory for a third more work
 

@@ -47,13 +47,16 @@ def train(mesh, attention, microbatches):
     return {"train": step.lower(state, batch).compile()}  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def sample(mesh):
+SLOTS = 256  # of a device, where completions pass through them
+
+
+def sample(mesh, slots=0):
     shapes, axes = abstract_params(QWEN)
     where = sharding.shardings(shapes, axes, mesh)
     params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where)
     sampler = Sampler(
-        make_policy(QWEN), mesh, ByteTokenizer(), group_size=GROUP, max_tokens=MAX_TOKENS,
-        max_prompt_tokens=PROMPT_TOKENS, key=jax.random.key(0),
+        make_policy(QWEN, mesh), mesh, ByteTokenizer(), group_size=GROUP, max_tokens=MAX_TOKENS,
+        max_prompt_tokens=PROMPT_TOKENS, key=jax.random.key(0), slots=slots, memory=2**40,
     )  # fmt: skip
     return dict(zip(("start", "decode"), sampler.compile(params, PROMPTS), strict=True))
 
@@ -64,7 +67,10 @@ PROGRAMS = {
         (MeshConfig(data=4, fsdp=2, tensor=2), lambda mesh: train(mesh, "xla", 64)),
         (MeshConfig(fsdp=16), sample),
     ],
-    "v6e:2x2": [(MeshConfig(fsdp=4), lambda mesh: train(mesh, "xla", 64)), (MeshConfig(fsdp=4), sample)],
+    "v6e:2x2": [
+        (MeshConfig(fsdp=4), lambda mesh: train(mesh, "xla", 64)),
+        (MeshConfig(fsdp=4), lambda mesh: sample(mesh, SLOTS)),
+    ],
 }
 
 

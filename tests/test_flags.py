@@ -24,7 +24,7 @@ from tests.silent import silent_rollout
 OTHER = {
     "task": {"numbers": 4, "max_number": 12, "max_target": 20, "effort": 1.0},
     "model": {"layers": 3, "width": 32, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32, "rope_base": 100.0,
-              "norm_epsilon": 1e-3, "compute_dtype": "bfloat16"},
+              "norm_epsilon": 1e-3, "compute_dtype": "bfloat16", "sampler_dtype": "int8"},
     "warm_start": {"steps": 3, "batch": 4, "learning_rate": 0.1, "seed": 5},
     "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 3, "temperature": 0.5, "top_k": 1, "top_p": 0.01,
                 "min_p": 1.0, "slots": 1, "stop": tuple("0123456789+-*/()= :"), "max_waves": 2},
@@ -76,7 +76,8 @@ def observe_task(config, tmp_path):
 def observe_model(config, tmp_path):
     policy, params = make_policy(config["model"]), init_params(config["model"], jax.random.key(0))
     rows = jax.ShapeDtypeStruct((2, 4), jnp.int32)
-    return jax.jit(policy.hidden).lower(params, rows, rows, rows).as_text()
+    sampler = jax.tree.map(lambda x: str(x.dtype), jax.eval_shape(policy.prepare, params))
+    return jax.jit(policy.hidden).lower(params, rows, rows, rows).as_text(), jax.tree.leaves(sampler)
 
 
 def observe_advantages(config, tmp_path):

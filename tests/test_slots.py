@@ -12,7 +12,7 @@ import pytest
 
 from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
-from grpo_jax.models import attention
+from grpo_jax.models import attention, transformer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from tests import oracle
 from tests.test_sampling import (
@@ -106,6 +106,14 @@ def test_stop_strings_in_slots(policy, flat_params):
     assert 8 < expected.finished.sum() < P * G
     jax.tree.map(np.testing.assert_array_equal, expected.mask, got.mask)
     np.testing.assert_array_equal(expected.completion_tokens, got.completion_tokens)
+
+
+def test_the_layout_of_a_tpus_caches_does_not_matter(config, params, rollout, quantiles, monkeypatch):
+    monkeypatch.setattr(transformer, "cache_axes", lambda platform: attention.cache_axes("tpu"))
+    policy = make_policy(config)
+    assert jax.tree.map(jnp.shape, policy.init_cache(3, 2, 7))[0] == dict.fromkeys(("key", "turned"), (3, 2, 2, 4, 7))
+    for slots in (0, 5):
+        assert_same_up_to_near_ties(rollout, generate(policy, params, slots=slots), quantiles)
 
 
 # Long completions: windows, columns that go round, chunks of prompts ---------------------------------

@@ -24,7 +24,7 @@ from tests.silent import silent_rollout
 
 # The files of the fixture below, by name.
 OTHER = {
-    "model": {"compute_dtype": "float32", "attention": "splash", "remat": False},
+    "model": {"compute_dtype": "float32", "sampler_dtype": "int8", "attention": "splash", "remat": False},
     "data": {"dataset": "math500", "directory": "elsewhere", "train_file": "other.jsonl", "test_file": "other.jsonl",
              "template": "r1", "instruction": "boxed", "system": "Be brief.",
              "variables": '{"mood": "!"}', "judge": "strict",
@@ -97,7 +97,9 @@ def make(tokenizer, **changes) -> tasks.Task:
 def observe_model(config, tokenizer):
     policy = make_policy(dataclasses.replace(TINY, **dataclasses.asdict(config)))
     rows = jax.ShapeDtypeStruct((2, 128), jnp.int32)
-    return str(jax.make_jaxpr(policy.hidden)(abstract_params(TINY)[0], rows, rows, rows))
+    shapes, _ = abstract_params(TINY)
+    sampler = jax.tree.map(lambda x: str(x.dtype), jax.eval_shape(policy.prepare, shapes))
+    return str(jax.make_jaxpr(policy.hidden)(shapes, rows, rows, rows)), jax.tree.leaves(sampler)
 
 
 def observe_data(config, tokenizer):

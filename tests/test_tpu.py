@@ -55,7 +55,8 @@ def check_train(text, vocabulary, tensor):
 def check_decode(text):
     """Nothing travels, and neither weights nor caches are copied, for a token: both lie where they are used."""
     _, inside = collectives(text)
-    assert not inside
+    for line in inside:  # but a number that says how far completions have got
+        assert all(math.prod(dims) == 1 for _, dims in sizes_of(line)), f"travels for every token: {line[:300]}"
     found = computations(text)
     for name in reached(found, re.findall(r"body=%?([\w.\-]+)", text)):
         for line in found[name]:
@@ -88,7 +89,9 @@ def test_a_half_billion_parameters_fit(topology, tmp_path):
         parts = mesh["fsdp"] * mesh["tensor"] if kind != "decode" else mesh["tensor"]
         floor = PARAMETERS * COPIES[kind] / parts
         if kind == "decode":
-            floor += 128 * (256 + 8 * 512) * CACHE / math.prod(mesh.values())
+            # Of v6e, 256 slots, 2 of a row, and the prompts of rows beside all prompts.
+            columns = 128 * (256 + 8 * 512) if topology == "v5e:4x4" else (128 + 128) * 256 + 256 * 512
+            floor += columns * CACHE / math.prod(mesh.values())
         assert floor < needs["arguments"] < 1.1 * floor + 2**25, (floor, needs)
         text = (tmp_path / f"{needs['name']}.txt").read_text()
         if kind == "train":

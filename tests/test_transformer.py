@@ -1,11 +1,13 @@
 import dataclasses
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax import sharding
 from grpo_jax.logprobs import unembed
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy, project
 from tests import oracle
@@ -314,6 +316,48 @@ def test_sampler_parameters(config, params, dtype):
     jax.tree.map(close, {**jax.tree.map(np.float32, prepared), "layers": [layers]}, params)
 
 
+@pytest.mark.parametrize(("sampler_dtype", "error"), [("bfloat16", 0.03), ("int8", 0.02)])
+def test_a_sampler_of_lower_precision(config, params, hidden_of, sampler_dtype, error):
+    """Close to the trainer, and not it; the trainer is what it was."""
+    policy = make_policy(dataclasses.replace(config, sampler_dtype=sampler_dtype))
+    prepared = jax.jit(policy.prepare)(params)
+    tokens, positions, segments = rows(LINES[:1], 7)
+    cache = policy.init_cache(1, 1, 7)
+    assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype("bfloat16" if error == 0.03 else "float32")}
+    hidden, _ = jax.jit(policy.extend)(prepared, tokens[:, None], positions[:, None], cache, 0, positions[:, None])
+    expected = hidden_of(params, tokens, positions, segments)
+    np.testing.assert_array_equal(jax.jit(policy.hidden)(params, tokens, positions, segments)[0], expected)
+    differ = np.abs(hidden[:, 0].astype(np.float32) - expected).mean() / np.abs(expected).mean()
+    assert 1e-3 < differ < error
+
+
+def test_integers_are_split_over_devices_as_what_they_stand_for(config, params):
+    pytest.importorskip("qwix")
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
+    policy = make_policy(dataclasses.replace(config, sampler_dtype="int8"))
+    prepared = policy.prepare(params)
+    places = sharding.shardings(prepared, policy.sampler_axes, mesh, sharding.SAMPLER_RULES)
+    layer, place = prepared["layers"][0], places["layers"][0]
+    spec = jax.sharding.PartitionSpec
+    assert layer["query"].qvalue.dtype == jnp.int8
+    assert (place["query"].qvalue.spec, place["query"].scale.spec) == (spec(None, "tensor", None),) * 2
+    output = place["output"]
+    assert (output.qvalue.spec, output.scale.spec) == (spec("tensor", None, None), spec(None, None, None))
+    for name in ("query", "key", "value", "gate", "up"):
+        whole = params["layers"][0][name][0]
+        np.testing.assert_allclose(project(jnp.eye(config.width), layer[name]), whole, atol=np.abs(whole).max() / 120)
+    eye = jnp.eye(config.heads * config.head_width).reshape(-1, config.heads, config.head_width)
+    whole = params["layers"][0]["output"][0]
+    got = project(eye, layer["output"], axes=2).reshape(whole.shape)
+    np.testing.assert_allclose(got, whole, atol=np.abs(whole).max() / 120)
+
+
+def test_int8_without_qwix(config, params, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ImportError, match=r"grpo-jax\[int8\]"):
+        make_policy(dataclasses.replace(config, sampler_dtype="int8"))
+
+
 def test_project():
     x, leaf = jnp.arange(6.0).reshape(1, 2, 3), jnp.arange(12.0).reshape(2, 3, 2)
     np.testing.assert_allclose(project(x, leaf, axes=2), [[110, 125]])
@@ -329,7 +373,8 @@ EVERYTHING = TransformerConfig(
 )  # fmt: skip
 OTHER = {
     "vocab_size": 25, "layers": 4, "width": 24, "heads": 2, "kv_heads": 4, "head_width": 4, "mlp_width": 16,
-    "rope_base": 100.0, "norm_epsilon": 1e-3, "compute_dtype": "bfloat16", "attention": "splash", "remat": True,
+    "rope_base": 100.0, "norm_epsilon": 1e-3, "compute_dtype": "bfloat16", "sampler_dtype": "int8",
+    "attention": "splash", "remat": True,
     "tied": True, "scale_embedding": False, "qkv_bias": False, "qk_norm": False, "post_norms": False,
     "unit_offset": False, "activation": "silu", "query_scale": 0, "attention_cap": 0.0, "logit_cap": 0.0,
     "windows": (3, 0), "window_rope_base": 0.0, "rope_factor": 4.0, "rope_low_factor": 0.5, "rope_high_factor": 8.0,
@@ -348,12 +393,24 @@ def program(config):
     return traced(config).lower().as_text()
 
 
+def sampler_program(config):
+    policy, (shapes, _) = make_policy(config), abstract_params(config)
+
+    def step(params):
+        one = jnp.zeros((1, 1, 1), jnp.int32)
+        return policy.extend(policy.prepare(params), one, one, policy.init_cache(1, 1, 4), 0, jnp.zeros((1, 1, 4)))
+
+    return jax.jit(step).lower(shapes).as_text()
+
+
 def test_every_field_changes_the_program():
     before = program(EVERYTHING)
     assert program(dataclasses.replace(EVERYTHING)) == before  # and nothing else does
     for field, value in OTHER.items():
         after = dataclasses.replace(EVERYTHING, **{field: value})
-        if field in ("attention", "remat"):  # splash is lowered for TPUs alone; remat is of gradients, see below
+        if field == "sampler_dtype":
+            assert sampler_program(after) != sampler_program(EVERYTHING)
+        elif field in ("attention", "remat"):  # splash is lowered for TPUs alone; remat is of gradients, see below
             assert str(traced(after).jaxpr) != str(traced(EVERYTHING).jaxpr), field
         else:
             assert program(after) != before, field
@@ -393,6 +450,7 @@ def test_remat_changes_no_value_but_the_memory():
         ({"heads": 4, "kv_heads": 3}, "multiple of kv_heads=3"),
         ({"head_width": 5}, "head_width=5 must be even"),
         ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
+        ({"sampler_dtype": "int4"}, "sampler_dtype='int4'"),
         ({"layers": 0}, "every size must be 1 or more"),
         ({"activation": "relu"}, r"activation='relu' must be one of \['gelu', 'silu'\]"),
         ({"windows": ()}, r"windows=\(\) must be numbers of tokens"),

@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Attend", "Block", "attend_slots", "make_attention"]
+__all__ = ["Attend", "Block", "attend_slots", "cache_axes", "make_attention"]
 
 # (query [R, S, H, C], key [R, S, K, C], value [R, S, K, C], positions [R, S], segments [R, S]) -> [R, S, H, C]
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -230,25 +230,36 @@ def make_attention(
     return attend
 
 
+def cache_axes(platform: str) -> dict[str, tuple[str | None, ...]]:
+    """What a layer's cache holds, as logical axes: key [R, W, K, C, columns], and value or, on a TPU, value turned.
+
+    Processors without matrix units are fast where no product contracts what is contiguous in both of its factors. A TPU
+    lays the last axis out in lines of 128, which columns fill and heads often do not.
+    """
+    turned: tuple[str | None, ...] = ("batch", None, "kv_heads", "head", None)
+    values = {"turned": turned} if platform == "tpu" else {"value": ("batch", None, "kv_heads", None, "head")}
+    return {"key": turned, **values}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
     """Keys and values that slots read: their own columns, or the row's prompt."""
 
-    cache: dict[str, jax.Array]  # key [R, W, K, C, columns], value [R, W, K, columns, C]; W = 1: one for all slots
-    visible: jax.Array  # [R, W, J, columns] bool
+    cache: dict[str, jax.Array]  # of `cache_axes`; ... is R, W, of prompts R
+    visible: jax.Array  # [..., queries, columns] bool
     end: Any  # [] int32, columns from here on are not read
     live: jax.Array | int | None  # [] int32, nor those this far before; None: all are
 
     def read(self, query: jax.Array, scale: float, soft_cap: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """query [R, W, K, M, C] -> see `_attend_block`; the work is that of a quarter, half or all of the columns."""
+        """query [..., K, M, C] -> see `_attend_block`; the work is that of a quarter, half or all of the columns."""
         columns = self.visible.shape[-1]
         widths = sorted({min(columns, -(-columns // (parts * _WINDOW)) * _WINDOW) for parts in (4, 2, 1)})
 
         def window(width: int, query, cache, visible, end):
             first = jnp.clip(end - width, 0, columns - width)
-            cut = lambda x, axis: x if width == columns else jax.lax.dynamic_slice_in_dim(x, first, width, axis)
-            keys, values = cut(cache["key"], 4), cut(cache["value"], 3)
-            return _attend_block(query, keys, values, cut(visible, 3), scale, soft_cap)
+            cut = lambda x, axis=-1: x if width == columns else jax.lax.dynamic_slice_in_dim(x, first, width, axis)
+            values = cut(cache["value"], -2) if "value" in cache else cut(cache["turned"]).swapaxes(-1, -2)
+            return _attend_block(query, cut(cache["key"]), values, cut(visible), scale, soft_cap)
 
         operands = query, self.cache, self.visible, self.end
         if self.live is None or len(widths) == 1:
@@ -264,23 +275,25 @@ def attend_slots(query, key, value, cache, column, own, prefix, scale, soft_cap)
     The prefix is read once for all W slots of a row, and never copied: their queries are the rows of one product. The
     two blocks are joined as in flash attention (arXiv 2205.14135, algorithm 1).
 
-    So laid out, neither product needs a transpose, and none contracts what is contiguous in memory in both of its
-    factors: processors without matrix units are fast at that.
     """
     r, w, j, _, c = query.shape
     kv_heads, dtype = key.shape[3], cache["key"].dtype
     write = jax.lax.dynamic_update_slice
-    cache = {
-        "key": write(cache["key"], key.transpose(0, 1, 3, 4, 2).astype(dtype), (0, 0, 0, 0, column)),
-        "value": write(cache["value"], value.transpose(0, 1, 3, 2, 4).astype(dtype), (0, 0, 0, column, 0)),
-    }
+    turned = lambda into, x: write(into, x.transpose(0, 1, 3, 4, 2).astype(dtype), (0, 0, 0, 0, column))
+    if "value" in cache:
+        values = {"value": write(cache["value"], value.transpose(0, 1, 3, 2, 4).astype(dtype), (0, 0, 0, column, 0))}
+    else:
+        values = {"turned": turned(cache["turned"], value)}
+    cache = {"key": turned(cache["key"], key), **values}
     # [R, W, K, M, C] of M = J * H / K queries that read the same keys.
     grouped = query.reshape(r, w, j, kv_heads, -1, c).transpose(0, 1, 3, 2, 4, 5).reshape(r, w, kv_heads, -1, c)
     most, total, mixed = dataclasses.replace(own, cache=cache).read(grouped, scale, soft_cap)
     if prefix is not None:
-        together = lambda x: x.transpose(0, 2, 1, 3, 4).reshape(r, 1, kv_heads, -1, x.shape[-1])
+        together = lambda x: x.transpose(0, 2, 1, 3, 4).reshape(r, kv_heads, -1, x.shape[-1])
         apart = lambda x: x.reshape(r, kv_heads, w, -1, x.shape[-1]).transpose(0, 2, 1, 3, 4)
-        rows = dataclasses.replace(prefix, visible=prefix.visible.reshape(r, 1, w * j, -1))
+        # Without the axis of one slot, for the sake of which a compiler would choose other layouts, and copy.
+        of_rows = {name: x[:, 0] for name, x in prefix.cache.items()}
+        rows = dataclasses.replace(prefix, cache=of_rows, visible=prefix.visible.reshape(r, w * j, -1))
         shared_most, shared_total, shared = map(apart, rows.read(together(grouped), scale, soft_cap))
         largest = jnp.maximum(most, shared_most)
         ours, theirs = jnp.exp(most - largest), jnp.exp(shared_most - largest)
@@ -296,25 +309,26 @@ _FEW = 8  # a product of so few rows is slower than multiplying and adding up, w
 def _attend_block(query, keys, values, visible, scale, soft_cap):
     """Attention to some keys, not yet divided: the largest score, the sum of exponentials [..., M, 1], and [..., M, C].
 
-    query [R, W, K, M, C], keys [R, W, K, C, T], values [R, W, K, T, C], visible [R, W, J, T]; all results float32.
+    query [..., K, M, C], keys [..., K, C, T], values [..., K, T, C], visible [..., J, T], M a multiple of J; all
+    results are float32.
     """
     wide = lambda x: x.astype(jnp.float32)
     products = (
-        lambda q, k: jnp.einsum("rwkmc,rwkct->rwkmt", q, k, preferred_element_type=jnp.float32),
-        lambda p, v: jnp.einsum("rwkmt,rwktc->rwkmc", p.astype(v.dtype), v, preferred_element_type=jnp.float32),
+        lambda q, k: jnp.einsum("...mc,...ct->...mt", q, k, preferred_element_type=jnp.float32),
+        lambda p, v: jnp.einsum("...mt,...tc->...mc", p.astype(v.dtype), v, preferred_element_type=jnp.float32),
     )
     elementwise = (
-        lambda q, k: (wide(q)[..., None] * wide(k)[:, :, :, None]).sum(axis=-2),
-        lambda p, v: (p[..., None] * wide(v)[:, :, :, None]).sum(axis=-2),
+        lambda q, k: (wide(q)[..., None] * wide(k)[..., None, :, :]).sum(axis=-2),
+        lambda p, v: (p[..., None] * wide(v)[..., None, :, :]).sum(axis=-2),
     )
 
     def multiply(which, *factors):
-        if query.shape[3] > _FEW:
+        if query.shape[-2] > _FEW:
             return products[which](*factors)
         return jax.lax.platform_dependent(*factors, cpu=elementwise[which], default=products[which])
 
     scores = _capped(multiply(0, query, keys) * scale, soft_cap)
-    seen = jnp.repeat(visible, query.shape[3] // visible.shape[2], axis=2)[:, :, None]
+    seen = jnp.repeat(visible, query.shape[-2] // visible.shape[-2], axis=-2)[..., None, :, :]
     scores = jnp.where(seen, scores, _MASKED)
     most = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - most)

@@ -63,7 +63,8 @@ def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
 
     Args:
       directory: as downloaded from the hub.
-      **overrides: fields of TransformerConfig that are not the model's but the run's: compute_dtype, attention, remat.
+      **overrides: fields of TransformerConfig that are not the model's but the run's: compute_dtype, sampler_dtype,
+        attention, remat.
 
     Raises:
       PretrainedError: there is no such file, or it describes something that this decoder is not.

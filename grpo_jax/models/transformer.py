@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.models.attention import Block, attend_slots, make_attention
+from grpo_jax.models.attention import Block, attend_slots, cache_axes, make_attention
 from grpo_jax.sharding import shardings
 from grpo_jax.types import Policy
 
@@ -44,6 +44,7 @@ class TransformerConfig:
     rope_base: float = 10_000.0  # longest wavelength of the rotary positions, over 2 pi
     norm_epsilon: float = 1e-6  # added to the mean square in RMSNorm
     compute_dtype: str = "float32"  # of activations and products; parameters stay as they are
+    sampler_dtype: str = ""  # of the sampler: bfloat16, or int8 for its matrices alone (qwix); empty: compute_dtype
     attention: str = "xla"  # implementation of the training pass: xla, cudnn (GPU) or splash (TPU)
     remat: bool = False  # compute a layer's activations again in the backward pass; saves memory for a third more work
     # In what families differ.
@@ -75,6 +76,8 @@ class TransformerConfig:
             raise ValueError(f"head_width={self.head_width} must be even: rotary positions turn pairs.")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} must be 'float32' or 'bfloat16'.")
+        if self.sampler_dtype not in ("", "float32", "bfloat16", "int8"):
+            raise ValueError(f"sampler_dtype={self.sampler_dtype!r} must be 'float32', 'bfloat16', 'int8' or empty.")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} must be one of {sorted(_ACTIVATIONS)}.")
         if not self.windows or min(self.windows) < 0:
@@ -91,9 +94,41 @@ class TransformerConfig:
         return self.windows[: self.layers]
 
 
-def project(x: jax.Array, leaf: jax.Array, axes: int = 1) -> jax.Array:
-    """Contracts the last `axes` axes of x with the first of a weight leaf, in x's dtype."""
-    return jnp.tensordot(x, leaf.astype(x.dtype), axes=axes)
+def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
+    """Contracts the last `axes` axes of x with the first of a weight leaf, in x's dtype.
+
+    The leaf is an array, or qwix's of integers with a scale for each output; scaling those is less than scaling it.
+    """
+    if isinstance(leaf, jax.Array):
+        return jnp.tensordot(x, leaf.astype(x.dtype), axes=axes)
+    out = jnp.tensordot(x, leaf.qvalue.astype(x.dtype), axes=axes)
+    scale = leaf.scale.reshape(leaf.scale.shape[axes:]).astype(x.dtype)
+    return out * jnp.broadcast_to(scale, out.shape)
+
+
+_CONTRACTED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}  # leading axes of matrices
+
+
+def _quantized(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer whose matrices are 8-bit integers with a scale for each output."""
+    try:
+        import qwix  # an extra
+    except ImportError as error:
+        raise ImportError("sampler_dtype='int8' needs qwix: pip install 'grpo-jax[int8]'.") from error
+    return layer | {
+        name: qwix.quantize(layer[name], "int8", channelwise_axes=range(axes, layer[name].ndim))
+        for name, axes in _CONTRACTED.items()
+    }
+
+
+def _quantized_axes(layer: dict[str, Any], axes: dict[str, Any]) -> dict[str, Any]:
+    """Logical axes of `_quantized`, of which `layer` has the shapes."""
+    of = lambda name: dataclasses.replace(
+        layer[name],
+        qvalue=axes[name],
+        scale=(None,) * _CONTRACTED[name] + axes[name][_CONTRACTED[name] :],
+    )
+    return axes | {name: of(name) for name in _CONTRACTED}
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
@@ -227,9 +262,12 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     Raises:
       ValueError: the attention implementation cannot do what the model asks for.
     """
+    layer_cache = cache_axes(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
     block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
-    _, param_axes = abstract_params(config)
+    int8 = config.sampler_dtype == "int8"
+    sampler_dtype = dtype if int8 else jnp.dtype(config.sampler_dtype or dtype)
+    shapes, param_axes = abstract_params(config)
     scale, pattern = (config.query_scale or config.head_width) ** -0.5, config.pattern
     attention = {
         window: make_attention(
@@ -244,7 +282,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         """The array, split over these axes of the mesh; over data the train step's `vmap` splits it."""
         return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    def embed(params, tokens):
+    def embed(params, tokens, dtype=dtype):
         x = params["embedding"][tokens].astype(dtype)
         # Small models of our own have embeddings of norm 1 (so that tied logits start small), as Gemma does.
         return x * dtype.type(config.width**0.5) if config.scale_embedding else x
@@ -288,12 +326,16 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         take = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
         rest = {name: leaf for name, leaf in params.items() if name not in ("layers", "tail")}
         layers = unstacked(params["layers"], params.get("tail", []), take)
-        # The scales of norms stay as they are, as the trainer uses them.
-        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, {**rest, "layers": layers})
+        layers = [_quantized(layer) for layer in layers] if int8 else layers
+        # The scales of norms stay as they are, as the trainer uses them, and so do those of integers.
+        cast = lambda x: x if x.ndim < 2 else x.astype(sampler_dtype)
+        is_integer = lambda x: hasattr(x, "qvalue")
+        return jax.tree.map(lambda x: x if is_integer(x) else cast(x), {**rest, "layers": layers}, is_leaf=is_integer)
 
     def init_cache(rows, width, columns):
-        heads, c = (rows, width, config.kv_heads), config.head_width
-        layer = lambda: {"key": jnp.zeros((*heads, c, columns), dtype), "value": jnp.zeros((*heads, columns, c), dtype)}
+        sizes = {"batch": rows, "kv_heads": config.kv_heads, "head": config.head_width}
+        shape = lambda axes: [width if i == 1 else sizes[axis] if axis else columns for i, axis in enumerate(axes)]
+        layer = lambda: {name: jnp.zeros(shape(axes), sampler_dtype) for name, axes in layer_cache.items()}
         return [layer() for _ in range(config.layers)]
 
     def extend(
@@ -307,7 +349,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
 
         end = column + tokens.shape[-1]
         own = {w: Block(cache={}, visible=sees(key_positions, w), end=end, live=live) for w in set(pattern)}
-        x, new_cache = embed(params, tokens), []
+        x, new_cache = embed(params, tokens, sampler_dtype), []
         seen, prefix_end = {}, prefix_live
         if prefix is not None and prefix_positions is not None:
             seen = {w: sees(prefix_positions, w) for w in set(pattern)}
@@ -327,8 +369,10 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     is_axes = lambda x: isinstance(x, tuple)
     layer_axes = lambda stack, i: jax.tree.map(lambda axes: axes[1:], stack, is_leaf=is_axes)
     rest = {name: axes for name, axes in param_axes.items() if name not in ("layers", "tail")}
-    slot_axes = ("batch", None, "kv_heads")
-    layer_cache_axes = {"key": (*slot_axes, "head", None), "value": (*slot_axes, None, "head")}
+    sampler_layers = unstacked(param_axes["layers"], param_axes.get("tail", []), layer_axes)
+    if int8:
+        quantized = jax.eval_shape(prepare, shapes)["layers"]
+        sampler_layers = [_quantized_axes(*layer) for layer in zip(quantized, sampler_layers, strict=True)]
     return Policy(
         hidden=hidden,
         head=head,
@@ -336,7 +380,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         init_cache=init_cache,
         extend=extend,
         param_axes=param_axes,
-        sampler_axes={**rest, "layers": unstacked(param_axes["layers"], param_axes.get("tail", []), layer_axes)},
-        cache_axes=[layer_cache_axes] * config.layers,
+        sampler_axes={**rest, "layers": sampler_layers},
+        cache_axes=[layer_cache] * config.layers,
         max_segments=1 if config.attention == "cudnn" else None,  # its kernel knows no segments
     )
