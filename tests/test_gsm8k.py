@@ -68,7 +68,7 @@ def make(place: pathlib.Path) -> None:
     again = [
         "gsm8k", f"--model={place / 'sft' / 'export'}", f"--workdir={place / 'grpo'}", "--rollout.prompts=4",
         "--rollout.group_size=2", "--rollout.max_tokens=16", "--rollout.stop=('e',)", "--reward.overlong=15",
-        "--rollout.max_waves=2", "--update.microbatches=1", "--optimizer.learning_rate=1e-3", "--checkpoints.every=1",
+        "--rollout.max_waves=2", "--update.microbatches=1", "--optimizer.learning_rate=1e-4", "--checkpoints.every=1",
         *trained,
     ]  # fmt: skip
     say("grpo", run(*again))
@@ -79,9 +79,9 @@ def make(place: pathlib.Path) -> None:
     whole = ["--completion.max_tokens=16", "--completion.stop=()", *MESH]
     evaluate("of_export", "grpo/export", *files, *whole)
     evaluate("of_workdir", "grpo", "--completion.stop=()", *MESH)
-    evaluate("of_step", "grpo", *MESH, "--step=1")
+    evaluate("of_step", "grpo", *MESH, "--step=1", "--policy.sampler_dtype=bfloat16")
     say("prepare", run("prepare_gsm8k", f"--files={tiny}", f"--data_dir={place / 'tfds'}"))
-    short = ["--completion.max_tokens=3", "--completion.stop=('ac',)"]
+    short = ["--completion.max_tokens=3", "--completion.stop=('on',)"]
     evaluate("of_tfds", "grpo/export", f"--data.directory={place / 'tfds'}", *short)
 
 
@@ -131,7 +131,8 @@ def test_both_extractions_are_reported(made):
 def test_batch_arithmetic_memory_and_what_is_dropped_are_said_before_anything_else(made):
     lengths = tokens_of(made / "tiny" / "model", questions(made / "tiny" / "train.jsonl"))
     dropped = lengths.count(max(lengths))
-    said = (made / "grpo.txt").read_text().splitlines()
+    cache, *said = (made / "grpo.txt").read_text().splitlines()
+    assert cache.startswith("compilation cache: off, by default on CPUs")
     assert said[0] == (
         f"training problems: dropped {dropped} of 64 prompts: {dropped} longer than {max(lengths) - 1} tokens (the "
         f"longest has {max(lengths)}), 0 empty."
@@ -152,7 +153,7 @@ def test_batch_arithmetic_memory_and_what_is_dropped_are_said_before_anything_el
     short = sum(length < 24 for length in tokens_of(made / "tiny" / "model", kept))  # and the end
     assert 0 < short < left
     said = (made / "sft.txt").read_text().splitlines()
-    assert said[2].startswith(f"{short} demonstrations ({left - short} more, the end included, have more than 24 ")
+    assert said[3].startswith(f"{short} demonstrations ({left - short} more, the end included, have more than 24 ")
 
 
 def test_the_exported_policy_is_the_last_checkpoint(made):
@@ -162,10 +163,15 @@ def test_the_exported_policy_is_the_last_checkpoint(made):
     assert completions("of_workdir") == completions("of_export")
     said = (made / "of_workdir.txt").read_text().splitlines()[0]
     test_file = str(made / "tiny" / "test.jsonl")
-    # What the run had and no flag says; compute_dtype is given as well, and stop differs.
+    # What the run had and no flag says; compute_dtype is given as well, sampler_dtype and stop differ.
     assert said == f"as in {made / 'grpo' / 'config.json'}: data.test_file={test_file!r} completion.max_tokens=16"
     taken = lambda name: {k: read(name)[k] for k in ("policy", "data", "completion")}
-    assert taken("of_step") == {**taken("of_workdir"), "completion": {"max_tokens": 16, "stop": ["e"]}}
+    whole = taken("of_workdir")
+    differs = {
+        "completion": {"max_tokens": 16, "stop": ["e"]},
+        "policy": whole["policy"] | {"sampler_dtype": "bfloat16"},
+    }
+    assert taken("of_step") == whole | differs
     assert read("of_workdir")["metrics"] == read("of_export")["metrics"]
     assert completions("of_step") != completions("of_export")
     assert "grpo at step 1: 14 completions" in (made / "of_step.txt").read_text()  # 6 greedy, 2 each of 4
@@ -190,7 +196,7 @@ def test_tfds_has_the_same_problems_and_completions_end_where_they_are_told_to(m
     everything = rows(made / "of_tfds" / "completions.jsonl")
     assert {record["finished"] for record in everything} == {True, False}
     for record in everything:
-        assert record["finished"] == ("ac" in record["completion"])
+        assert record["finished"] == ("on" in record["completion"])
         assert record["tokens"] <= 3
         assert record["finished"] or record["tokens"] == 3
 
@@ -346,7 +352,7 @@ def test_help_of_evaluate_has_what_it_uses_and_no_more():
     named = {line.split(":")[0].strip() for line in shown.splitlines() if line.startswith("  --")}
     in_section = lambda section: {name.split(".")[1] for name in named if name.startswith(f"--{section}.")}
     assert in_section("completion") == {"max_tokens", "stop"}  # both are varied above
-    assert in_section("policy") == {"compute_dtype"}
+    assert in_section("policy") == {"compute_dtype", "sampler_dtype"}
     assert in_section("mesh") == {"data", "fsdp", "tensor"}
     assert not {"train_file", "max_prompt_tokens"} & in_section("data")
     assert "every" not in in_section("evaluation")
