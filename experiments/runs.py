@@ -26,6 +26,7 @@ from grpo_jax import loop, objectives, sharding, training  # noqa: E402
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
 from grpo_jax.logprobs import CHUNK  # noqa: E402
 from grpo_jax.models import pretrained  # noqa: E402
+from grpo_jax.models.attention import queries_at_a_time  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.rollouts import RolloutConfig  # noqa: E402
@@ -221,9 +222,9 @@ def memory(
     width = 2 if config.compute_dtype == "bfloat16" else 4
     columns = max_prompt_tokens + max_tokens
     layer = rows * columns * config.width * width
-    inner = rows * columns * (2 * config.heads * config.head_width + 3 * config.mlp_width // tensor) * width
-    scores = 0 if config.attention != "xla" else 2 * rows * config.heads * columns**2 * 4
-    kept = config.layers * layer + inner + scores if config.remat else config.layers * (4 * layer + inner + scores)
+    inner = rows * columns * (2 * config.heads * config.head_width + 2 * config.mlp_width // tensor) * width
+    scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
+    kept = scores + (config.layers * layer + inner if config.remat else config.layers * (4 * layer + inner))
     logits = rows * max_tokens * config.vocab_size // tensor
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {

@@ -93,11 +93,18 @@ def token_logprobs(
 
 
 def _plain(hidden, head, tokens, temperature, mask):
-    logprobs = jax.nn.log_softmax(unembed(hidden, head) / temperature[..., None], axis=-1)
-    of_token = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    shape, (hidden, tokens, temperature) = (
+        tokens.shape,
+        (x.reshape(tokens.size, *x.shape[tokens.ndim :]) for x in (hidden, tokens, temperature)),
+    )
+    logits = unembed(hidden, head) / temperature[:, None]
+    logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # By comparison, for the gradient of an index is a scatter, a loop over tokens on the CPU.
+    here = tokens[:, None] == jnp.arange(logits.shape[1])[None]
+    of_token = jnp.where(here.any(axis=-1), jnp.where(here, logprobs, 0).sum(axis=-1), jnp.nan)
     finite = jnp.where(jnp.isfinite(logprobs), logprobs, 0)
     entropies = -(jnp.exp(logprobs) * finite).sum(axis=-1)
-    return jnp.where(mask, of_token, 0), jnp.where(mask, entropies, 0)
+    return tuple(jnp.where(mask, x.reshape(shape), 0) for x in (of_token, entropies))
 
 
 # Chunks ---------------------------------------------------------------------------------------------

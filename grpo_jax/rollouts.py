@@ -98,6 +98,7 @@ class _Wave:
 
     scored: ScoredGroups
     rollout: Rollout  # where the sampler left it
+    reference: jax.Array | None  # [B, T] float32, the reference's log-probabilities; None: not asked for, or not yet
     rollout_seconds: float
     reward_seconds: float
 
@@ -140,7 +141,8 @@ class GroupRollouts:
     config: RolloutConfig
     objective: Objective  # whose advantages
     advantages: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
-    # (params, rollout, temperature) -> [B, T], for a penalty in the reward: `training.make_reference_logprobs`.
+    # (params, rollout, temperature) -> [B, T]: `training.make_reference_logprobs`. The device computes them while the
+    # host scores. A penalty in the reward needs them; for one in the loss the update takes them where this is None.
     reference_logprobs: Callable[[PyTree, Rollout, float], jax.Array] | None = None
     # Whose completions: the policy's own, or another's for comparison.
     params_of: Callable[[TrainState], PyTree] | None = None
@@ -170,18 +172,23 @@ class GroupRollouts:
         fresh = waves[0].scored if len(waves) == 1 else ScoredGroups.join([wave.scored for wave in waves])
         metrics, surplus = rollout_metrics(self.rewards, fresh), None
         groups, rollout, chosen = fresh.groups, waves[0].rollout, np.arange(config.prompts)
+        reference = waves[0].reference
         if waiting is not None:
             groups, surplus, chosen, said = fill(waiting, fresh.groups, fresh.constant)
             rollout = jax.device_put(groups.rollout, sharding.batch_sharding(self.sampler.mesh))
+            reference = self._reference(state, rollout)
             metrics |= {"dynamic_sampling/waves": float(len(waves)), **said}
         host: Rollout = groups.rollout
 
-        penalties, penalty_metrics = self._penalties(state, rollout, host)
+        penalties, penalty_metrics = self._penalties(reference, host)
         advantages = self._estimate(dataclasses.replace(self._outcome(groups), penalties=penalties))
         selected = np.ones(len(host.finished), bool) if self.select is None else self.select(fresh.scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
-        batch = _train_batch(rollout, advantages, temperature=config.temperature, selected=selected)
+        batch = _train_batch(
+            rollout, advantages, temperature=config.temperature, selected=selected,
+            ref_logprobs=reference if self.objective.reference_in_loss else None,
+        )  # fmt: skip
         of_completions, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
         metrics |= {"advantage/abs_mean": abs_mean, **penalty_metrics}
         if self.objective.needs_steps:
@@ -229,6 +236,8 @@ class GroupRollouts:
             )
             host: Rollout = jax.device_get(rollout)
         sampled = time.perf_counter()
+        # Of what waves leave to train on, it is known only when they are scored.
+        reference = self._reference(state, rollout) if config.max_waves == 1 else None
         scores = journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step), wave)
         scored = time.perf_counter()
         groups = self._groups(scores, host)
@@ -241,6 +250,7 @@ class GroupRollouts:
                 constant=np.asarray(_without_signal(self._outcome(groups))),
             ),
             rollout=rollout,
+            reference=reference,
             rollout_seconds=sampled - started,
             reward_seconds=scored - sampled,
         )
@@ -266,11 +276,17 @@ class GroupRollouts:
         shaped = {"rewards": groups.rewards, "counted": counted.reshape(groups.rewards.shape)}
         return Outcome(**shaped, mask=mask, step_rewards=groups.step_rewards)
 
-    def _penalties(self, state: TrainState, rollout: Rollout, host: Rollout) -> tuple[np.ndarray | None, dict]:
+    def _reference(self, state: TrainState, rollout: Rollout) -> jax.Array | None:
+        """The reference's log-probabilities [B, T] float32, if anything asks for them; nobody waits for them here."""
+        if self.reference_logprobs is None or not self.objective.needs_reference:
+            return None
+        return self.reference_logprobs(state.reference, rollout, self.config.temperature)
+
+    def _penalties(self, reference: jax.Array | None, host: Rollout) -> tuple[np.ndarray | None, dict]:
         """[B, T] float32 to take from the rewards, and their metrics."""
-        if self.objective.reward_kl is None or self.reference_logprobs is None:
+        if self.objective.reward_kl is None or reference is None:
             return None, {}
-        reference = jax.device_get(self.reference_logprobs(state.reference, rollout, self.config.temperature))
+        reference = jax.device_get(reference)
         kl = np.where(host.mask, self.objective.reward_kl(host.logprobs, reference), 0).astype(np.float32)
         penalties = self.objective.reward_kl_coef * kl
         means = {"kl": kl.sum() / host.mask.sum(), "reward/kl_penalty": penalties.sum(axis=1).mean()}

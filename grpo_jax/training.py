@@ -162,6 +162,7 @@ def train_batch(
     *,
     temperature: float = 1.0,
     selected: jax.Array | None = None,
+    ref_logprobs: jax.Array | None = None,
 ) -> TrainBatch:
     """Joins a rollout and its advantages into what a train step takes.
 
@@ -170,6 +171,7 @@ def train_batch(
       advantages: [P, G] or [B] float32, or of tokens, [B, T].
       temperature: at which the rollout was sampled.
       selected: [B] bool, the completions that train; None: all.
+      ref_logprobs: [B, T] float32, of `make_reference_logprobs`; None: the update takes them where it needs them.
 
     Returns:
       TrainBatch of B = P·G completions.
@@ -188,13 +190,14 @@ def train_batch(
         advantages=advantages,
         sampler_logprobs=rollout.logprobs,
         temperature=jnp.full(completions, temperature, jnp.float32),
+        ref_logprobs=ref_logprobs,
     )
 
 
 def make_reference_logprobs(
     policy: Policy, update: UpdateConfig, mesh: Mesh
 ) -> Callable[[PyTree, Rollout, float], jax.Array]:
-    """Compiles what a penalty in the reward needs of the reference, before there are advantages.
+    """Compiles the pass of the reference: before there are rewards, so that the host can score them meanwhile.
 
     Args:
       policy: the model.
@@ -325,10 +328,11 @@ def make_train_step(
                 "the objective's correction needs the sampler's log-probabilities, and the batch has none."
             )
         batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
-        ref, old, learns = None, None, None
+        ref, batch = batch.ref_logprobs, dataclasses.replace(batch, ref_logprobs=None)
+        old, learns = None, None
         parts = update.minibatches * update.microbatches
         packed = functools.cache(lambda: pack_microbatches(policy, batch, batch.mask, parts, mesh))  # once for both
-        if objective.reference_in_loss:
+        if objective.reference_in_loss and ref is None:
             ref, _ = frozen_logprobs(policy, state.reference, packed(), mesh)
         # With a single update the old policy is the one that is differentiated: no pass is spent on it.
         if optimizer_steps > 1 or objective.top_entropy < 1:

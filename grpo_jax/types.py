@@ -109,6 +109,9 @@ class TrainBatch:
     advantages: Array  # [B] or [B, T] float32
     sampler_logprobs: Array | None  # [B, T] float32, untruncated, at the temperature; None: nothing was sampled
     temperature: Array  # [B] float32, at which the trainer takes log-probabilities (0 stands for 1)
+    ref_logprobs: Array | None = (
+        None  # [B, T] float32, the reference's; None: the update takes them where it needs them
+    )
 
 
 @record

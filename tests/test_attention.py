@@ -89,8 +89,13 @@ def interpreted(monkeypatch):
 LENGTHS = [[9], [12], [4, 5], [1, 3, 6, 2], []]  # ragged, full, packed, packed and full, empty
 
 
+@pytest.fixture(params=[128, 5], ids=["one block", "blocks"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(attention, "_SMALLEST_BLOCK", request.param)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
-def test_xla_is_the_formula(options):
+def test_xla_is_the_formula(options, blocks):
     args = inputs(LENGTHS, 12)
     output = make("xla", **options)(*map(jnp.asarray, args))
     np.testing.assert_allclose(np.where(real(args[4]), output, 0), oracle(*args, **options), atol=2e-6)
@@ -98,7 +103,7 @@ def test_xla_is_the_formula(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gradients_are_differences_of_the_formula(options):
+def test_gradients_are_differences_of_the_formula(options, blocks):
     args = inputs([[7], [3, 4]], 8)
     _, grads = value_and_grads(make("xla", **options))(*map(jnp.asarray, args))
     rng, step = np.random.default_rng(1), 1e-5

@@ -14,6 +14,7 @@ from grpo_jax import loop, sharding
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
+from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.rewards import Reward
@@ -263,6 +264,15 @@ def test_rewards_of_steps_and_penalties():
     assert of_dynamic(experience)["filled_without_signal"] == 0
     assert experience.metrics["kl"] > 1e-3
     assert np.abs(np.asarray(experience.batch.advantages) - np.tile([-1.0, 1.0], P)).max() > 1e-3
+
+    run = Run(lambda cursor: cursor % 3 == 0, kl_coef=0.5)
+    run.step()
+    before = jax.device_get(run.state.params)
+    b = run.step().batch
+    tokens = b.prompt_tokens, b.prompt_mask, b.completion_tokens, b.mask
+    of = lambda params: completion_logprobs(POLICY, params, *tokens)[0]
+    np.testing.assert_allclose(b.ref_logprobs, of(run.state.reference), atol=1e-5)  # of groups that waited too
+    assert np.abs(b.ref_logprobs - of(before)).max() > 1e-3
 
 
 def test_what_does_not_fit_is_refused():

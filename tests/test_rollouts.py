@@ -1,6 +1,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -178,6 +179,31 @@ def test_the_kl_may_be_taken_from_the_reward(name, mesh):
     values = np.broadcast_to(others.reshape(-1, 1), kl.shape)
     advantages, _ = oracle.gae(by_token, values, batch.mask, 1.0, 0.95)
     np.testing.assert_allclose(batch.advantages, oracle.whiten(advantages, batch.mask, 1e-4, ddof=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("kl_in_reward", [False, True])
+def test_the_reference_has_its_completions_before_they_are_scored(sampler, kl_in_reward):
+    """So that the device computes while the host scores."""
+    objective = objective_of("grpo", kl_coef=0.5, kl_in_reward=kl_in_reward)
+    happened, values = [], np.random.default_rng(4).normal(size=P * G)
+
+    def reference(params, rollout, temperature):
+        happened.append("reference")
+        assert params is not None
+        return jnp.full(rollout.mask.shape, -2.0) * temperature
+
+    def reward(**_):
+        happened.append("reward")
+        return list(values)
+
+    options = {"objective": objective, "reference_logprobs": reference}
+    batch = collect(sampler, reward, **options).batch
+    assert happened == ["reference", "reward"]
+    if kl_in_reward:
+        assert batch.ref_logprobs is None  # spent
+    else:
+        np.testing.assert_array_equal(batch.ref_logprobs, np.full(batch.mask.shape, -2.0))
+    assert collect(sampler, reward, **options | {"objective": objective_of("grpo")}).batch.ref_logprobs is None
 
 
 def test_what_does_not_fit_together_is_refused_at_once(sampler):

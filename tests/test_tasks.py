@@ -301,11 +301,13 @@ def test_what_does_not_do_what_it_seems_to_is_said():
         assert runs.remarks(objectives.LossConfig(kl="k1", **{option: True}), once) == ""
 
 
-def memory(config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False):
+def memory(
+    config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False, max_prompt_tokens=6
+):
     made = sharding.make_mesh(mesh)
     return runs.memory(
         config, make_policy(config, made), made, rollout=rollouts.RolloutConfig(prompts=prompts, group_size=2),
-        update=training.UpdateConfig(microbatches=microbatches), max_prompt_tokens=6, max_tokens=4,
+        update=training.UpdateConfig(microbatches=microbatches), max_prompt_tokens=max_prompt_tokens, max_tokens=4,
         needs_reference=needs_reference,
     )  # fmt: skip
 
@@ -316,8 +318,8 @@ def test_memory_by_hand():
     params = 4 * (128 + 8 + 2 * 128 + 2 * 64 + 3 * 96 + 16)
     assert runs.parameters(TINY) * 4 == params == 3296
     cache = lambda rows, columns: 4 * 2 * rows * columns * 8  # keys and values of one head of 8
-    # 2 rows of 10 columns at a time. Of a layer: query and output (16 each), the MLP (3 x 12); scores of 2 heads twice.
-    layer, inner, scores = 4 * 2 * 10 * 8, 4 * 2 * 10 * (32 + 36), 4 * 2 * 2 * 2 * 10 * 10
+    # 2 rows of 10 columns at a time. Of a layer: query and output (16 each), gate and up (12 each); scores, twice.
+    layer, inner, scores = 4 * 2 * 10 * 8, 4 * 2 * 10 * (32 + 24), 4 * 2 * 2 * 2 * 10 * 10
     logits = 4 * 5 * 2 * 4 * 16
     kept = 2 * 12 * 4 * 4  # ids and log-probabilities of all tokens, twice
     expected = {
@@ -329,6 +331,8 @@ def test_memory_by_hand():
     assert memory(needs_reference=True) == {**expected, "state": 4 * params}
     rematerialized = dataclasses.replace(TINY, remat=True)
     assert memory(rematerialized) == {**expected, "update": 2 * params + layer + inner + scores + logits}
+    long = memory(max_prompt_tokens=252)  # 256 columns: 128 queries at a time
+    assert long["update"] == 2 * params + 256 * (4 * layer + inner) // 10 + 4 * 2 * 2 * 2 * 128 * 256 + logits
     fused = dataclasses.replace(TINY, attention="splash")
     assert memory(fused)["update"] == expected["update"] - scores
     large = memory(dataclasses.replace(TINY, vocab_size=2**22))  # 2 rows of 4 tokens: more logits than half a chunk

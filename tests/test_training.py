@@ -19,6 +19,7 @@ from grpo_jax.training import (
     UpdateConfig,
     init_train_state,
     make_optimizer,
+    make_reference_logprobs,
     make_train_step,
     train_batch,
 )
@@ -421,6 +422,30 @@ def test_without_a_penalty_there_is_no_reference(policy, params, batch):
         step = make_train_step(policy, optax.sgd(1.0), objective, like=state, key=KEY)
         products[kl_coef] = step.lower(state, batch).as_text().count("dot_general")
     assert products[0.0] < products[0.1]
+
+
+@pytest.mark.parametrize(("sizes", "update"), [((1, 1, 1), {}), ((2, 2, 2), {"epochs": 2, "minibatches": 2})])
+def test_a_reference_that_was_asked_before_is_not_asked_again(policy, params, batch, sizes, update):
+    """The same update, from a program without the reference's parameters."""
+    objective, update, optimizer = grpo(LOSS), UpdateConfig(microbatches=2, **update), optax.sgd(0.5)
+    state = make_state(policy, params, optimizer, sizes=sizes)
+    rollout = Rollout(
+        **{name: getattr(batch, name) for name in ("prompt_tokens", "prompt_mask", "completion_tokens", "mask")},
+        finished=batch.mask[:, 0], logprobs=batch.sampler_logprobs, sampler_logprobs=batch.sampler_logprobs,
+    )  # fmt: skip
+    batch = dataclasses.replace(batch, temperature=np.full(B, 0.7, np.float32))
+    reference = make_reference_logprobs(policy, update, mesh_of(*sizes))(state.reference, rollout, 0.7)
+    by_hand = logprobs_by_hand(policy, moved(params, 1), batch)
+    np.testing.assert_allclose(reference, np.where(batch.mask, by_hand, 0), atol=1e-5)
+    step = make_train_step(policy, optimizer, objective, update, like=state, key=KEY)
+    given = dataclasses.replace(batch, ref_logprobs=reference)
+    products = [step.lower(state, b).as_text().count("dot_general") for b in (batch, given)]
+    assert products[0] > products[1]
+    ours, metrics = step(jax.tree.map(jnp.copy, state), given)
+    expected, expected_metrics = step(state, batch)
+    assert_trees_close(ours.params, expected.params)
+    assert_trees_close(metrics, expected_metrics)
+    assert metrics["kl"] > 0.01
 
 
 def test_supervised_update(policy, params, batch):

@@ -20,7 +20,14 @@ from grpo_jax.rollouts import GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.sharding import make_mesh
 from grpo_jax.telemetry import RewardJournal
-from grpo_jax.training import OptimizerConfig, UpdateConfig, init_train_state, make_optimizer, make_train_step
+from grpo_jax.training import (
+    OptimizerConfig,
+    UpdateConfig,
+    init_train_state,
+    make_optimizer,
+    make_reference_logprobs,
+    make_train_step,
+)
 from grpo_jax.types import Rollout, SamplingParams
 
 __all__ = ["EOS", "PAD", "SIZES", "Ours", "Workload", "completion_reward"]
@@ -53,7 +60,7 @@ class Workload(Options):
     tokens: int = 128  # T, of a completion at most
     lengths: str = "full"  # of completions: full, all T; geometric, with mean T / 4, cut at T
     slots: int = 0  # completions that ours decodes at a time; 0: as many as the sampler thinks best
-    microbatches: int = 8  # parts of ours' update
+    microbatches: int = 32  # parts of ours' update
     dtype: str = "float32"  # of activations and products: float32 or bfloat16
     attention: str = "xla"  # implementation of ours' training pass: xla, cudnn (GPU) or splash (TPU)
     vocabulary: int = 0  # V; 0: that of the size
@@ -179,16 +186,17 @@ class Ours:
         w = self.workload
         objective, (optimizer, _) = make_objective(LossConfig(kl_coef=kl_coef)), make_optimizer(OptimizerConfig(), 1)
         texts, journal = w.texts, RewardJournal(workdir)
+        update = UpdateConfig(microbatches=w.microbatches)
         experience = GroupRollouts(
             sampler=self.sampler, source=lambda cursor: Prompt(text=texts[cursor % w.prompts]),
             rewards=(Reward(name="reward", function=completion_reward),), objective=objective,
             config=RolloutConfig(prompts=w.prompts, group_size=w.group),
+            reference_logprobs=make_reference_logprobs(self.policy, update, self.mesh),
         )  # fmt: skip
         state = init_train_state(self.policy, self.params, optimizer, objective, self.mesh)
         self.params = None  # the state has its own
         train_step = make_train_step(
-            self.policy, optimizer, objective, UpdateConfig(microbatches=w.microbatches), like=state,
-            key=jax.random.key(w.seed),
+            self.policy, optimizer, objective, update, like=state, key=jax.random.key(w.seed)
         )  # fmt: skip
 
         def step() -> dict[str, float]:

@@ -3,8 +3,8 @@
     scores = cap * tanh(scale * query · key / cap), or scale * query · key without a cap
     output = sum over the visible keys of softmax(scores) * value
 
-A query sees the keys of its own segment at positions in (p - window, p]. The fused kernels never hold [S, S]
-scores; they compare columns where XLA compares positions, which is the same in contiguous rows.
+A query sees the keys of its own segment at positions in (p - window, p]. Nothing holds [S, S] scores: the fused kernels
+none, XLA those of a block of queries. Rows are contiguous: later columns of a segment have later positions.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Attend", "Block", "attend_slots", "cache_axes", "make_attention"]
+__all__ = ["Attend", "Block", "attend_slots", "cache_axes", "make_attention", "queries_at_a_time"]
 
 # (query [R, S, H, C], key [R, S, K, C], value [R, S, K, C], positions [R, S], segments [R, S]) -> [R, S, H, C]
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -33,6 +33,8 @@ _LANES = 128  # of a TPU's vector register: blocks of splash attention are multi
 # 512 x 512 float32 scores are 1 MiB of the 16 MiB of scoped VMEM, so that they, their gradients and blocks of heads
 # as wide as 256 fit on every TPU; smaller blocks spend their time between blocks.
 _LARGEST_BLOCK = 512
+# Of XLA's attention: blocks save at most half, of which 8 leave an eighth; each is compiled.
+_MOST_BLOCKS, _SMALLEST_BLOCK = 8, 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,15 +65,26 @@ def _capped(scores: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(scores / cap) if cap else scores
 
 
+def queries_at_a_time(columns: int) -> int:
+    """Of a row of so many columns, whose scores XLA's attention holds."""
+    return -(-columns // min(_MOST_BLOCKS, -(-columns // _SMALLEST_BLOCK)))
+
+
 def _xla(spec: _Spec, mesh: Mesh | None) -> Attend:
-    """Plain products; XLA splits them over any mesh by itself. Holds [R, H, S, S] float32 scores."""
+    """Plain products; XLA splits them over any mesh by itself. Holds float32 scores of a few queries at a time.
+
+    Queries come in blocks, each with the columns up to its end: half the work, for what is behind is masked anyway. Of
+    a block the backward pass keeps nothing, and computes the scores again.
+    """
     del mesh
 
-    def attend(query, key, value, positions, segments):
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_block(queries, keys, value):
+        (query, positions, segments), (key, key_positions, key_segments) = queries, keys
         r, s, _, c = query.shape
-        distance = positions[:, :, None] - positions[:, None, :]
-        same = segments[:, :, None] == segments[:, None, :]
-        visible = same & (distance >= 0) & (segments[:, None, :] > 0)
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        same = segments[:, :, None] == key_segments[:, None, :]
+        visible = same & (distance >= 0) & (key_segments[:, None, :] > 0)
         if spec.window:
             visible &= distance < spec.window
         grouped = query.reshape(r, s, key.shape[2], -1, c)
@@ -79,6 +92,17 @@ def _xla(spec: _Spec, mesh: Mesh | None) -> Attend:
         scores = _capped(scores, spec.soft_cap)
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
         return jnp.einsum("rkgst,rtkc->rskgc", weights, value).reshape(query.shape)
+
+    def attend(query, key, value, positions, segments):
+        columns, mixed = query.shape[1], []
+        size = queries_at_a_time(columns)
+        for first in range(0, columns, size):
+            end = min(first + size, columns)
+            before = max(0, first - spec.window + 1) if spec.window else 0
+            cut = lambda start, *arrays, end=end: tuple(x[:, start:end] for x in arrays)
+            keys, values = cut(before, key, positions, segments), value[:, before:end]
+            mixed.append(of_block(cut(first, query, positions, segments), keys, values))
+        return jnp.concatenate(mixed, axis=1)
 
     return attend
 

@@ -98,12 +98,14 @@ def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
     """Contracts the last `axes` axes of x with the first of a weight leaf, in x's dtype.
 
     The leaf is an array, or qwix's of integers with a scale for each output; scaling those is less than scaling it.
+    As a product of matrices, for in the gradient of one with more axes XLA's CPU compiler transposes the cotangents.
     """
-    if isinstance(leaf, jax.Array):
-        return jnp.tensordot(x, leaf.astype(x.dtype), axes=axes)
-    out = jnp.tensordot(x, leaf.qvalue.astype(x.dtype), axes=axes)
-    scale = leaf.scale.reshape(leaf.scale.shape[axes:]).astype(x.dtype)
-    return out * jnp.broadcast_to(scale, out.shape)
+    matrix = leaf if isinstance(leaf, jax.Array) else leaf.qvalue
+    inputs, outputs = math.prod(matrix.shape[:axes]), matrix.shape[axes:]
+    out = jnp.matmul(x.reshape(-1, inputs), matrix.astype(x.dtype).reshape(inputs, -1))
+    if matrix is not leaf:
+        out = out * jnp.broadcast_to(leaf.scale.astype(x.dtype).reshape(1, -1), out.shape)
+    return out.reshape(*x.shape[: x.ndim - axes], *outputs)
 
 
 _CONTRACTED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}  # leading axes of matrices
@@ -206,7 +208,9 @@ class _Block(nn.Module):
         gate = project(y, weight("gate", (c.width, c.mlp_width), ("embed", "mlp")))
         up = project(y, weight("up", (c.width, c.mlp_width), ("embed", "mlp")))
         down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"), small)
-        y = project(_ACTIVATIONS[c.activation](gate) * up, down)
+        # The backward pass keeps gate and up alone: what is elementwise costs less again than to be stored and read.
+        gated = lambda gate, up, down: project(_ACTIVATIONS[c.activation](gate) * up, down)
+        y = jax.checkpoint(gated, prevent_cse=False)(gate, up, down)
         return x + (norm("mlp_post_norm", y) if c.post_norms else y), cache
 
 
