@@ -355,7 +355,7 @@ def test_points():
     options = scaling.Options(size="5m", factors=(0.5, 1.0, 2.0))
     points = {what: options.points(what) for what in options.vary}
     assert [(b, w.prompts, w.group, w.microbatches) for b, w in points["B"].items()] == [
-        (32, 4, 8, 4), (64, 8, 8, 8), (128, 16, 8, 16),
+        (32, 4, 8, 16), (64, 8, 8, 32), (128, 16, 8, 64),
     ]  # fmt: skip
     assert [(g, w.prompts * w.group) for g, w in points["G"].items()] == [(4, 64), (8, 64), (16, 64)]
     assert list(points["T"]) == [64, 128, 256]

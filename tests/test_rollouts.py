@@ -203,7 +203,10 @@ def test_the_reference_has_its_completions_before_they_are_scored(sampler, kl_in
         assert batch.ref_logprobs is None  # spent
     else:
         np.testing.assert_array_equal(batch.ref_logprobs, np.full(batch.mask.shape, -2.0))
-    assert collect(sampler, reward, **options | {"objective": objective_of("grpo")}).batch.ref_logprobs is None
+    assert (
+        collect(sampler, reward, **options | {"objective": objective_of("grpo", kl_coef=0.0)}).batch.ref_logprobs
+        is None
+    )
 
 
 def test_what_does_not_fit_together_is_refused_at_once(sampler):

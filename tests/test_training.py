@@ -427,7 +427,7 @@ def test_without_a_penalty_there_is_no_reference(policy, params, batch):
 @pytest.mark.parametrize(("sizes", "update"), [((1, 1, 1), {}), ((2, 2, 2), {"epochs": 2, "minibatches": 2})])
 def test_a_reference_that_was_asked_before_is_not_asked_again(policy, params, batch, sizes, update):
     """The same update, from a program without the reference's parameters."""
-    objective, update, optimizer = grpo(LOSS), UpdateConfig(microbatches=2, **update), optax.sgd(0.5)
+    objective, update, optimizer = grpo(LOSS), UpdateConfig(microbatches=2, **update), optax.sgd(0.1)
     state = make_state(policy, params, optimizer, sizes=sizes)
     rollout = Rollout(
         **{name: getattr(batch, name) for name in ("prompt_tokens", "prompt_mask", "completion_tokens", "mask")},
