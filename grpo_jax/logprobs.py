@@ -93,18 +93,15 @@ def token_logprobs(
 
 
 def _plain(hidden, head, tokens, temperature, mask):
-    shape, (hidden, tokens, temperature) = (
-        tokens.shape,
-        (x.reshape(tokens.size, *x.shape[tokens.ndim :]) for x in (hidden, tokens, temperature)),
-    )
-    logits = unembed(hidden, head) / temperature[:, None]
+    logits = unembed(hidden.reshape(tokens.size, -1), head) / temperature.reshape(-1, 1)
     logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # By comparison, for the gradient of an index is a scatter, a loop over tokens on the CPU.
-    here = tokens[:, None] == jnp.arange(logits.shape[1])[None]
+    here = tokens.reshape(-1, 1) == jnp.arange(logits.shape[1])[None]
     of_token = jnp.where(here.any(axis=-1), jnp.where(here, logprobs, 0).sum(axis=-1), jnp.nan)
     finite = jnp.where(jnp.isfinite(logprobs), logprobs, 0)
     entropies = -(jnp.exp(logprobs) * finite).sum(axis=-1)
-    return tuple(jnp.where(mask, x.reshape(shape), 0) for x in (of_token, entropies))
+    asked = lambda x: jnp.where(mask, x.reshape(mask.shape), 0)
+    return asked(of_token), asked(entropies)
 
 
 # Chunks ---------------------------------------------------------------------------------------------

@@ -242,14 +242,15 @@ def _evaluation(measure: Callable[..., dict[str, float]], *arguments: Any) -> di
 
 
 def _times(experienced: Experience, step: float, update: float, elapsed: float) -> dict[str, float]:
-    rollout, rewards = experienced.rollout_seconds, experienced.reward_seconds
+    rollout, rewards, reference = (getattr(experienced, f"{of}_seconds") for of in ("rollout", "reward", "reference"))
     return {
         "time/elapsed_seconds": elapsed,
         "time/step_seconds": step,
         "time/rollout_seconds": rollout,
         "time/reward_seconds": rewards,
+        "time/reference_seconds": reference,  # beyond the rewards, beside which it runs
         "time/update_seconds": update,
-        "time/other_seconds": step - rollout - rewards - update,
+        "time/other_seconds": step - rollout - rewards - reference - update,
         "time/rollout_tokens_per_second": experienced.rollout_tokens / rollout if rollout else 0.0,
         "time/train_tokens_per_second": experienced.train_tokens / update,
     }
@@ -320,7 +321,8 @@ def _line(row: Mapping[str, Any]) -> str:
     speeds = {"rollout": row["time/rollout_tokens_per_second"], "train": row["time/train_tokens_per_second"]}
     said = " ".join(f"{name} {speed:.0f}" for name, speed in speeds.items() if speed)
     seconds = row["time/step_seconds"]
-    parts = {"rollout": "rollout", "rewards": "reward", "update": "update", "other": "other"}
+    names = ("rollout", "rewards", "reference", "update", "other")
+    parts = {name: name.removesuffix("s") for name in names}
     shares = {name: row[f"time/{key}_seconds"] / seconds for name, key in parts.items()}
     split = " ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
     return f"{text} tok/s: {said} {seconds:.2g}s ({split})"

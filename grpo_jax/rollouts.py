@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import sharding
@@ -86,6 +87,7 @@ class Experience:
     train_tokens: int = 0  # prompts and completions, as the update sees them
     rollout_seconds: float = 0.0
     reward_seconds: float = 0.0
+    reference_seconds: float = 0.0  # what was left of the reference's pass when the rewards were there
 
 
 # One program each, where their operations one by one would be a dozen to compile, and to wait for at every step.
@@ -101,6 +103,7 @@ class _Wave:
     reference: jax.Array | None  # [B, T] float32, the reference's log-probabilities; None: not asked for, or not yet
     rollout_seconds: float
     reward_seconds: float
+    reference_seconds: float
 
 
 def _surplus(state: TrainState) -> Surplus:
@@ -172,11 +175,13 @@ class GroupRollouts:
         fresh = waves[0].scored if len(waves) == 1 else ScoredGroups.join([wave.scored for wave in waves])
         metrics, surplus = rollout_metrics(self.rewards, fresh), None
         groups, rollout, chosen = fresh.groups, waves[0].rollout, np.arange(config.prompts)
-        reference = waves[0].reference
+        reference, reference_seconds = waves[0].reference, waves[0].reference_seconds
         if waiting is not None:
             groups, surplus, chosen, said = fill(waiting, fresh.groups, fresh.constant)
             rollout = jax.device_put(groups.rollout, sharding.batch_sharding(self.sampler.mesh))
-            reference = self._reference(state, rollout)
+            asked = time.perf_counter()
+            reference = jax.block_until_ready(self._reference(state, rollout))
+            reference_seconds = time.perf_counter() - asked
             metrics |= {"dynamic_sampling/waves": float(len(waves)), **said}
         host: Rollout = groups.rollout
 
@@ -211,6 +216,7 @@ class GroupRollouts:
             train_tokens=int(group * host.prompt_mask.sum() + host.mask.sum()),
             rollout_seconds=sum(wave.rollout_seconds for wave in waves),
             reward_seconds=sum(wave.reward_seconds for wave in waves),
+            reference_seconds=reference_seconds,
         )
 
     def _waves(
@@ -240,6 +246,8 @@ class GroupRollouts:
         reference = self._reference(state, rollout) if config.max_waves == 1 else None
         scores = journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step), wave)
         scored = time.perf_counter()
+        jax.block_until_ready(reference)  # what the device is asked next would wait for it too
+        referred = time.perf_counter()
         groups = self._groups(scores, host)
         return _Wave(
             scored=ScoredGroups(
@@ -253,6 +261,7 @@ class GroupRollouts:
             reference=reference,
             rollout_seconds=sampled - started,
             reward_seconds=scored - sampled,
+            reference_seconds=referred - scored,
         )
 
     def _groups(self, scores: Scores, rollout: Rollout) -> Groups:
@@ -286,8 +295,8 @@ class GroupRollouts:
         """[B, T] float32 to take from the rewards, and their metrics."""
         if self.objective.reward_kl is None or reference is None:
             return None, {}
-        reference = jax.device_get(reference)
-        kl = np.where(host.mask, self.objective.reward_kl(host.logprobs, reference), 0).astype(np.float32)
+        kl = self.objective.reward_kl(host.logprobs, jnp.asarray(reference))
+        kl = np.where(host.mask, kl, 0).astype(np.float32)
         penalties = self.objective.reward_kl_coef * kl
         means = {"kl": kl.sum() / host.mask.sum(), "reward/kl_penalty": penalties.sum(axis=1).mean()}
         return penalties, {name: float(value) for name, value in means.items()}

@@ -191,7 +191,8 @@ def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkey
         return slow
 
     def sampled(state, journal, interrupt):
-        return dataclasses.replace(experience(state, journal, interrupt), rollout_seconds=2.0, reward_seconds=1.0)
+        seconds = {"rollout_seconds": 2.0, "reward_seconds": 1.0, "reference_seconds": 0.5}
+        return dataclasses.replace(experience(state, journal, interrupt), **seconds)
 
     class Evaluator:
         greedy = full = staticmethod(taking(10, lambda params, interrupt=None: {"eval/accuracy": 0.5}))
@@ -206,11 +207,16 @@ def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkey
     column = lambda name: [row.get(f"time/{name}_seconds") for row in rows]
     # Its own 4 + 3, and what the step before left to do: a line of the log, and a checkpoint of steps 2 and 3.
     assert column("step") == [None, 7, 8, 10, 10]
-    assert column("other") == [None, 1, 2, 4, 4]
+    assert column("other") == [None, 0.5, 1.5, 3.5, 3.5]
     assert column("elapsed") == [0, 7, 15, 25, 35]
     assert column("evaluation") == [10, None, None, 10, 10]
-    assert {*column("rollout")[1:], *column("reward")[1:], *column("update")[1:]} == {2, 1, 3}
-    assert "10s (rollout 20% rewards 10% update 30% other 40%)" in capsys.readouterr().out
+    assert {*column("rollout")[1:], *column("reward")[1:], *column("reference")[1:], *column("update")[1:]} == {
+        2,
+        1,
+        0.5,
+        3,
+    }
+    assert "10s (rollout 20% rewards 10% reference 5% update 30% other 35%)" in capsys.readouterr().out
 
 
 def compiled_by_step(workdir, steps, change=lambda batch, step: batch):

@@ -211,7 +211,7 @@ class Ours:
             ended = time.perf_counter()
             return {
                 "seconds": ended - started, "generation_seconds": experienced.rollout_seconds,
-                "update_seconds": ended - updating,
+                "update_seconds": ended - updating + experienced.reference_seconds,
             }  # fmt: skip
 
         return step

@@ -100,11 +100,11 @@ def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
     The leaf is an array, or qwix's of integers with a scale for each output; scaling those is less than scaling it.
     As a product of matrices, for in the gradient of one with more axes XLA's CPU compiler transposes the cotangents.
     """
-    matrix = leaf if isinstance(leaf, jax.Array) else leaf.qvalue
+    matrix, scale = (leaf, None) if isinstance(leaf, jax.Array) else (leaf.qvalue, leaf.scale)
     inputs, outputs = math.prod(matrix.shape[:axes]), matrix.shape[axes:]
     out = jnp.matmul(x.reshape(-1, inputs), matrix.astype(x.dtype).reshape(inputs, -1))
-    if matrix is not leaf:
-        out = out * jnp.broadcast_to(leaf.scale.astype(x.dtype).reshape(1, -1), out.shape)
+    if scale is not None:
+        out = out * jnp.broadcast_to(scale.astype(x.dtype).reshape(1, -1), out.shape)
     return out.reshape(*x.shape[: x.ndim - axes], *outputs)
 
 
