@@ -3,9 +3,10 @@
 Metric names are those that TRL users know. Names under `time/` are measured and differ from run to run;
 all others are the same bits whenever a run is repeated or resumed.
 
-`time/step_seconds` is from the end of one update to the end of the next, without evaluations, and the sum of four:
-`rollout` (prompts, sampling, the completions on the host), `reward`, `update` (the passes of the reference and of the
-old policy, in one program, included) and `other` (advantages; logs, checkpoint and profile of the step before).
+`time/step_seconds` is from the end of one update to the end of the next, without evaluations, and the sum of five:
+`rollout` (prompts, sampling, the completions on the host), `reward`, `reference` (what was left of its pass when the
+rewards were there), `update` (the old policy's pass included) and `other` (advantages; logs, checkpoint and profile of the
+step before).
 `time/elapsed_seconds` is the sum of all steps so far; `time/evaluation_seconds` stands where there was one.
 """
 
