@@ -5,8 +5,8 @@ all others are the same bits whenever a run is repeated or resumed.
 
 `time/step_seconds` is from the end of one update to the end of the next, without evaluations, and the sum of five:
 `rollout` (prompts, sampling, the completions on the host), `reward`, `reference` (what was left of its pass when the
-rewards were there), `update` (the old policy's pass included) and `other` (advantages; logs, checkpoint and profile of the
-step before).
+rewards were there), `update` (the old policy's pass included) and `other` (advantages; logs, checkpoint and profile of
+the step before).
 `time/elapsed_seconds` is the sum of all steps so far; `time/evaluation_seconds` stands where there was one.
 """
 

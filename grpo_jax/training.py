@@ -228,6 +228,51 @@ class _Minibatch:
     weights: Array  # [b, T] float32
 
 
+def _loss_of(policy: Policy, objective: Objective, mesh: Mesh, params, rows: Rows, minibatch: _Minibatch, tokens):
+    """(loss, metrics) of the packed rows of a microbatch, in which at most so many tokens of a device are asked for."""
+    logprobs, entropies, aux = row_logprobs(policy, params, rows, count=tokens, mesh=mesh)
+    # From here on by completions: [r W, T] for r rows a device.
+    logprobs, entropies = (rows.slots(x, mesh) for x in (logprobs, entropies))
+    m: _Minibatch = per_device(Rows.of_members, mesh)(rows, minibatch)
+    mask, metrics, correction = m.batch.mask, {}, None
+    if m.batch.sampler_logprobs is not None:
+        old = logprobs if m.old is None else m.old
+        weights, metrics = objective.correction(old, m.batch.sampler_logprobs, mask)
+        correction = weights if objective.corrects else None
+    if m.learns is not None:
+        correction = jnp.where(m.learns, 1 if correction is None else correction, 0.0)
+    loss, of_loss = objective.loss(
+        logprobs, m.batch.advantages, mask, entropies=entropies, old_logprobs=m.old, ref_logprobs=m.ref,
+        correction=correction, weights=m.weights,
+    )  # fmt: skip
+    filled = (rows.segments > 0).astype(jnp.float32)
+    return loss, {
+        **metrics,
+        **of_loss,
+        "entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), mask),
+        "packing/fill": metrics_lib.Mean(total=filled.sum(), count=jnp.float32(filled.size)),
+        **{name: metrics_lib.Mean(total=total, count=count) for name, (total, count) in aux.items()},
+    }
+
+
+def _gradients(loss_of: Callable, mesh: Mesh, params, shard: Microbatches):
+    """((loss, metrics), gradients) of a data shard, summed over its microbatches."""
+
+    def of_part(i):
+        part = shard.part(i, mesh), shard.of, shard.tokens[i]
+        return jax.value_and_grad(loss_of, has_aux=True)(params, *part)
+
+    def add(i, total):
+        ((loss, metrics), grads), ((more, others), also) = total, of_part(i)
+        return (loss + more, metrics_lib.add(metrics, others)), jax.tree.map(jnp.add, grads, also)
+
+    if len(shard.tokens) == 1:
+        return of_part(0)
+    (_, metrics), _ = jax.eval_shape(of_part, 0)
+    start = (jnp.zeros(()), metrics_lib.empty(metrics)), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.fori_loop(0, shard.count, add, start)
+
+
 def make_train_step(
     policy: Policy,
     optimizer: optax.GradientTransformation,
@@ -267,47 +312,8 @@ def make_train_step(
     mesh = where.step.mesh
     optimizer_steps = update.epochs * update.minibatches
 
-    def loss_of(params, rows: Rows, minibatch: _Minibatch, tokens):
-        logprobs, entropies, aux = row_logprobs(policy, params, rows, count=tokens, mesh=mesh)
-        # From here on by completions: [r W, T] for r rows a device.
-        logprobs, entropies = (rows.slots(x, mesh) for x in (logprobs, entropies))
-        m: _Minibatch = per_device(Rows.of_members, mesh)(rows, minibatch)
-        mask, metrics, correction = m.batch.mask, {}, None
-        if m.batch.sampler_logprobs is not None:
-            old = logprobs if m.old is None else m.old
-            weights, metrics = objective.correction(old, m.batch.sampler_logprobs, mask)
-            correction = weights if objective.corrects else None
-        if m.learns is not None:
-            correction = jnp.where(m.learns, 1 if correction is None else correction, 0.0)
-        loss, of_loss = objective.loss(
-            logprobs, m.batch.advantages, mask, entropies=entropies, old_logprobs=m.old, ref_logprobs=m.ref,
-            correction=correction, weights=m.weights,
-        )  # fmt: skip
-        filled = (rows.segments > 0).astype(jnp.float32)
-        return loss, {
-            **metrics,
-            **of_loss,
-            "entropy": metrics_lib.masked_mean(jax.lax.stop_gradient(entropies), mask),
-            "packing/fill": metrics_lib.Mean(total=filled.sum(), count=jnp.float32(filled.size)),
-            **{name: metrics_lib.Mean(total=total, count=count) for name, (total, count) in aux.items()},
-        }
-
-    def gradients(params, shard: Microbatches):
-        """((loss, metrics), gradients) of a data shard, summed over its microbatches."""
-
-        def of_part(i):
-            part = shard.part(i, mesh), shard.of, shard.tokens[i]
-            return jax.value_and_grad(loss_of, has_aux=True)(params, *part)
-
-        def add(i, total):
-            ((loss, metrics), grads), ((more, others), also) = total, of_part(i)
-            return (loss + more, metrics_lib.add(metrics, others)), jax.tree.map(jnp.add, grads, also)
-
-        if update.microbatches == 1:
-            return of_part(0)
-        (_, metrics), _ = jax.eval_shape(of_part, 0)
-        start = (jnp.zeros(()), metrics_lib.empty(metrics)), jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.fori_loop(0, shard.count, add, start)
+    loss_of = functools.partial(_loss_of, policy, objective, mesh)
+    gradients = functools.partial(_gradients, loss_of, mesh)
 
     def optimizer_step(params, opt_state, minibatch: _Minibatch):
         microbatches = pack_microbatches(policy, minibatch.batch, minibatch, update.microbatches, mesh)
