@@ -74,13 +74,16 @@ class StopSignals:
             raise Stopped
 
 
-def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = ("mesh",)) -> None:
+_FREE = ("mesh", "rollout.slots")  # what changes nothing but roundings
+
+
+def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
     """Makes the workdir and writes `config.json`, or checks that the one there is the same.
 
     Args:
       workdir: the directory.
       configuration: sections of plain values.
-      free: sections that may change between restarts.
+      free: sections, and fields by section.field, that may change between restarts.
 
     Raises:
       WorkdirError: it cannot be written, or belongs to another configuration; the fields are named.
@@ -98,7 +101,7 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
         differ = [
             f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
             for name in sorted({**ours, **theirs})
-            if ours.get(name) != theirs.get(name) and name.split(".")[0] not in free
+            if ours.get(name) != theirs.get(name) and not {name, name.split(".")[0]} & {*free}
         ]
         if differ:
             more = [f"and {len(differ) - 10} more"] if len(differ) > 10 else []

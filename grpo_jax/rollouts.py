@@ -144,8 +144,8 @@ class GroupRollouts:
     config: RolloutConfig
     objective: Objective  # whose advantages
     advantages: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
-    # (params, rollout, temperature) -> [B, T]: `training.make_reference_logprobs`. The device computes them while the
-    # host scores. A penalty in the reward needs them; for one in the loss the update takes them where this is None.
+    # (params, rollout, temperature) -> [B, T]: `training.make_reference_logprobs`. Where a step is one wave, the device
+    # computes them while the host scores. A penalty in the reward needs them; one in the loss can do without.
     reference_logprobs: Callable[[PyTree, Rollout, float], jax.Array] | None = None
     # Whose completions: the policy's own, or another's for comparison.
     params_of: Callable[[TrainState], PyTree] | None = None

@@ -217,6 +217,7 @@ class Sampler:
                     break
                 state = decode(prefilled, state, np.int32(self._chunk))
             waves.append(self._collect(prefilled, state, *tokens_and_mask))
+            del prefilled, state  # before the next wave makes its own
         return waves[0] if len(waves) == 1 else _join(waves)
 
     def stream(
@@ -250,6 +251,7 @@ class Sampler:
                 if state.done():
                     break
                 state = decode(prefilled, state, np.int32(every))
+            del prefilled, state  # as above
             first += len(tokens)
 
     def compile(self, params: PyTree, prompts: int) -> tuple[Compiled, Compiled]:

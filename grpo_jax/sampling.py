@@ -538,5 +538,5 @@ def generate(
         policy, params, prompt_tokens, prompt_mask, prompt_ids, key, group_size=group_size, max_tokens=max_tokens,
         eos_ids=eos_ids, pad_id=pad_id, sampling=sampling, stop_table=stop_table, limits=limits, slots=slots, mesh=mesh,
     )  # fmt: skip
-    state = decode(policy, prefilled, state, group_size * len(prompt_ids) * max_tokens, mesh)
+    state = decode(policy, prefilled, state, 2**31 - 1, mesh)  # until it ends
     return collect(prefilled, state, prompt_tokens, prompt_mask, mesh)

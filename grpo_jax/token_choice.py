@@ -64,7 +64,8 @@ def _kept(logits: jax.Array, sampling: SamplingParams) -> jax.Array:
 
     nucleus = jax.lax.cond(jnp.asarray(sampling.top_p) < 1, by_mass, lambda: zero)
     likely = _ordered(largest + jnp.log(jnp.asarray(sampling.min_p)))  # log 0 = -inf keeps all
-    return keys >= jnp.maximum(jnp.maximum(threshold, nucleus), likely)[..., None]
+    threshold = jnp.maximum(jnp.maximum(threshold, nucleus), likely)
+    return keys >= jnp.minimum(threshold, _ordered(largest))[..., None]
 
 
 def truncate(logits: jax.Array, sampling: SamplingParams) -> jax.Array:
@@ -118,7 +119,8 @@ def choose_tokens(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) 
     draw = functools.partial(jax.random.uniform, shape=(2,))
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
-    uniform = jnp.where(greedy, 0.0, draw(keys))
+    # In the middle of steps of 2^-23, for at 0 the first of any weight would be taken, however small.
+    uniform = jnp.where(greedy, 0.0, draw(keys) + 2**-24)
 
     def invert(kept):
         """Tokens [...] of what is kept, and the logarithms of its mass and of theirs."""

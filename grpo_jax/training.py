@@ -211,6 +211,7 @@ def make_reference_logprobs(
 
     @jax.jit
     def logprobs(params, rollout: Rollout, temperature):
+        check_divides(rollout.mask.shape[0], update, mesh)
         batch = train_batch(rollout, jnp.zeros(rollout.mask.shape[0]), temperature=temperature)
         return frozen_logprobs(policy, params, pack_microbatches(policy, batch, batch.mask, parts, mesh), mesh)[0]
 

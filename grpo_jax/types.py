@@ -42,9 +42,9 @@ class Policy:
     hidden: Callable[..., tuple[jax.Array, dict[str, SumCount]]]
     # (params) -> (kernel [V, D], bias [V] or None, soft cap or None)
     head: Callable[..., tuple[jax.Array, jax.Array | None, float | None]]
-    # (params) -> sampler parameters; runs once a rollout, inside jit
+    # (params) -> sampler parameters; runs once a rollout (a wave, where it is cut to the memory), inside jit
     prepare: Callable[[PyTree], PyTree]
-    # (rows, width, columns) -> tree of leaves [R, W, columns, ...]
+    # (rows, width, columns) -> tree of leaves [R, W, ...]
     init_cache: Callable[[int, int, int], PyTree]
     # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column of the first of them,
     #  key_positions [R, W, columns] (-1 = empty, the new columns included), prefix = None,

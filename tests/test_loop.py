@@ -236,8 +236,9 @@ def compiled_by_step(workdir, steps, change=lambda batch, step: batch):
     optimizer, schedule = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), 2 * steps)
     state = training.init_train_state(policy, init_params(config, key), optimizer, objective, mesh)
     rollouts = GroupRollouts(
-        sampler=Sampler(policy, mesh, tokenizer, group_size=4, key=key, chunk=4, **sizes), source=source,
+        sampler=Sampler(policy, mesh, tokenizer, group_size=4, key=key, chunk=4, slots=5, **sizes), source=source,
         rewards=rewards, config=RolloutConfig(prompts=4, group_size=4), objective=objective,
+        reference_logprobs=training.make_reference_logprobs(policy, update, mesh),
     )  # fmt: skip
     evaluation = EvaluationConfig(prompts=4, sampled_prompts=4, samples=4)
     by_step = []
@@ -270,7 +271,8 @@ def test_nothing_is_compiled_after_the_first_two_steps(tmp_path):
 def test_a_batch_of_another_width_is_compiled_again_and_noticed(tmp_path):
     def cut(batch, step):
         shorter = lambda x: x[:, :11] if step == 4 else x
-        changed = {name: shorter(getattr(batch, name)) for name in ("completion_tokens", "mask", "sampler_logprobs")}
+        of_tokens = ("completion_tokens", "mask", "sampler_logprobs", "ref_logprobs")
+        changed = {name: shorter(getattr(batch, name)) for name in of_tokens}
         return dataclasses.replace(batch, **changed)
 
     compiled, _ = compiled_by_step(tmp_path, 5, cut)

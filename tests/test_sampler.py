@@ -65,6 +65,29 @@ def test_a_rollout_larger_than_memory_is_cut(params, rollout, plan, caplog):
     assert len({record.message for record in caplog.records}) == 1
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_wave_is_gone_when_the_next_begins(params, monkeypatch, streams):
+    caches = lambda: [x for x in jax.live_arrays() if x.ndim == 5]
+    sampler, before, seen = make(memory=memory_for(Plan(prompts=2, slots=0))), len(caches()), []
+    programs = sampler._programs
+
+    def watched(*arguments):
+        start, decode = programs(*arguments)
+
+        def watch(*arguments):
+            seen.append(len(caches()) - before)
+            return start(*arguments)
+
+        return watch, decode
+
+    monkeypatch.setattr(sampler, "_programs", watched)
+    arguments = params, PROMPTS, range(P), SamplingParams()
+    during = [len(caches()) - before for _ in sampler.stream(*arguments)] if streams else sampler(*arguments)
+    assert len(seen) == P // sampler.plan(params, P).prompts > 1
+    assert seen == [0] * len(seen)
+    assert not streams or min(during) > 0
+
+
 def test_what_fits_is_not_cut(params, caplog):
     assert make(memory=memory_for(Plan(prompts=P, slots=0))).plan(params, P) == Plan(prompts=P, slots=0)
     assert make(slots=5).plan(params, P) == Plan(prompts=P, slots=5)

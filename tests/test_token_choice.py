@@ -48,6 +48,7 @@ def test_truncate_oracle(logits, top_k, top_p, min_p):
         ({"top_k": 3, "top_p": 0.56}, [1, 1, 1, 0]),  # of the mass of the three, the first is 5/9
         ({"top_k": 3, "top_p": 0.55}, [0, 1, 0, 0]),
         ({"top_p": 1e-6}, [0, 1, 0, 0]),
+        ({"top_p": 0.0}, [0, 1, 0, 0]),  # the likeliest stays
         ({"min_p": 0.19}, [1, 1, 1, 1]),
         ({"min_p": 0.39}, [1, 1, 1, 0]),
         ({"min_p": 0.41}, [0, 1, 0, 0]),
@@ -111,6 +112,13 @@ def test_nothing_impossible_is_drawn_however_sums_round():
     for uniform in edge:
         index = np.asarray(token_choice._invert(jnp.array(weights), jnp.full(3, uniform)))
         assert (weights[np.arange(3), index] > 0).all()
+
+
+def test_what_is_all_but_impossible_is_not_drawn_at_0(monkeypatch):
+    """A uniform number is 0 once in 2^23 draws, whatever the mass of what comes first."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape))
+    logits = jnp.full(1000, -jnp.inf).at[jnp.array([3, 700])].set(jnp.array([-30.0, 0.0]))
+    assert choose_tokens(logits, jax.random.key(0), SamplingParams()).ids == 700
 
 
 def test_without_truncation_nothing_is_looked_for():

@@ -104,6 +104,7 @@ def run_trl(config: dict[str, Any], directory: pathlib.Path, workdir: pathlib.Pa
         lr_scheduler_type=schedule, warmup_steps=optimizer.warmup_steps, max_grad_norm=optimizer.clip_norm,
         adam_beta1=optimizer.b1, adam_beta2=optimizer.b2, adam_epsilon=optimizer.epsilon,
         weight_decay=optimizer.weight_decay, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p,
+        min_p=rollout.min_p or None,
         seed=config["train"].seed,
     )  # fmt: skip
     log.of(trainer)

@@ -327,7 +327,6 @@ def attend_slots(query, key, value, cache, column, own, prefix, scale, soft_cap)
 
 
 _WINDOW = 64  # columns; windows of attention are multiples of it
-_FEW = 8  # a product of so few rows is slower than multiplying and adding up, where there are no matrix units
 
 
 def _attend_block(query, keys, values, visible, scale, soft_cap):
@@ -336,24 +335,11 @@ def _attend_block(query, keys, values, visible, scale, soft_cap):
     query [..., K, M, C], keys [..., K, C, T], values [..., K, T, C], visible [..., J, T], M a multiple of J; all
     results are float32.
     """
-    wide = lambda x: x.astype(jnp.float32)
-    products = (
-        lambda q, k: jnp.einsum("...mc,...ct->...mt", q, k, preferred_element_type=jnp.float32),
-        lambda p, v: jnp.einsum("...mt,...tc->...mc", p.astype(v.dtype), v, preferred_element_type=jnp.float32),
-    )
-    elementwise = (
-        lambda q, k: (wide(q)[..., None] * wide(k)[..., None, :, :]).sum(axis=-2),
-        lambda p, v: (p[..., None] * wide(v)[..., None, :, :]).sum(axis=-2),
-    )
-
-    def multiply(which, *factors):
-        if query.shape[-2] > _FEW:
-            return products[which](*factors)
-        return jax.lax.platform_dependent(*factors, cpu=elementwise[which], default=products[which])
-
-    scores = _capped(multiply(0, query, keys) * scale, soft_cap)
+    scores = jnp.einsum("...mc,...ct->...mt", query, keys, preferred_element_type=jnp.float32)
+    scores = _capped(scores * scale, soft_cap)
     seen = jnp.repeat(visible, query.shape[-2] // visible.shape[-2], axis=-2)[..., None, :, :]
     scores = jnp.where(seen, scores, _MASKED)
     most = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - most)
-    return most, weights.sum(axis=-1, keepdims=True), multiply(1, weights, values)
+    mixed = jnp.einsum("...mt,...tc->...mc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return most, weights.sum(axis=-1, keepdims=True), mixed

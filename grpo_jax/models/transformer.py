@@ -100,7 +100,7 @@ def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
     The leaf is an array, or qwix's of integers with a scale for each output; scaling those is less than scaling it.
     As a product of matrices, for in the gradient of one with more axes XLA's CPU compiler transposes the cotangents.
     """
-    matrix, scale = (leaf, None) if isinstance(leaf, jax.Array) else (leaf.qvalue, leaf.scale)
+    matrix, scale = (leaf.qvalue, leaf.scale) if hasattr(leaf, "qvalue") else (leaf, None)
     inputs, outputs = math.prod(matrix.shape[:axes]), matrix.shape[axes:]
     out = jnp.matmul(x.reshape(-1, inputs), matrix.astype(x.dtype).reshape(inputs, -1))
     if scale is not None:
