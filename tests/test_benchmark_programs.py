@@ -139,7 +139,8 @@ def test_sizes(size):
     [
         ({"size": "7b"}, "must be one of tiny, 1m"),
         ({"lengths": "normal"}, "must be one of full, geometric"),
-        ({"microbatches": 3}, "must divide prompts x group = 64"),
+        ({"microbatches": 3}, "microbatches=3 must divide prompts x group = 64"),
+        ({"peer_microbatches": 0}, "peer_microbatches=0 must divide prompts x group = 64"),
         ({"group": 1}, "group 2 or more"),
         ({"rounds": 0}, "must be 1 or more"),
     ],
@@ -233,7 +234,7 @@ def test_step(peers, monkeypatch):
             super().write(step, wave, digest, scores)
 
     monkeypatch.setattr(workload, "RewardJournal", Journal)
-    options = step.Options(**TINY, lengths="geometric", peer_microbatches=2)
+    options = Workload(**TINY, lengths="geometric", peer_microbatches=2)
     metrics = ("seconds", "generation_seconds", "update_seconds")
     result = step.run(options)
     check(result, "step", {*metrics}, {"ours", "trl"})
@@ -343,7 +344,7 @@ def test_exponents_of_sweeps(monkeypatch):
         "rollout_seconds": 2.0, "step_seconds": 1.0, "bytes": 0.5,
     }  # fmt: skip
     assert {name: of["leaves"] for name, of in fitted.items()} == {
-        "rollout_seconds": 8, "step_seconds": None, "bytes": 8,
+        "rollout_seconds": 8, "step_seconds": None, "bytes": None,
     }  # fmt: skip
     assert list(result["points"]["G"]) == ["4", "8"]  # 16 does not divide 8 completions
     assert result["exponents"]["G"]["step_seconds"]["exponent"] == pytest.approx(0)
@@ -374,6 +375,8 @@ def test_fit():
     assert error == pytest.approx((0.2 / 2 / 5) ** 0.5)
     assert scaling.leaves(sizes, [1, 2, 4, 16], 1.0) == 4
     assert scaling.leaves(sizes, [1, 2, 4, 8], 1.0) is None
+    assert scaling.leaves(sizes, [1, 1, 2, 8], 1.0, at_most=True) == 4
+    assert scaling.leaves(sizes, [1, 1, 2, 4], 1.0, at_most=True) is None
 
 
 def test_roofline():
@@ -407,7 +410,7 @@ def test_work_by_loops():
             flop += sum(2 * (dense + head) + per_key * (w.prompt_tokens + t) for _ in alive)
     for n in limits.reshape(-1):
         update += 6 * (dense * (w.prompt_tokens + n) + head * n) + 3 * per_key * (w.prompt_tokens + n) ** 2 / 2
-    work = roofline.work_of(w, 1000)
+    work = roofline.work_of(w, 1000, w.slots)
     assert (work.decode_bytes, work.decode_flop, work.update_flop) == pytest.approx((read, flop, update))
 
 

@@ -165,7 +165,8 @@ def observe_warm_start(config, tmp_path):
 def observe_rollout(config, tmp_path):
     experiment = countdown.Experiment(config)
     surplus = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), experiment.surplus)
-    state = types.SimpleNamespace(params=fresh_params(config), cursor=0, step=0, surplus=surplus)
+    params = fresh_params(config)
+    state = types.SimpleNamespace(params=params, reference=params, cursor=0, step=0, surplus=surplus)
     journal = types.SimpleNamespace(read=lambda *_: None, write=lambda *_: None)
     experience = experiment.rollouts()(state, journal, lambda: None)
     plan = experiment.sampler.plan(state.params, 2)  # slots change no token
@@ -193,7 +194,8 @@ def observe_run(config, tmp_path):
         patch.setattr(Checkpoints, "save", lambda store, state, metric=None: save(store, state, -float(state.step)))
         patch.setattr(loop, "_optimizer_count", lambda state: 0)
         _, rows = experiment.run(
-            fresh_params(config), objective=objectives.supervised(), experience=experiment.rollouts(),
+            fresh_params(config), objective=objectives.supervised(),
+            experience=experiment.rollouts(objective=objectives.supervised()),
             workdir=tmp_path, title="test", optimizer=config["optimizer"], update=config["update"],
             steps=config["train"].steps, evaluator=experiment.evaluator,
             evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,

@@ -1,6 +1,6 @@
 """Peak memory of a GRPO step, or of a rollout, beside the peer's: each in a process of its own, beyond its imports.
 
-python -m experiments.benchmarks.memory [--what=step] [--size=5m] [--tokens=128] [--rounds=3]
+python -m experiments.benchmarks.memory [--what=step] [--size=5m] [--tokens=128] [--peer_microbatches=1] [--rounds=3]
 
 Of each: resident bytes once the libraries are imported, once the model is there too, and at the highest. Needs
 `.[parity]`.
@@ -49,7 +49,7 @@ def _side(options: Options, directory: pathlib.Path | None, scratch: pathlib.Pat
     imported = measure.rss()
     if options.what == "rollout":
         return imported, peers.rollout(options, directory)
-    return imported, peers.TrlSteps(options, directory, scratch / "out")
+    return imported, peers.TrlSteps(options, directory, scratch / "out", microbatches=options.peer_microbatches)
 
 
 def _alone(options: Options) -> dict[str, float]:

@@ -80,12 +80,13 @@ class Work:
     update_flop: float
 
 
-def work_of(workload: Workload, weight_bytes: int) -> Work:
+def work_of(workload: Workload, weight_bytes: int, slots: int) -> Work:
     """The floor of a workload, from its lengths.
 
     Args:
       workload: the model, prompts and lengths.
       weight_bytes: of the sampler's parameters.
+      slots: that it decodes at a time; 0: all.
     """
     m, lengths, prompt = workload.model, workload.limits.astype(np.float64), workload.prompt_tokens
     attention = m.width * m.head_width * (2 * m.heads + 2 * m.kv_heads)
@@ -93,8 +94,7 @@ def work_of(workload: Workload, weight_bytes: int) -> Work:
     width = jnp.dtype(m.compute_dtype).itemsize
     cached = 2 * m.layers * m.kv_heads * m.head_width * width  # bytes of a token's keys and values
     later = lengths - 1  # tokens of each completion that are decoded, after that of the prefill
-    slots = workload.slots or lengths.size
-    steps = max(later.max(), later.sum() / slots)
+    steps = max(later.max(), later.sum() / (slots or lengths.size))
     own = (later * (later + 1) / 2).sum()  # of a completion's own cache: 1, 2, ... tokens
     scores = 4 * m.layers * m.heads * m.head_width  # FLOP of a query on a key, and of its value
     columns = prompt + lengths
@@ -128,7 +128,8 @@ def run(options: Options) -> dict[str, Any]:
     rates = machine_rates(options)
     ours = Ours(options)
     weights = jax.eval_shape(ours.policy.prepare, ours.params)
-    work = work_of(options, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)))
+    slots = ours.sampler.plan(ours.params, options.prompts).slots
+    work = work_of(options, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)), slots)
     one = Ours(options.workload(tokens=1, lengths="full"))
     parts = {"whole": ours.rollout(), "first": one.rollout(), "update": _update(ours)}
 

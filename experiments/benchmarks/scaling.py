@@ -76,10 +76,11 @@ def fit(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float | 
     return float(slope), error
 
 
-def leaves(sizes: Sequence[float], costs: Sequence[float], expected: float) -> float | None:
-    """The size from which the slope to the next differs from the expected one; None: it never does."""
+def leaves(sizes: Sequence[float], costs: Sequence[float], expected: float, at_most: bool = False) -> float | None:
+    """The size from which the slope to the next differs from the expected one, or is above it; None: it never is."""
     for (x, a), (next_x, b) in itertools.pairwise(zip(sizes, costs, strict=True)):
-        if abs(np.log(b / a) / np.log(next_x / x) - expected) > TOLERANCE:
+        beyond = np.log(b / a) / np.log(next_x / x) - expected
+        if (beyond if at_most else abs(beyond)) > TOLERANCE:
             return x
     return None
 
@@ -109,7 +110,8 @@ def _exponents(what: str, sweep: Mapping[float, Mapping[str, Sequence[float]]]) 
             costs = [float(np.median(sweep[size][name])) for size in sizes]
             exponent, error = fit(sizes, costs)
             fitted[name] = {
-                "exponent": exponent, "standard_error": error, "leaves": leaves(sizes, costs, EXPECTED[what]),
+                "exponent": exponent, "standard_error": error,
+                "leaves": leaves(sizes, costs, EXPECTED[what], at_most=name == "bytes"),
             }  # fmt: skip
     return fitted
 

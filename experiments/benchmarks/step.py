@@ -5,7 +5,6 @@ python -m experiments.benchmarks.step [--size=5m] [--tokens=512 --lengths=geomet
 Both: float32, temperature 1, one update of AdamW a step, gradients clipped to norm 1, beta 0.04. Needs `.[parity]`.
 """
 
-import dataclasses
 import pathlib
 import tempfile
 from typing import Any
@@ -14,19 +13,7 @@ from experiments.benchmarks import measure
 from experiments.benchmarks.workload import Ours, Workload
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Workload):
-    """The workload, and how the peer cuts its batch."""
-
-    peer_microbatches: int = 1  # TRL accumulates gradients over so many parts of a step; 1: a step is one batch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.peer_microbatches < 1 or self.prompts * self.group % self.peer_microbatches:
-            raise ValueError(f"peer_microbatches={self.peer_microbatches} must divide {self.prompts * self.group}.")
-
-
-def run(options: Options) -> dict[str, Any]:
+def run(options: Workload) -> dict[str, Any]:
     """Measures both in turns. An update holds all that is not generation (of ours: nor rewards), the reference too."""
     measure.need("torch", "transformers", "trl")
     from experiments.benchmarks import peers
@@ -42,4 +29,4 @@ def run(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    measure.command(Options, run)
+    measure.command(Workload, run)

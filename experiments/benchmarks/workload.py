@@ -60,7 +60,8 @@ class Workload(Options):
     tokens: int = 128  # T, of a completion at most
     lengths: str = "full"  # of completions: full, all T; geometric, with mean T / 4, cut at T
     slots: int = 0  # completions that ours decodes at a time; 0: as many as the sampler thinks best
-    microbatches: int = 32  # parts of ours' update
+    microbatches: int = 0  # parts of ours' update; 0: of two completions each
+    peer_microbatches: int = 1  # TRL accumulates gradients over so many parts of a step; 1: a step is one batch
     dtype: str = "float32"  # of activations and products: float32 or bfloat16
     attention: str = "xla"  # implementation of ours' training pass: xla, cudnn (GPU) or splash (TPU)
     vocabulary: int = 0  # V; 0: that of the size
@@ -71,12 +72,14 @@ class Workload(Options):
             raise ValueError(f"size={self.size!r} must be one of {', '.join(SIZES)}.")
         if self.lengths not in LENGTHS:
             raise ValueError(f"lengths={self.lengths!r} must be one of {', '.join(LENGTHS)}.")
-        if min(self.prompts, self.prompt_tokens, self.tokens, self.microbatches) < 1 or self.group < 2:
-            raise ValueError("prompts, prompt_tokens, tokens and microbatches must be 1 or more, group 2 or more.")
-        if self.prompts * self.group % self.microbatches:
-            raise ValueError(
-                f"microbatches={self.microbatches} must divide prompts x group = {self.prompts * self.group}."
-            )
+        if min(self.prompts, self.prompt_tokens, self.tokens) < 1 or self.group < 2:
+            raise ValueError("prompts, prompt_tokens and tokens must be 1 or more, group 2 or more.")
+        completions = self.prompts * self.group
+        if not self.microbatches:
+            object.__setattr__(self, "microbatches", completions // (1 if completions % 2 else 2))
+        for name, parts in (("microbatches", self.microbatches), ("peer_microbatches", self.peer_microbatches)):
+            if parts < 1 or completions % parts:
+                raise ValueError(f"{name}={parts} must divide prompts x group = {completions}.")
 
     def workload(self, **changes: Any) -> "Workload":
         """The same with changes, and without what a program adds."""
