@@ -7,7 +7,7 @@ completion, completions stay where they are and nothing of that is compiled.
 
 All slots write the same column of the cache at a time, which goes round and round in the T columns there are: column c
 was written (now - c) mod T tokens ago, and counts where the slot's completion is at least that old. So a slot that
-changes hands forgets without being cleared, and the columns that anybody reads are the last so many.
+changes hands forgets without being cleared.
 
 The random numbers of a completion depend on (key, prompt id, member, token index) alone, so that no batch size, order,
 padding, number of slots or mesh changes them.
@@ -18,6 +18,7 @@ a few tokens do the same, so that signals, progress and streaming have a turn.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import chex
@@ -34,6 +35,7 @@ __all__ = ["Decoding", "Prefilled", "arrange", "collect", "decode", "generate", 
 
 _PREFILL_TOKENS = 2**14  # a device extends its prompts' caches by at most so many tokens at a time, which bounds memory
 _SMALLEST_CHUNK = 64
+_BLOCK = 64  # columns; blocks of the cache are multiples of it
 
 
 @record
@@ -60,7 +62,6 @@ class Prefilled:
     prompts: PyTree  # caches, leaves [P, 1, ...]
     queue: Queue
     columns: jax.Array  # [L] int32, 0, 1, ...: those of the prompts' caches
-    longest: jax.Array  # [] int32, tokens of the longest prompt
     key: jax.Array  # typed
     sampling: SamplingParams
     eos_ids: jax.Array  # [E] int32
@@ -100,7 +101,7 @@ class Decoding:
 
     step: jax.Array  # [] int32; it writes column step mod T
     slots: Slots
-    cache: PyTree  # leaves [R, W, ...] of T columns
+    cache: list[PyTree]  # of each of `blocks`, leaves [R, W, ...]
     written: Choice  # [R, W, T], tokens in the columns that their keys have
     prefix: (
         PyTree | None
@@ -131,6 +132,18 @@ def arrange(prompts: int, group_size: int, slots: int, devices: int = 1) -> tupl
     each, prompts = max(1, slots // devices), prompts // devices
     width = min(each, max(1, group_size // 4, each // prompts))
     return devices * min(prompts, each // width), width
+
+
+def blocks(columns: int, refilled: bool) -> list[int]:
+    """The columns that a cache of completions is cut into: a step reads only the blocks that there is something in.
+
+    A quarter, a quarter and a half of them, each a loop of its own, since a condition in a layer costs a GPU a trip to
+    the host, and a slice of columns a copy of them. Slots that are refilled are soon of all ages: their columns, which
+    go round, are one block.
+    """
+    part = -(-columns // (4 * _BLOCK)) * _BLOCK
+    ends = [columns] if refilled else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
+    return [end - first for first, end in itertools.pairwise([0, *ends])]
 
 
 def _keys(key: jax.Array, prompt_ids: jax.Array, members: jax.Array, index: jax.Array) -> jax.Array:
@@ -170,9 +183,7 @@ def _prefill(
     def extend(i, cache: PyTree) -> tuple[jax.Array, PyTree]:
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1)
         column = i * width
-        hidden, cache = policy.extend(
-            params, part(tokens)[:, None], part(positions), cache, column, positions, None, None, column + width
-        )
+        hidden, cache = policy.extend(params, part(tokens)[:, None], part(positions), cache, column, positions)
         last = jnp.clip(lengths - 1 - i * width, 0, width - 1)
         return jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0], cache
 
@@ -234,7 +245,7 @@ def start(
         prompts=jnp.zeros(devices, jnp.int32),
     )  # fmt: skip
     prefilled = Prefilled(
-        params=params, prompts=cache, queue=queue, columns=columns, longest=lengths.max(), key=key, sampling=sampling,
+        params=params, prompts=cache, queue=queue, columns=columns, key=key, sampling=sampling,
         eos_ids=jnp.asarray(eos_ids, jnp.int32), pad_id=jnp.asarray(pad_id, jnp.int32),
         stop_table=None if stop_table is None else jnp.asarray(stop_table, jnp.int32),
     )  # fmt: skip
@@ -244,7 +255,7 @@ def start(
     written = jax.tree.map(lambda x: jnp.zeros((rows, width, max_tokens), x.dtype), first)
     state = Decoding(
         step=jnp.zeros((), jnp.int32), slots=_at_once(queue, devices), written=written, prefix=None, results=None,
-        cache=policy.init_cache(rows, width, max_tokens),
+        cache=[policy.init_cache(rows, width, size) for size in blocks(max_tokens, (rows, width) != shape)],
     )  # fmt: skip
     if (rows, width) == shape:
         state = dataclasses.replace(state, written=_write(written, first, 0))
@@ -276,7 +287,7 @@ def placement(policy: Policy, prefilled: Prefilled, state: Decoding, mesh: Mesh)
         dataclasses.replace(
             every(rows, state),
             step=whole,
-            cache=place(state.cache, policy.cache_axes),
+            cache=[place(block, policy.cache_axes) for block in state.cache],
             prefix=None if state.prefix is None else place(state.prefix, policy.cache_axes),
         ),
     )
@@ -428,23 +439,23 @@ def _refill(policy: Policy, prefilled: Prefilled, state: Decoding, leaving: jax.
     return dataclasses.replace(state, slots=slots, written=written, results=results, prefix=prefix)
 
 
-def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, state: Decoding) -> Decoding:
-    """Writes the keys of every slot's last token, and chooses the next one."""
+def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int, state: Decoding) -> Decoding:
+    """Writes the keys of every slot's last token into a block of the cache, and chooses the next one."""
     slots, columns = state.slots, state.written.ids.shape[-1]
     column = state.step % columns
     age = (column - jnp.arange(columns)) % columns
     position = slots.prompt_length[:, None] + slots.length - 1
     read = slots.alive[..., None] & (age[None, None] < slots.length[..., None])
-    live = column + 1
-    if state.results is not None:  # completions began at different times; all columns where they go round the end
-        longest = jnp.where(slots.alive, slots.length, 1).max()
-        live = jnp.where(longest <= live, longest, columns)
+    positions = jnp.where(read, position[..., None] - age[None, None], -1)
+    starts = list(itertools.accumulate(blocks(columns, state.results is not None), initial=0))
+    positions = jnp.split(positions, starts[1:-1], axis=-1)
     index = prefilled.columns[None, None]
-    hidden, cache = policy.extend(
+    of_prompts = jnp.where(index < slots.prompt_length[:, None, None], index, -1)
+    prompts = prefilled.prompts if state.prefix is None else state.prefix
+    hidden, written = policy.extend(
         prefilled.params, jax.lax.dynamic_index_in_dim(state.written.ids, column, axis=2), position[..., None],
-        state.cache, column, jnp.where(read, position[..., None] - age[None, None], -1),
-        prefilled.prompts if state.prefix is None else state.prefix,
-        jnp.where(index < slots.prompt_length[:, None, None], index, -1), live, prefilled.longest,
+        state.cache[block], column - starts[block], positions[block],
+        [*zip(state.cache[:block], positions, strict=False), (prompts, of_prompts)],
     )  # fmt: skip
     keys = _keys(prefilled.key, slots.prompt_id, slots.member, slots.length)
     choice = choose_tokens(unembed(hidden[:, :, 0], policy.head(prefilled.params)), keys, prefilled.sampling)
@@ -455,17 +466,20 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, state: Deco
         state,
         step=state.step + 1,
         slots=dataclasses.replace(slots, length=length, ended=ended, alive=alive, stop_state=stop_state),
-        cache=cache,
+        cache=[*state.cache[:block], written, *state.cache[block + 1 :]],
         written=_write(state.written, choice, (column + 1) % columns),
     )
     return state if state.results is None else _refill(policy, prefilled, state, slots.alive & ~alive, mesh)
 
 
 def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int, mesh: Mesh | None = None) -> Decoding:
-    """Appends up to `steps` tokens in every slot, in one `while_loop`."""
+    """Appends up to `steps` tokens in every slot, in a `while_loop` for each block of the cache."""
     stop = state.step + steps
-    append = functools.partial(_append, policy, prefilled, mesh)
-    return jax.lax.while_loop(lambda state: ~state.done() & (state.step < stop), append, state)
+    *ends, _ = itertools.accumulate(blocks(state.written.ids.shape[-1], state.results is not None))
+    for block, end in enumerate([*(jnp.minimum(stop, end) for end in ends), stop]):
+        going = lambda state, end=end: ~state.done() & (state.step < end)
+        state = jax.lax.while_loop(going, functools.partial(_append, policy, prefilled, mesh, block), state)
+    return state
 
 
 def collect(

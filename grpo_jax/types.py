@@ -47,10 +47,9 @@ class Policy:
     # (rows, width, columns) -> tree of leaves [R, W, ...]
     init_cache: Callable[[int, int, int], PyTree]
     # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column of the first of them,
-    #  key_positions [R, W, columns] (-1 = empty, the new columns included), prefix = None,
-    #  prefix_positions [R, 1, L], live = None, prefix_live = None) -> (hidden [R, W, J, D], cache).
-    # live: only so many columns up to the last new one count, prefix_live: of the prefix only so many from the first
-    # on; [] int32, None: all. They save work and change nothing.
+    #  key_positions [R, W, columns] (-1 = empty, the new columns included), before = ())
+    #   -> (hidden [R, W, J, D], cache)
+    # before: what else is attended to, pairs of a cache and its key_positions, whose W may be 1: all slots read it
     extend: Callable[..., tuple[jax.Array, PyTree]]
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
     sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names

@@ -41,14 +41,13 @@ class MyDecoder(nnx.Module):
     def init_cache(rows, width, columns):
         return jnp.zeros((rows, width, columns, D))
 
-    def extend(self, tokens, positions, cache, column, key_positions, prefix=None, prefix_positions=None, *live):
+    def extend(self, tokens, positions, cache, column, key_positions, before=()):
         x = self.embedding[...][tokens]
         cache = jax.lax.dynamic_update_slice(cache, x, (0, 0, column, 0))
-        keys, values = key_positions, cache
-        if prefix is not None:
-            repeat = lambda y: jnp.repeat(y, tokens.shape[1], axis=1)
-            keys = jnp.concatenate([repeat(prefix_positions), keys], axis=2)
-            values = jnp.concatenate([repeat(prefix), values], axis=2)
+        to_all = lambda y: jnp.broadcast_to(y, (*tokens.shape[:2], *y.shape[2:]))
+        values, keys = (
+            jnp.concatenate([*map(to_all, x)], axis=2) for x in zip(*before, (cache, key_positions), strict=True)
+        )
         visible = (keys[:, :, None, :] >= 0) & (keys[:, :, None, :] <= positions[..., None])
         return self._mixed(x, values, visible), cache
 

@@ -326,15 +326,14 @@ def test_the_prompt_cache_is_not_copied_per_slot():
     columns, policy = 512, make_policy(config)
     keys_of_a_layer = columns * config.kv_heads * config.head_width * 4
 
-    def extend_a_copy(params, tokens, positions, cache, column, seen, prefix=None, prefix_positions=None, *live):
+    def extend_a_copy(params, tokens, positions, cache, column, seen, before=()):
         """The slots of a row as rows of their own, each with its copy of the prompt's cache."""
         rows, slots = tokens.shape[:2]
         apart = lambda x: x.reshape(rows * slots, 1, *x.shape[2:])
         copy = lambda x: jnp.repeat(x, slots, axis=0)
-        tokens, positions, cache, seen = jax.tree.map(apart, (tokens, positions, cache, seen))
-        prefix, prefix_positions = jax.tree.map(copy, (prefix, prefix_positions))
-        hidden, cache = policy.extend(params, tokens, positions, cache, column, seen, prefix, prefix_positions, *live)
-        return jax.tree.map(lambda x: x.reshape(rows, slots, *x.shape[2:]), (hidden, cache))
+        tokens, positions, seen = map(apart, (tokens, positions, seen))
+        hidden, cache = policy.extend(params, tokens, positions, cache, column, seen, jax.tree.map(copy, before))
+        return hidden.reshape(rows, slots, *hidden.shape[2:]), cache
 
     def temporaries(policy, slots):
         tokens = np.ones((1, columns), np.int32)

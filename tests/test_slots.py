@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -111,9 +112,9 @@ def test_stop_strings_in_slots(policy, flat_params):
 
 
 def test_the_layout_of_a_tpus_caches_does_not_matter(config, params, rollout, quantiles, monkeypatch):
-    monkeypatch.setattr(transformer, "cache_axes", lambda platform: attention.cache_axes("tpu"))
+    monkeypatch.setattr(transformer, "cache_axes", lambda _, heads: attention.cache_axes("tpu", heads))
     policy = make_policy(config)
-    assert jax.tree.map(jnp.shape, policy.init_cache(3, 2, 7))[0] == dict.fromkeys(("key", "turned"), (3, 2, 2, 4, 7))
+    assert jax.tree.map(jnp.shape, policy.init_cache(3, 2, 7))[0] == dict.fromkeys(("key", "turned"), (6, 2, 4, 7))
     for slots in (0, 5):
         assert_same_up_to_near_ties(rollout, generate(policy, params, slots=slots), quantiles)
 
@@ -125,8 +126,8 @@ LONG = 40
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Windows from 4 columns on, and prompts in chunks of 2."""
-    monkeypatch.setattr(attention, "_WINDOW", 4)
+    """Caches in blocks of 4 columns and more, and prompts in chunks of 2."""
+    monkeypatch.setattr(sampling, "_BLOCK", 4)
     monkeypatch.setattr(sampling, "_SMALLEST_CHUNK", 2)
     monkeypatch.setattr(sampling, "_PREFILL_TOKENS", 1)
 
@@ -185,13 +186,15 @@ def test_the_cost_follows_the_tokens(policy, params):
 # What is compiled -----------------------------------------------------------------------------------
 
 CONFIG = TransformerConfig(vocab_size=V, layers=2, width=16, heads=4, kv_heads=2, head_width=64, mlp_width=32)
+WIDE = TransformerConfig(vocab_size=V, layers=2, width=256, heads=4, kv_heads=2, head_width=16, mlp_width=1024)
+ONE_HEAD = dataclasses.replace(WIDE, kv_heads=1)
 COLUMNS = 256
 
 
-def programs(group, slots, mesh=None, prompts=16, columns=64):
-    """The lowered start, and the compiled decode, of parameters that lie over fsdp, if there is a mesh."""
-    policy = make_policy(CONFIG)
-    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+def programs(group, slots, mesh=None, prompts=16, columns=64, config=CONFIG):
+    """The compiled start, and the compiled decode, of parameters that lie over fsdp, if there is a mesh."""
+    policy = make_policy(config)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     place = lambda x: None
     if mesh is not None:
         where = sharding.shardings(shapes, policy.param_axes, mesh)
@@ -233,15 +236,47 @@ def copied(text):
     return max((math.prod(map(int, filter(None, m[1].split(",")))) for m in shapes if m), default=0)
 
 
-@pytest.mark.parametrize("slots", [0, 16])
-def test_neither_caches_nor_weights_are_copied_for_a_token(slots):
-    _, (prefilled, state), decode = programs(8, slots)
-    assert " while(" in decode.as_text()
+@pytest.mark.parametrize(
+    ("config", "prompts", "group", "columns", "slots"),
+    [
+        (CONFIG, 16, 8, 64, 0),
+        (CONFIG, 16, 8, 64, 16),
+        # Weights larger than caches, prompts longer than completions; an axis of one slot, or of one head.
+        (WIDE, 4, 4, 400, 0),
+        (WIDE, 4, 4, 400, 4),
+        (ONE_HEAD, 4, 4, 400, 0),
+        (ONE_HEAD, 4, 4, 400, 8),
+    ],
+)
+def test_neither_caches_nor_weights_are_copied_for_a_token(config, prompts, group, columns, slots):
+    _, (prefilled, state), decode = programs(group, slots, prompts=prompts, columns=columns, config=config)
     caches = [x.size for x in jax.tree.leaves((state.cache, prefilled.prompts))]
+    matrix = config.width * config.mlp_width
+    assert " while(" in decode.as_text()
     assert copied(decode.as_text()) < min(caches)
-    # Beside activations, a window of half the columns of one layer at a time, and no prompt's cache a slot.
-    layer = 4 * sum(x.size for x in jax.tree.leaves(state.cache[0]))
-    assert decode.memory_analysis().temp_size_in_bytes < 0.75 * layer
+    # Activations, and neither keys or values of a block of one layer nor a matrix.
+    assert decode.memory_analysis().temp_size_in_bytes < 4 * max(*caches, matrix)
+
+
+def test_every_block_of_the_cache_has_a_loop_that_reads_it_and_those_before():
+    """Without a condition, which costs a GPU a trip to the host: as many as there are in the choice of a token."""
+    loops = {}
+    for layers in (1, 3):
+        config = dataclasses.replace(CONFIG, layers=layers)
+        policy = make_policy(config)
+        params = jax.eval_shape(lambda config=config: init_params(config, jax.random.key(0)))
+        prefilled, state = jax.eval_shape(
+            functools.partial(sampling.start, policy, **options_of(max_tokens=COLUMNS)), params,
+            np.ones((P, 5), np.int32), np.ones((P, 5), bool), IDS, KEY,
+        )  # fmt: skip
+        assert [cache[0]["key"].shape[-1] for cache in state.cache] == [64, 64, 128]
+        jaxpr = jax.make_jaxpr(functools.partial(sampling.decode, policy))(prefilled, state, np.int32(3))
+        bodies = [str(e.params["body_jaxpr"]) for e in jaxpr.eqns if e.primitive.name == "while"]
+        loops[layers] = [(body.count("dot_general["), body.count("cond[")) for body in bodies]
+    for layers, counted in loops.items():
+        products, conditions = zip(*counted, strict=True)
+        assert [after - before for before, after in itertools.pairwise(products)] == [2 * layers] * 2
+        assert conditions == (loops[1][0][1],) * 3
 
 
 def test_a_copy_in_a_loop_is_found():

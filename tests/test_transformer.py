@@ -226,7 +226,7 @@ def test_cached_is_uncached(policy, params, extend, hidden_of, chunk, steps):
         now = slice(t, t + steps)
         positions = np.array([len(p) for p in prompts])[:, None, None] + np.arange(4)[now] + np.zeros((2, 3, 1), int)
         seen[:, :, now] = positions
-        args = continuations[:, :, now], positions, cache, t, jnp.array(seen), prefix, prefix_positions
+        args = continuations[:, :, now], positions, cache, t, jnp.array(seen), [(prefix, prefix_positions)]
         hidden, cache = extend(params, *args)
         for i, w in np.ndindex(2, 3):
             first = len(prompts[i]) + t
@@ -249,7 +249,7 @@ def test_what_the_sampler_says_is_what_the_trainer_says(family):
         now = slice(t, t + 3)
         seen[:, :, now] = positions = np.broadcast_to(8 + np.arange(12)[now], (1, 2, 3))
         hidden, cache = extend(
-            params, ends[None, :, now], positions, cache, t, jnp.array(seen), prefix, prefix_positions
+            params, ends[None, :, now], positions, cache, t, jnp.array(seen), [(prefix, prefix_positions)]
         )
         np.testing.assert_allclose(hidden[0], expected[:, 8:][:, now], atol=2e-4)
 
@@ -270,7 +270,7 @@ def test_a_slot_given_to_another_completion_forgets(policy, params, extend):
 def test_axes_name_every_dimension(config, policy, params):
     sizes = {
         "layers": config.layers, "embed": config.width, "heads": config.heads, "kv_heads": config.kv_heads,
-        "head": config.head_width, "mlp": config.mlp_width, "vocab": config.vocab_size, "batch": 2,
+        "head": config.head_width, "mlp": config.mlp_width, "vocab": config.vocab_size, "batch": 2 * 3,
     }  # fmt: skip
     is_axes = lambda x: isinstance(x, tuple)
     trees = [

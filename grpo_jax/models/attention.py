@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Attend", "Block", "attend_slots", "cache_axes", "make_attention", "queries_at_a_time"]
+__all__ = ["Attend", "attend_slots", "cache_axes", "make_attention", "queries_at_a_time"]
 
 # (query [R, S, H, C], key [R, S, K, C], value [R, S, K, C], positions [R, S], segments [R, S]) -> [R, S, H, C]
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -254,90 +254,78 @@ def make_attention(
     return attend
 
 
-def cache_axes(platform: str) -> dict[str, tuple[str | None, ...]]:
-    """What a layer's cache holds, as logical axes: key [R, W, K, C, columns], and value or, on a TPU, value turned.
+def cache_axes(platform: str, kv_heads: int) -> dict[str, tuple[str | None, ...]]:
+    """What a layer's cache holds, as logical axes: key [N, K, C, columns], and value or, on a TPU, value turned.
 
-    Processors without matrix units are fast where no product contracts what is contiguous in both of its factors. A TPU
-    lays the last axis out in lines of 128, which columns fill and heads often do not.
+    N = R * W slots, or the R rows that share it. No axis of a single head: XLA drops an axis of one between what writes
+    and what reads, and on a CPU then copies the cache for either. Processors without matrix units are fast where no
+    product contracts what is contiguous in both of its factors. A TPU lays the last axis out in lines of 128, which
+    columns fill and heads often do not.
     """
-    turned: tuple[str | None, ...] = ("batch", None, "kv_heads", "head", None)
-    values = {"turned": turned} if platform == "tpu" else {"value": ("batch", None, "kv_heads", None, "head")}
+    heads = ("kv_heads",) if kv_heads > 1 else ()
+    turned: tuple[str | None, ...] = ("batch", *heads, "head", None)
+    values = {"turned": turned} if platform == "tpu" else {"value": ("batch", *heads, None, "head")}
     return {"key": turned, **values}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
-    """Keys and values that slots read: their own columns, or the row's prompt."""
+def attend_slots(query, key, value, cache, column, visible, before, scale, soft_cap):
+    """Writes key/value into `cache` at `column`, then attends to it and to the caches `before`, which are only read.
 
-    cache: dict[str, jax.Array]  # of `cache_axes`; ... is R, W, of prompts R
-    visible: jax.Array  # [..., queries, columns] bool
-    end: Any  # [] int32, columns from here on are not read
-    live: jax.Array | int | None  # [] int32, nor those this far before; None: all are
+    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `cache_axes`, visible [R, W, J, columns]; `before`:
+    pairs of a cache and what of it is visible, [R, W, J, columns]. A cache of R rows, as of their prompts, is read by
+    all slots of a row: their queries are the rows of one product, and nothing is copied. Blocks are joined as in flash
+    attention (arXiv 2205.14135, algorithm 1).
 
-    def read(self, query: jax.Array, scale: float, soft_cap: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """query [..., K, M, C] -> see `_attend_block`; the work is that of a quarter, half or all of the columns."""
-        columns = self.visible.shape[-1]
-        widths = sorted({min(columns, -(-columns // (parts * _WINDOW)) * _WINDOW) for parts in (4, 2, 1)})
-
-        def window(width: int, query, cache, visible, end):
-            first = jnp.clip(end - width, 0, columns - width)
-            cut = lambda x, axis=-1: x if width == columns else jax.lax.dynamic_slice_in_dim(x, first, width, axis)
-            values = cut(cache["value"], -2) if "value" in cache else cut(cache["turned"]).swapaxes(-1, -2)
-            return _attend_block(query, cut(cache["key"]), values, cut(visible), scale, soft_cap)
-
-        operands = query, self.cache, self.visible, self.end
-        if self.live is None or len(widths) == 1:
-            return window(columns, *operands)
-        narrower = (self.live > jnp.array(widths[:-1])).sum()  # columns that go round the end are not a window
-        return jax.lax.switch(narrower, [functools.partial(window, width) for width in widths], *operands)
-
-
-def attend_slots(query, key, value, cache, column, own, prefix, scale, soft_cap):
-    """Writes key/value at `column`, then attends to the slot's own columns and to the row's prefix, if there is one.
-
-    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `Block`; own, prefix: Blocks, own without its cache.
-    The prefix is read once for all W slots of a row, and never copied: their queries are the rows of one product. The
-    two blocks are joined as in flash attention (arXiv 2205.14135, algorithm 1).
-
+    Returns:
+      What was mixed, like the query, and the cache.
     """
     r, w, j, _, c = query.shape
-    kv_heads, dtype = key.shape[3], cache["key"].dtype
-    write = jax.lax.dynamic_update_slice
-    turned = lambda into, x: write(into, x.transpose(0, 1, 3, 4, 2).astype(dtype), (0, 0, 0, 0, column))
+    kv_heads, heads, dtype = key.shape[3], cache["key"].shape[1:-2], cache["key"].dtype
+
+    def write(name, new, *order):
+        """New columns [R, W, K, ...] in the order of the cache's axes, at their place."""
+        new = new.transpose(order).reshape(r * w, *heads, *(new.shape[i] for i in order[3:]))
+        start = (0,) * (new.ndim - 2) + ((column, 0) if name == "value" else (0, column))
+        return jax.lax.dynamic_update_slice(cache[name], new.astype(dtype), start)
+
+    written = {"key": write("key", key, 0, 1, 3, 4, 2)}
     if "value" in cache:
-        values = {"value": write(cache["value"], value.transpose(0, 1, 3, 2, 4).astype(dtype), (0, 0, 0, column, 0))}
+        written["value"] = write("value", value, 0, 1, 3, 2, 4)
     else:
-        values = {"turned": turned(cache["turned"], value)}
-    cache = {"key": turned(cache["key"], key), **values}
-    # [R, W, K, M, C] of M = J * H / K queries that read the same keys.
-    grouped = query.reshape(r, w, j, kv_heads, -1, c).transpose(0, 1, 3, 2, 4, 5).reshape(r, w, kv_heads, -1, c)
-    most, total, mixed = dataclasses.replace(own, cache=cache).read(grouped, scale, soft_cap)
-    if prefix is not None:
-        together = lambda x: x.transpose(0, 2, 1, 3, 4).reshape(r, kv_heads, -1, x.shape[-1])
-        apart = lambda x: x.reshape(r, kv_heads, w, -1, x.shape[-1]).transpose(0, 2, 1, 3, 4)
-        # Without the axis of one slot, for the sake of which a compiler would choose other layouts, and copy.
-        of_rows = {name: x[:, 0] for name, x in prefix.cache.items()}
-        rows = dataclasses.replace(prefix, cache=of_rows, visible=prefix.visible.reshape(r, w * j, -1))
-        shared_most, shared_total, shared = map(apart, rows.read(together(grouped), scale, soft_cap))
-        largest = jnp.maximum(most, shared_most)
-        ours, theirs = jnp.exp(most - largest), jnp.exp(shared_most - largest)
-        total, mixed = ours * total + theirs * shared_total, ours * mixed + theirs * shared
+        written["turned"] = write("turned", value, 0, 1, 3, 4, 2)
+    # [N, K, M, C] of M = J * H / K queries that read the same keys.
+    grouped = query.reshape(r, w, j, kv_heads, -1, c).transpose(0, 1, 3, 2, 4, 5).reshape(r * w, *heads, -1, c)
+
+    def read(cache, visible):
+        if len(cache["key"]) == r * w:
+            return _attend_block(grouped, cache, visible.reshape(r * w, j, -1), scale, soft_cap)
+        together = lambda x: jnp.moveaxis(x.reshape(r, w, *x.shape[1:]), 1, -3).reshape(r, *heads, -1, x.shape[-1])
+        apart = lambda x: jnp.moveaxis(x.reshape(r, *heads, w, -1, x.shape[-1]), -3, 1).reshape(
+            r * w, *heads, -1, x.shape[-1]
+        )
+        return map(apart, _attend_block(together(grouped), cache, visible.reshape(r, w * j, -1), scale, soft_cap))
+
+    most, total, mixed = read(written, visible)
+    for block in before:
+        block_most, block_total, block_mixed = read(*block)
+        largest = jnp.maximum(most, block_most)
+        ours, theirs = jnp.exp(most - largest), jnp.exp(block_most - largest)
+        total, mixed = ours * total + theirs * block_total, ours * mixed + theirs * block_mixed
+        most = largest
     mixed = (mixed / total).astype(query.dtype).reshape(r, w, kv_heads, j, -1, c).transpose(0, 1, 3, 2, 4, 5)
-    return mixed.reshape(query.shape), cache
+    return mixed.reshape(query.shape), written
 
 
-_WINDOW = 64  # columns; windows of attention are multiples of it
-
-
-def _attend_block(query, keys, values, visible, scale, soft_cap):
+def _attend_block(query, cache, visible, scale, soft_cap):
     """Attention to some keys, not yet divided: the largest score, the sum of exponentials [..., M, 1], and [..., M, C].
 
-    query [..., K, M, C], keys [..., K, C, T], values [..., K, T, C], visible [..., J, T], M a multiple of J; all
-    results are float32.
+    query [N, K, M, C], cache as in `cache_axes`, visible [N, J, columns], M a multiple of J; all results are float32.
     """
-    scores = jnp.einsum("...mc,...ct->...mt", query, keys, preferred_element_type=jnp.float32)
+    values = cache["value"] if "value" in cache else cache["turned"].swapaxes(-1, -2)
+    scores = jnp.einsum("...mc,...ct->...mt", query, cache["key"], preferred_element_type=jnp.float32)
     scores = _capped(scores * scale, soft_cap)
-    seen = jnp.repeat(visible, query.shape[-2] // visible.shape[-2], axis=-2)[..., None, :, :]
+    seen = jnp.repeat(visible, query.shape[-2] // visible.shape[-2], axis=-2)
+    seen = jnp.expand_dims(seen, range(1, query.ndim - 2))
     scores = jnp.where(seen, scores, _MASKED)
     most = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - most)

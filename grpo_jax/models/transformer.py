@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.models.attention import Block, attend_slots, cache_axes, make_attention
+from grpo_jax.models.attention import attend_slots, cache_axes, make_attention
 from grpo_jax.sharding import shardings
 from grpo_jax.types import Policy
 
@@ -266,7 +266,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     Raises:
       ValueError: the attention implementation cannot do what the model asks for.
     """
-    layer_cache = cache_axes(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    layer_cache = cache_axes(platform, config.kv_heads)
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
     block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
     int8 = config.sampler_dtype == "int8"
@@ -337,34 +338,24 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return jax.tree.map(lambda x: x if is_integer(x) else cast(x), {**rest, "layers": layers}, is_leaf=is_integer)
 
     def init_cache(rows, width, columns):
-        sizes = {"batch": rows, "kv_heads": config.kv_heads, "head": config.head_width}
-        shape = lambda axes: [width if i == 1 else sizes[axis] if axis else columns for i, axis in enumerate(axes)]
-        layer = lambda: {name: jnp.zeros(shape(axes), sampler_dtype) for name, axes in layer_cache.items()}
+        sizes = {"batch": rows * width, "kv_heads": config.kv_heads, "head": config.head_width, None: columns}
+        zeros = lambda axes: jnp.zeros([sizes[axis] for axis in axes], sampler_dtype)
+        layer = lambda: {name: zeros(axes) for name, axes in layer_cache.items()}
         return [layer() for _ in range(config.layers)]
 
-    def extend(
-        params, tokens, positions, cache, column, key_positions, prefix=None, prefix_positions=None, live=None,
-        prefix_live=None,
-    ):  # fmt: skip
+    def extend(params, tokens, positions, cache, column, key_positions, before=()):
         def sees(keys, window):  # [R, W or 1, columns] -> [R, W, J, columns]
             back = positions[..., None] - keys[:, :, None, :]
             seen = (keys[:, :, None, :] >= 0) & (back >= 0)
             return seen & (back < window) if window else seen
 
-        end = column + tokens.shape[-1]
-        own = {w: Block(cache={}, visible=sees(key_positions, w), end=end, live=live) for w in set(pattern)}
+        visible = {w: [sees(keys, w) for keys in (key_positions, *(keys for _, keys in before))] for w in set(pattern)}
         x, new_cache = embed(params, tokens, sampler_dtype), []
-        seen, prefix_end = {}, prefix_live
-        if prefix is not None and prefix_positions is not None:
-            seen = {w: sees(prefix_positions, w) for w in set(pattern)}
-            prefix_end = prefix_positions.shape[-1] if prefix_live is None else prefix_live
         for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
-            shared = None
-            if prefix is not None:
-                shared = Block(cache=prefix[i], visible=seen[window], end=prefix_end, live=prefix_live)
+            own, *others = visible[window]
             attend = functools.partial(
-                attend_slots, cache=cache[i], column=column, own=own[window], prefix=shared, scale=scale,
-                soft_cap=config.attention_cap,
+                attend_slots, cache=cache[i], column=column, visible=own, scale=scale, soft_cap=config.attention_cap,
+                before=[(layers[i], seen) for (layers, _), seen in zip(before, others, strict=True)],
             )  # fmt: skip
             x, layer_cache = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
             new_cache.append(layer_cache)
