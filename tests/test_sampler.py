@@ -13,7 +13,7 @@ from tests.compilations import Compilations
 
 TOKENIZER = ByteTokenizer("abcdefgh")
 CONFIG = TransformerConfig(
-    vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16
+    vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16
 )
 POLICY = make_policy(CONFIG)
 P, G, T = 8, 4, 10
