@@ -155,13 +155,14 @@ class Experiment:
             stop=rollout.stop,
             slots=rollout.slots,
             key=jax.random.fold_in(self.key, 0),
+            copies=runs.copies_held(config["loss"]),
             **sizes,
         )
         self.surplus = surplus_of(rollout, self.objective, **sizes)
         # Other tasks and seeds share no held-out problem with training: being held out is a property of a problem.
         self.evaluator = Evaluator(
             self.policy, self.mesh, tokenizer, Countdown(self.config["task"], 0).source("held_out"), (ACCURACY,),
-            self.config["evaluation"], key=jax.random.key(0), **sizes,
+            self.config["evaluation"], key=jax.random.key(0), copies=runs.copies_held(config["loss"]), **sizes,
         )  # fmt: skip
 
     def check(self) -> None:

@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
         opened = tasks.Opened(directory, config)
         evaluator = opened.task.evaluator(
             opened.policy, opened.mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,
-            stop=config["completion"].stop,
+            stop=config["completion"].stop, copies=1,
         )  # fmt: skip
         params, step = checkpoint(given, STEP.value, opened) if ours else (pretrained.load(given, opened.mesh), None)
     except ValueError as error:

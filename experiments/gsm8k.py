@@ -118,20 +118,22 @@ class Experiment(tasks.Opened):
         self.surplus = rollouts.surplus_of(
             rollout, self.objective, max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens
         )
+        copies = runs.copies_held(config["loss"])
         self.evaluator = self.task.evaluator(
-            self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop
-        )
+            self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop,
+            copies=copies,
+        )  # fmt: skip
+        self.sampler = Sampler(
+            self.policy, self.mesh, self.tokenizer, group_size=rollout.group_size, max_tokens=rollout.max_tokens,
+            max_prompt_tokens=config["data"].max_prompt_tokens, key=jax.random.fold_in(self.key, 0),
+            stop=rollout.stop, slots=rollout.slots, copies=copies,
+        )  # fmt: skip
 
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
         rollout = self.config["rollout"]
-        sampler = Sampler(
-            self.policy, self.mesh, self.tokenizer, group_size=rollout.group_size, max_tokens=rollout.max_tokens,
-            max_prompt_tokens=self.config["data"].max_prompt_tokens, key=jax.random.fold_in(self.key, 0),
-            stop=rollout.stop, slots=rollout.slots,
-        )  # fmt: skip
         return rollouts.GroupRollouts(
-            sampler=sampler,
+            sampler=self.sampler,
             source=sources.shuffled(self.task.train, self.config["train"].seed),
             rewards=self.task.rewards(self.config["reward"], rollout.max_tokens),
             config=rollout,
@@ -145,9 +147,8 @@ class Experiment(tasks.Opened):
         config, rollout = self.config, self.config["rollout"]
         parameters = runs.parameters(self.model)
         estimate = runs.memory(
-            self.model, self.policy, self.mesh, rollout=rollout, update=config["update"],
-            max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens,
-            needs_reference=config["loss"].kl_coef > 0,
+            self.model, self.policy, self.mesh, self.sampler, rollout=rollout, update=config["update"],
+            loss=config["loss"],
         )  # fmt: skip
         epoch = len(self.task.train) / rollout.prompts
         print(

@@ -30,7 +30,7 @@ from grpo_jax.models.attention import queries_at_a_time  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.rollouts import RolloutConfig  # noqa: E402
-from grpo_jax.sampler import device_memory, rollout_bytes  # noqa: E402
+from grpo_jax.sampler import Sampler, device_memory, rollout_bytes  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 from grpo_jax.types import Policy, Surplus, TrainState  # noqa: E402
 
@@ -43,6 +43,7 @@ __all__ = [
     "check_multiples",
     "command",
     "configured",
+    "copies_held",
     "description",
     "devices",
     "directory_of",
@@ -52,8 +53,10 @@ __all__ = [
     "memory",
     "memory_line",
     "parameters",
+    "peak_rss",
     "phase",
     "remarks",
+    "resident",
     "restored",
     "saved_configuration",
     "summary",
@@ -207,9 +210,14 @@ def remarks(loss: objectives.LossConfig, update: training.UpdateConfig) -> str:
     return "".join(f"{line}\n" for line in said)
 
 
+def copies_held(loss: objectives.LossConfig) -> int:
+    """How many times a training run holds the parameters: themselves, two moments of Adam's, and a reference if any."""
+    return 3 + (loss.kl_coef > 0)
+
+
 def memory(
-    config: TransformerConfig, policy: Policy, mesh: Mesh, *, rollout: RolloutConfig, update: training.UpdateConfig,
-    max_prompt_tokens: int, max_tokens: int, needs_reference: bool,
+    config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
+    update: training.UpdateConfig, loss: objectives.LossConfig,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.
 
@@ -217,10 +225,11 @@ def memory(
     """
     shapes, axes = abstract_params(config)
     params = sharding.device_bytes(shapes, axes, mesh)
+    plan, max_tokens = sampler.plan(shapes, rollout.prompts), sampler.max_tokens
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
     width = 2 if config.compute_dtype == "bfloat16" else 4
-    columns = max_prompt_tokens + max_tokens
+    columns = sampler.max_prompt_tokens + max_tokens
     layer = rows * columns * config.width * width
     inner = rows * columns * (2 * config.heads * config.head_width + 2 * config.mlp_width // tensor) * width
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
@@ -228,17 +237,17 @@ def memory(
     logits = rows * max_tokens * config.vocab_size // tensor
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {
-        "state": params * (3 + needs_reference),  # parameters, two moments of Adam's, the reference
+        "state": params * copies_held(loss),
         # Gradients, summed up over microbatches; activations; logits.
         "update": params * (1 + (update.microbatches > 1)) + kept + logits,
         "rollout": rollout_bytes(
             policy,
             mesh,
             shapes,
-            prompts=rollout.prompts,
+            prompts=plan.prompts,
             group_size=rollout.group_size,
-            slots=rollout.slots,
-            max_prompt_tokens=max_prompt_tokens,
+            slots=plan.slots,
+            max_prompt_tokens=sampler.max_prompt_tokens,
             max_tokens=max_tokens,
         ),
     }
@@ -260,9 +269,20 @@ def memory_line(bytes_of: Mapping[str, int]) -> str:
     )
 
 
-def _peak_rss() -> int:
-    """The most bytes of the host's memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def resident(name: str) -> int | None:
+    """Bytes that Linux says of this process: `VmRSS`, those it holds now, or `VmHWM`, the most it has held."""
+    path = pathlib.Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def peak_rss() -> int:
+    """The most bytes of the host's memory that this process has held.
+
+    Linux' `ru_maxrss` begins at what the parent held when it started this one, and `VmHWM` does not.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def summary(
@@ -289,7 +309,7 @@ def summary(
         "wall_seconds": time.perf_counter() - started,
         "rollout_tokens_per_second": median("time/rollout_tokens_per_second"),
         "train_tokens_per_second": median("time/train_tokens_per_second"),
-        "peak_rss_bytes": _peak_rss(),
+        "peak_rss_bytes": peak_rss(),
         "seed": seed,
         "parameters": parameters,
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",

@@ -74,7 +74,12 @@ class Experiment(tasks.Opened):
         super().__init__(model, config)
         training.check_divides(train.batch, config["update"], self.mesh)
         self.evaluator = self.task.evaluator(
-            self.policy, self.mesh, config["evaluation"], max_tokens=train.max_tokens, stop=()
+            self.policy,
+            self.mesh,
+            config["evaluation"],
+            max_tokens=train.max_tokens,
+            stop=(),
+            copies=3,
         )
         fits = lambda prompt: len(self.tokenizer.encode(prompt.columns["solution"], continues=True)) < train.max_tokens
         self.prompts = [prompt for prompt in self.task.train if fits(prompt)]

@@ -44,7 +44,7 @@ class ModelConfig:
     """How the model computes."""
 
     compute_dtype: str = "bfloat16"  # of activations and products: bfloat16 or float32; parameters are float32
-    sampler_dtype: str = ""  # of the sampler: bfloat16, or int8 for its matrices alone (qwix); empty: compute_dtype
+    sampler_dtype: str = ""  # of the sampler, evaluations too: bfloat16, or int8 (matrices alone); empty: compute_dtype
     attention: str = "xla"  # of the training pass: xla (anywhere), cudnn (NVIDIA GPUs) or splash (TPUs)
     remat: bool = True  # compute activations again in the backward pass; saves memory for a third more work
 
@@ -216,9 +216,10 @@ class Task:
         return [*self.judges(), *beside]
 
     def evaluator(
-        self, policy: Policy, mesh: Mesh, config: EvaluationConfig, *, max_tokens: int, stop: Sequence[str]
-    ) -> Evaluator:
-        """Measures on the test problems, on all of them where there are fewer than asked for."""
+        self, policy: Policy, mesh: Mesh, config: EvaluationConfig, *, max_tokens: int, stop: Sequence[str],
+        copies: int,
+    ) -> Evaluator:  # fmt: skip
+        """Measures on the test problems, on all where there are fewer than asked for; `copies`: see `Sampler`."""
         most = len(self.test)
         config = dataclasses.replace(
             config, prompts=min(config.prompts, most), sampled_prompts=min(config.sampled_prompts, most)
@@ -226,4 +227,5 @@ class Task:
         return Evaluator(
             policy, mesh, self._tokenizer, sources.in_order(self.test), self.judges(), config, max_tokens=max_tokens,
             max_prompt_tokens=self.max_test_tokens, key=jax.random.key(0), answer=self.answer, stop=stop,
+            copies=copies,
         )  # fmt: skip

@@ -92,12 +92,12 @@ class Evaluator:
     def __init__(
         self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, source: Source, rewards: Sequence[Reward],
         config: EvaluationConfig, *, max_tokens: int, max_prompt_tokens: int, key: jax.Array,
-        answer: Callable[[str], str | None] | None = None, stop: Sequence[str] = (),
+        answer: Callable[[str], str | None] | None = None, stop: Sequence[str] = (), copies: int = 4,
     ):  # fmt: skip
         """The first of `rewards` judges: above 0.5 is right, anything else, None too, wrong. The others are reported.
 
         `answer`: what a completion answers, for maj@k; equal answers are equal strings (`rewards.answers.extract_*`).
-        `stop`: strings that end a completion.
+        `stop`: strings that end a completion. `copies`: see `Sampler`.
 
         Raises:
           ValueError: there is no reward, two have the same name, or one that does not judge is named `accuracy`;
@@ -121,6 +121,7 @@ class Evaluator:
             max_prompt_tokens=max_prompt_tokens,
             key=key,
             stop=stop,
+            copies=copies,
         )
         self._greedy, self._sampled = sampler(1), sampler(config.samples)
         self._greedy_batch = _batch_size(config.prompts, 1, config.completions, shards)

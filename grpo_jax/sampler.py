@@ -24,7 +24,6 @@ __all__ = ["Plan", "Sampler", "check_stop", "device_memory", "rollout_bytes"]
 # A CPU's products of more rows are hardly faster a row, while slots that wait for the longest cost as much as others,
 # and wait the longer the longer completions may be: so many columns of cache, and no fewer slots than these.
 _CPU_COLUMNS, _CPU_SLOTS = 2**13, 16
-_HELD = 4  # copies of the parameters that a training run holds: themselves, two moments, a reference
 
 
 def check_stop(stop: Sequence[str]) -> None:
@@ -58,31 +57,65 @@ def rollout_bytes(
     policy: Policy, mesh: Mesh, params: PyTree, *, prompts: int, group_size: int, slots: int, max_prompt_tokens: int,
     max_tokens: int,
 ) -> int:  # fmt: skip
-    """Bytes a device needs to sample, estimated from shapes: weights, caches, logits, and what is returned.
+    """Bytes a device needs to sample, estimated from shapes: weights, caches, results, and what comes and goes.
+
+    The last is that of the prefill, or of the choice of tokens, whichever is more.
 
     Args:
       params: of the trainer, or their shapes.
       slots: completions at a time, 0: all.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows, width = sampling.arrange(prompts, group_size, slots, devices)
+    chunks, chunk = sampling.chunks(prompts, max_prompt_tokens, devices)
     weights = jax.eval_shape(policy.prepare, params)
-    kernel = jax.eval_shape(policy.head, weights)[0]
+    vocabulary = len(jax.eval_shape(policy.head, weights)[0])
+    caches = lambda *shape: jax.eval_shape(lambda: policy.init_cache(*shape))
 
     def cache(*shape: int) -> int:
-        tree = jax.eval_shape(lambda: policy.init_cache(*shape))
+        tree = caches(*shape)
         return sharding.device_bytes(tree, policy.cache_axes, mesh, sharding.SAMPLER_RULES)
 
     refilled = (rows, width) != (prompts, group_size)
-    logits = rows * width * kernel.shape[0] * 4 // (devices * mesh.shape["tensor"])
+    ids = lambda columns: jax.ShapeDtypeStruct((prompts, 1, columns), jnp.int32)
+    prefill = jax.make_jaxpr(policy.extend)(
+        weights, ids(chunk), ids(chunk), caches(prompts, 1, chunks * chunk), 0, ids(chunks * chunk)
+    )
+    choice = 4 * 5 * rows * width * vocabulary  # logits, and four times as much of what is made of them
     return (
         sharding.device_bytes(weights, policy.sampler_axes, mesh, sharding.SAMPLER_RULES)
-        + cache(prompts, 1, max_prompt_tokens)
-        + refilled * cache(rows, 1, max_prompt_tokens)
+        + cache(prompts, 1, chunks * chunk)
+        + refilled * cache(rows, 1, chunks * chunk)
         + cache(rows, width, max_tokens)
-        + 3 * logits  # with what is drawn beside them
+        + max(_most_alive(prefill.jaxpr), choice) // (devices * tensor)
         + 2 * 12 * prompts * group_size * max_tokens // devices  # token and two log-probabilities, twice
     )
+
+
+def _most_alive(jaxpr: Any, given: Sequence[int] = ()) -> int:
+    """Bytes alive at the worst moment of a jaxpr: `given` of its arguments, which it may overwrite, and what it makes.
+
+    As if a compiler made no array of a broadcast or of another shape, and wrote what is elementwise over what it is
+    made of, but no product.
+    """
+    is_variable = lambda x: not hasattr(x, "val")
+    last_use = {x: i for i, equation in enumerate(jaxpr.eqns) for x in filter(is_variable, equation.invars)}
+    last_use |= dict.fromkeys(filter(is_variable, jaxpr.outvars), len(jaxpr.eqns))
+    alive = dict(zip(jaxpr.invars, given, strict=False))
+    most = sum(alive.values())
+    for i, equation in enumerate(jaxpr.eqns):
+        name = equation.primitive.name
+        dying = [alive.pop(x, 0) if is_variable(x) and last_use[x] == i else 0 for x in equation.invars]
+        made = [x.aval.size * x.aval.dtype.itemsize for x in equation.outvars]
+        if name in ("broadcast_in_dim", "iota", "dynamic_update_slice"):  # the last writes into an argument
+            made = [0] * len(made)
+        elif name in ("reshape", "squeeze", "expand_dims"):
+            made = [sum(dying)]
+        inner = [getattr(x, "jaxpr", x) for x in equation.params.values() if hasattr(getattr(x, "jaxpr", x), "eqns")]
+        both = sum(dying) + sum(made) if name == "dot_general" else max(sum(dying), sum(made))
+        most = max(most, sum(alive.values()) + max([both, *(_most_alive(part, dying) for part in inner)]))
+        alive |= dict(zip(equation.outvars, made, strict=True))
+    return most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,16 +132,20 @@ class Sampler:
     def __init__(
         self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, *, group_size: int, max_tokens: int,
         max_prompt_tokens: int, key: jax.Array, stop: Sequence[str] = (), slots: int = 0, chunk: int = 64,
-        memory: int | None = None,
+        memory: int | None = None, copies: int = 4,
     ):  # fmt: skip
         """`key` is the root of all randomness: with prompt id, member and token index it gives a token's.
 
         Args:
           stop: strings, special tokens among them, that end a completion as an EOS does.
           slots: completions decoded at a time, about; a slot whose completion has ended takes the next. 0: on a CPU
-            8192 / max_tokens, or 16 where that is less; elsewhere all, or as many as fit.
+            8192 / max_tokens, or 16 where that is less; elsewhere all, or as many as fit, since an accelerator reads
+            its weights at every token, which takes as long for few as for hundreds. Where lengths differ much and
+            caches are larger than weights, a quarter of all reads fewer bytes.
           chunk: tokens between two turns of the host.
-          memory: bytes of a device; None: what it says. A rollout that does not fit beside a training run is cut.
+          memory: bytes of a device; None: what it says. A rollout that does not fit beside `copies` is cut.
+          copies: of the trainer's parameters that are held meanwhile: 4 with Adam's moments and a reference, 1 where
+            nothing is trained.
         """
         if not tokenizer.eos_ids or tokenizer.pad_id is None:
             raise ValueError(
@@ -120,7 +157,7 @@ class Sampler:
         self.tokenizer, self.group_size = tokenizer, group_size
         self.max_prompt_tokens, self.max_tokens = max_prompt_tokens, max_tokens
         self.mesh, self._policy, self._slots, self._chunk = mesh, policy, slots, chunk
-        self._memory = device_memory() if memory is None else memory
+        self._memory, self._copies = device_memory() if memory is None else memory, copies
         eos_ids, strings = _ends(tokenizer, stop)
         table = stop_table(tokenizer.token_bytes, strings) if strings else None
         self._fixed = key, np.asarray(eos_ids, np.int32), np.int32(tokenizer.pad_id), table
@@ -156,7 +193,7 @@ class Sampler:
         return rows
 
     def plan(self, params: PyTree, prompts: int) -> Plan:
-        """How many prompts and completions at a time: all if they fit beside a training run, else fewer, which is said.
+        """How many prompts and completions at a time: all if they fit beside what is held, else fewer, which is said.
 
         A function of shapes and of the size of the memory, not of what is free at the moment, so that a run that is
         continued does the same.
@@ -175,7 +212,7 @@ class Sampler:
         needs = lambda plan: rollout_bytes(
             self._policy, self.mesh, params, prompts=plan.prompts, slots=plan.slots, **sizes
         )
-        held = _HELD * sharding.device_bytes(params, self._policy.param_axes, self.mesh)
+        held = self._copies * sharding.device_bytes(params, self._policy.param_axes, self.mesh)
         room = math.inf if self._memory is None else 0.9 * self._memory - held
         # Fewer slots first, down to an eighth, or as many as were asked for; then waves.
         plans = []
@@ -184,13 +221,15 @@ class Sampler:
             for slots in [max(1, every // part) for part in ((1,) if self._slots else (1, 2, 4, 8))]:
                 plans.append(Plan(prompts=size, slots=0 if slots == size * group else slots))
         plan = next((plan for plan in plans if needs(plan) <= room), plans[-1])
-        if plan != plans[0]:
+        if plan != plans[0] or needs(plan) > room:
             gib = lambda n: f"{n / 2**30:.2f} GiB"
+            least = needs(plan)
+            fits = "." if least <= room else f"; these need {gib(least)}, which will hardly fit either."
             logging.getLogger(__name__).warning(
-                "rollout: %d x %d completions at a time need about %s a device, beside %s of a training run, and there "
-                "are %s: sampled in %d waves of %d prompts, %s completions at a time.",
+                "rollout: %d x %d completions at a time need about %s a device, beside %s of parameters and optimizer "
+                "state, and there are %s: sampled in %d waves of %d prompts, %s completions at a time%s",
                 prompts, group, gib(needs(plans[0])), gib(held), gib(self._memory or 0), prompts // plan.prompts,
-                plan.prompts, plan.slots or plan.prompts * group,
+                plan.prompts, plan.slots or plan.prompts * group, fits,
             )  # fmt: skip
         return self._plans.setdefault(prompts, plan)
 

@@ -31,7 +31,18 @@ from grpo_jax.logprobs import unembed
 from grpo_jax.token_choice import Choice, choose_tokens
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, record
 
-__all__ = ["Decoding", "Prefilled", "arrange", "collect", "decode", "generate", "placement", "start"]
+__all__ = [
+    "Decoding",
+    "Prefilled",
+    "arrange",
+    "blocks",
+    "chunks",
+    "collect",
+    "decode",
+    "generate",
+    "placement",
+    "start",
+]
 
 _PREFILL_TOKENS = 2**14  # a device extends its prompts' caches by at most so many tokens at a time, which bounds memory
 _SMALLEST_CHUNK = 64
@@ -164,7 +175,7 @@ def _ends(prefilled: Prefilled, stop_state: jax.Array, ids: jax.Array) -> tuple[
     return ended, stop_state
 
 
-def _chunks(prompts: int, columns: int, devices: int) -> tuple[int, int]:
+def chunks(prompts: int, columns: int, devices: int) -> tuple[int, int]:
     """In how many chunks of how many columns prompts are prefilled."""
     chunks = -(-columns // max(_SMALLEST_CHUNK, _PREFILL_TOKENS * devices // prompts))
     return chunks, -(-columns // chunks)
@@ -175,8 +186,8 @@ def _prefill(
 ) -> tuple[jax.Array, PyTree, jax.Array]:  # fmt: skip
     """The hidden state [P, D] behind each prompt, the caches of all, and their columns; in chunks of columns."""
     prompts = len(tokens)
-    chunks, width = _chunks(prompts, tokens.shape[1], devices)
-    columns = jnp.arange(chunks * width)
+    count, width = chunks(prompts, tokens.shape[1], devices)
+    columns = jnp.arange(count * width)
     tokens, index = jnp.pad(tokens, ((0, 0), (0, columns.size - tokens.shape[1]))), columns[None]
     positions = jnp.where(index < lengths[:, None], index, -1)[:, None]  # [P, 1, columns]
 
@@ -194,7 +205,7 @@ def _prefill(
 
     cache = policy.init_cache(prompts, 1, columns.size)
     last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(extend, 0, cache)[0])
-    if chunks == 1:  # not worth a loop
+    if count == 1:  # not worth a loop
         return *step(0, (last, cache)), columns
     return *jax.lax.fori_loop(0, -(-lengths.max() // width), step, (last, cache)), columns
 

@@ -1,13 +1,18 @@
+import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from grpo_jax import sampling, sharding
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.objectives import LossConfig, grpo
 from grpo_jax.sampler import Plan, Sampler, device_memory, rollout_bytes
+from grpo_jax.training import UpdateConfig, init_train_state, make_train_step, train_batch
 from grpo_jax.types import SamplingParams
 from tests.compilations import Compilations
 
@@ -44,21 +49,24 @@ def needs(prompts, slots, mesh=None):
     )
 
 
-def memory_for(plan):
+def memory_for(plan, mesh=None, copies=4):
     """The least memory that leaves room for a plan beside a training run."""
-    held = 4 * sum(x.size * 4 for x in jax.tree.leaves(init_params(CONFIG, jax.random.key(0))))
-    return int((needs(plan.prompts, plan.slots) + held) / 0.9) + 2
+    held = copies * sum(x.size * 4 for x in jax.tree.leaves(init_params(CONFIG, jax.random.key(0))))
+    return int((needs(plan.prompts, plan.slots, mesh) + held) / 0.9) + 2
 
 
+@pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("plan", [Plan(prompts=8, slots=16), Plan(prompts=4, slots=2), None])
-def test_a_rollout_larger_than_memory_is_cut(params, rollout, plan, caplog):
+def test_a_rollout_larger_than_memory_is_cut(params, rollout, plan, data, caplog):
     """Fewer slots, then waves: what is sampled is the same, and it is said once. At worst one by one."""
-    sampler = make(memory=1 if plan is None else memory_for(plan))
-    got, plan = sampler.plan(params, P), plan or Plan(prompts=1, slots=1)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=data))
+    sampler = make(mesh, memory=1 if plan is None else memory_for(plan, mesh))
+    got, hopeless, plan = sampler.plan(params, P), plan is None, plan or Plan(prompts=data, slots=1)
     assert got.prompts == plan.prompts
-    assert needs(got.prompts, got.slots) <= needs(plan.prompts, plan.slots)
+    assert needs(got.prompts, got.slots, mesh) <= needs(plan.prompts, plan.slots, mesh)
     (said,) = {record.message for record in caplog.records}
     assert f"sampled in {P // got.prompts} waves of {got.prompts} prompts" in said
+    assert ("will hardly fit either" in said) == hopeless
     again = jax.device_get(sampler(params, PROMPTS, range(P), SamplingParams()))
     np.testing.assert_array_equal(rollout.completion_tokens, again.completion_tokens)
     np.testing.assert_array_equal(rollout.mask, again.mask)
@@ -96,6 +104,12 @@ def test_what_fits_is_not_cut(params, caplog):
     assert not caplog.records
 
 
+def test_where_nothing_is_trained_there_is_more_room(params):
+    plan = Plan(prompts=P, slots=0)
+    assert make(memory=memory_for(plan, copies=1), copies=1).plan(params, P) == plan
+    assert make(memory=memory_for(plan, copies=1)).plan(params, P) != plan
+
+
 def test_a_cpu_has_few_slots_and_fewer_for_long_completions(params):
     plans = [make(max_tokens=tokens).plan(params, 64).slots for tokens in (10, 64, 256, 4096)]
     assert plans == [0, 128, 32, 16]
@@ -103,14 +117,54 @@ def test_a_cpu_has_few_slots_and_fewer_for_long_completions(params):
     assert make(mesh, max_tokens=256).plan(params, 64).slots == 64  # of two devices
 
 
-def test_estimates_are_what_is_there(params):
-    """Arguments and results of the compiled loop, which leaves little beside them."""
-    for slots in (0, 8):
-        sampler = make(slots=slots)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        _, decode = sampler.compile(shapes, P)
-        real = decode.memory_analysis().argument_size_in_bytes
-        assert real < needs(P, slots) < 1.6 * real
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (CONFIG, {}),
+        (dataclasses.replace(CONFIG, vocab_size=4096), {}),
+        (dataclasses.replace(CONFIG, width=64, mlp_width=512, layers=3), {"max_prompt_tokens": 64}),
+        (CONFIG, {"max_prompt_tokens": 512, "max_tokens": 64}),  # scores of long prompts
+        (CONFIG, {"max_prompt_tokens": 4096, "max_tokens": 128}),  # in chunks
+    ],
+)
+@pytest.mark.parametrize("slots", [0, 8])
+def test_estimates_are_what_is_there(config, sizes, slots):
+    """Of both programs: arguments, results and what comes and goes, the trainer's parameters aside."""
+    policy, mesh = make_policy(config), sharding.make_mesh()
+    sizes = {**SIZES, **sizes}
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    start, decode = Sampler(policy, mesh, TOKENIZER, key=jax.random.key(0), slots=slots, **sizes).compile(shapes, P)
+    begins, goes_on = start.memory_analysis(), decode.memory_analysis()
+    real = max(
+        begins.output_size_in_bytes + begins.temp_size_in_bytes,
+        goes_on.argument_size_in_bytes + goes_on.temp_size_in_bytes,
+    )
+    estimate = rollout_bytes(policy, mesh, shapes, prompts=P, slots=slots, **sizes)
+    assert 0.9 * real < estimate < 1.3 * real
+
+
+@pytest.mark.parametrize(
+    ("sampler_dtype", "sizes", "slots", "least", "most"),
+    [
+        ("", {"data": 2, "fsdp": 2}, 6, 0, 1e-5),
+        ("bfloat16", {}, 6, 1e-4, 0.02),
+        ("bfloat16", {"data": 2, "tensor": 2}, 0, 1e-4, 0.02),
+        ("int8", {}, 0, 1e-4, 0.02),
+        ("int8", {"fsdp": 2, "tensor": 2}, 6, 1e-4, 0.02),
+    ],
+)
+def test_the_metrics_say_what_lower_precision_costs(params, sampler_dtype, sizes, slots, least, most):
+    if sampler_dtype == "int8":
+        pytest.importorskip("qwix")
+    mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
+    policy = make_policy(dataclasses.replace(CONFIG, sampler_dtype=sampler_dtype), mesh)
+    objective, still = grpo(LossConfig(kl_coef=0.0)), optax.sgd(0.0)
+    state = init_train_state(policy, params, still, objective, mesh)
+    sampler = Sampler(policy, mesh, TOKENIZER, key=jax.random.key(0), slots=slots, **SIZES)
+    got = sampler(state.params, PROMPTS, range(P), SamplingParams())
+    step = make_train_step(policy, still, objective, UpdateConfig(), like=state, key=jax.random.key(1))
+    _, metrics = step(state, train_batch(got, jnp.ones((P, G))))
+    assert least <= metrics["sampling/sampling_logp_difference/mean"] < most
 
 
 def test_limits_are_checked(params):

@@ -304,10 +304,11 @@ def test_sampling_parameters_are_traced(policy, params):
 # Distribution: a chi-squared test at a level fixed beforehand ------------------------------------
 
 
-def test_members_of_a_group_are_drawn_from_the_softmax(policy, params):
+@pytest.mark.parametrize("slots", [0, 64])
+def test_members_of_a_group_are_drawn_from_the_softmax(policy, params, slots):
     """Through prefill, keys and cache: the first token, and the second after the most frequent first one."""
     prompts = oracle.pad(PROMPTS[:1], 3)
-    got = generate(policy, params, prompts, IDS[:1], group_size=SAMPLES, max_tokens=2, eos=NEVER)
+    got = generate(policy, params, prompts, IDS[:1], group_size=SAMPLES, max_tokens=2, eos=NEVER, slots=slots)
     first, second = np.asarray(got.completion_tokens).T
     follow = first == np.bincount(first).argmax()
     one = select(jax.device_get(got), np.arange(1), np.flatnonzero(follow)[:1])

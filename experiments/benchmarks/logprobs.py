@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import runs
 from experiments.benchmarks import measure
 from grpo_jax.logprobs import CHUNK, token_logprobs
 
@@ -91,11 +92,13 @@ def _alone(options: Options) -> dict[str, float]:
     before = measure.rss()
     run()
     run()
-    return {"peak_beyond_arguments_bytes": measure.peak_rss() - before}
+    return {"peak_beyond_arguments_bytes": runs.peak_rss() - before}
 
 
 def run(options: Options) -> dict[str, Any]:
     """Measures all in turns; every side's loss is the same, or this is an error."""
+    if options.memory or options.only:
+        measure.need_host_memory()
     if options.only:
         return _alone(options)
     measure.need("torch", "transformers", "trl")

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments.flags import field_comments
+from experiments.runs import peak_rss, resident
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "fresh",
     "machine",
     "need",
-    "peak_rss",
+    "need_host_memory",
     "report",
     "rss",
     "said",
@@ -249,25 +249,15 @@ def said(result: Mapping[str, Any]) -> str:
 # Memory, in processes of their own -------------------------------------------------------------------
 
 
-def _status(name: str) -> int | None:
-    """Bytes that Linux says of this process."""
-    path = pathlib.Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
-def peak_rss() -> int:
-    """The most bytes that this process has held.
-
-    Linux' `ru_maxrss` begins at what the parent held when it started this one, and `VmHWM` does not.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def need_host_memory() -> None:
+    """Raises ValueError where arrays lie elsewhere than in the host's memory, which is what is measured."""
+    if (platform := jax.default_backend()) != "cpu":
+        raise ValueError(f"this measures the host's memory, and arrays lie on a {platform}: set JAX_PLATFORMS=cpu.")
 
 
 def rss() -> int:
     """The bytes that this process holds now; where the system does not say, the most that it has held."""
-    return _status("VmRSS") or peak_rss()
+    return resident("VmRSS") or peak_rss()
 
 
 def fresh(module: str, options: Output, **changes: Any) -> dict[str, Any]:
@@ -332,7 +322,10 @@ def command(options: type[Output], run: Callable[[Any], dict[str, Any]]) -> None
             given = _given(options)
             if given.json and not (folder := pathlib.Path(given.json).absolute().parent).is_dir():
                 raise ValueError(f"json={given.json!r}: there is no directory {folder}.")
+            before = _busy_cores()
             result = run(given)
+            if before is not None and "machine" in result:  # who came and went has disturbed as well
+                result["machine"]["busy_cores"] = max(before, result["machine"]["busy_cores"])
             print(said(result) if "program" in result else json.dumps(result))
             if given.json:
                 write_atomically(pathlib.Path(given.json), json.dumps(result, indent=2) + "\n")

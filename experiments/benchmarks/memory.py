@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from experiments import runs
 from experiments.benchmarks import measure
 from experiments.benchmarks.workload import Ours, Workload
 
@@ -60,7 +61,7 @@ def _alone(options: Options) -> dict[str, float]:
         loaded = measure.rss()
         for _ in range(options.repeats):
             step()
-        peak = measure.peak_rss()
+        peak = runs.peak_rss()
         if options.only == "trl":
             step.close()  # pyright: ignore[reportFunctionMemberAccess]
     return {
@@ -71,6 +72,7 @@ def _alone(options: Options) -> dict[str, float]:
 
 def run(options: Options) -> dict[str, Any]:
     """Both sides, or the one that is asked for."""
+    measure.need_host_memory()
     if options.only:
         return _alone(options)
     measure.need("torch", "transformers", "trl")

@@ -135,6 +135,8 @@ def _table(what: str, sweep: Mapping[float, Mapping[str, Sequence[float]]], fitt
 
 def run(options: Options) -> dict[str, Any]:
     """Measures all points in turns, and fits each sweep."""
+    if options.memory:
+        measure.need_host_memory()
     sweeps = {what: options.points(what) for what in options.vary}
     points = {w: i for i, w in enumerate(dict.fromkeys(w for sweep in sweeps.values() for w in sweep.values()))}
     with tempfile.TemporaryDirectory() as scratch:
