@@ -17,6 +17,7 @@ from jax.stages import Compiled
 from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
+from grpo_jax.slots import arrange
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams
 
 __all__ = ["Plan", "Sampler", "check_stop", "device_memory", "rollout_bytes"]
@@ -66,7 +67,7 @@ def rollout_bytes(
       slots: completions at a time, 0: all.
     """
     devices, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    rows, width = sampling.arrange(prompts, group_size, slots, devices)
+    rows, width = arrange(prompts, group_size, slots, devices)
     chunks, chunk = sampling.chunks(prompts, max_prompt_tokens, devices)
     weights = jax.eval_shape(policy.prepare, params)
     vocabulary = len(jax.eval_shape(policy.head, weights)[0])
@@ -81,13 +82,14 @@ def rollout_bytes(
     prefill = jax.make_jaxpr(policy.extend)(
         weights, ids(chunk), ids(chunk), caches(prompts, 1, chunks * chunk), 0, ids(chunks * chunk)
     )
-    choice = 4 * 5 * rows * width * vocabulary  # logits, and four times as much of what is made of them
+    # Logits, and four times as much of what is made of them; of the first tokens those of all prompts.
+    choice = 4 * 5 * max(rows * width, prompts) * vocabulary // (1 if vocabulary % tensor else tensor)
     return (
         sharding.device_bytes(weights, policy.sampler_axes, mesh, sharding.SAMPLER_RULES)
         + cache(prompts, 1, chunks * chunk)
         + refilled * cache(rows, 1, chunks * chunk)
         + cache(rows, width, max_tokens)
-        + max(_most_alive(prefill.jaxpr), choice) // (devices * tensor)
+        + max(_most_alive(prefill.jaxpr), choice) // devices
         + 2 * 12 * prompts * group_size * max_tokens // devices  # token and two log-probabilities, twice
     )
 
@@ -96,7 +98,7 @@ def _most_alive(jaxpr: Any, given: Sequence[int] = ()) -> int:
     """Bytes alive at the worst moment of a jaxpr: `given` of its arguments, which it may overwrite, and what it makes.
 
     As if a compiler made no array of a broadcast or of another shape, and wrote what is elementwise over what it is
-    made of, but no product.
+    made of, but no product. Of a loop it sees one round.
     """
     is_variable = lambda x: not hasattr(x, "val")
     last_use = {x: i for i, equation in enumerate(jaxpr.eqns) for x in filter(is_variable, equation.invars)}
@@ -111,7 +113,8 @@ def _most_alive(jaxpr: Any, given: Sequence[int] = ()) -> int:
             made = [0] * len(made)
         elif name in ("reshape", "squeeze", "expand_dims"):
             made = [sum(dying)]
-        inner = [getattr(x, "jaxpr", x) for x in equation.params.values() if hasattr(getattr(x, "jaxpr", x), "eqns")]
+        parts = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+        inner = [getattr(x, "jaxpr", x) for x in parts if hasattr(getattr(x, "jaxpr", x), "eqns")]
         both = sum(dying) + sum(made) if name == "dot_general" else max(sum(dying), sum(made))
         most = max(most, sum(alive.values()) + max([both, *(_most_alive(part, dying) for part in inner)]))
         alive |= dict(zip(equation.outvars, made, strict=True))
@@ -204,14 +207,16 @@ class Sampler:
         if prompts in self._plans:
             return self._plans[prompts]
         devices, group = self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.group_size
-        sampling.arrange(prompts, group, 0, devices)  # raises
+        arrange(prompts, group, 0, devices)  # raises
         cpu = self.mesh.devices.flat[0].platform == "cpu"
         wanted = self._slots or (max(_CPU_SLOTS, _CPU_COLUMNS // self.max_tokens) * devices if cpu else 0)
         wanted = wanted if wanted < prompts * group else 0
         sizes = {"max_prompt_tokens": self.max_prompt_tokens, "max_tokens": self.max_tokens, "group_size": group}
-        needs = lambda plan: rollout_bytes(
-            self._policy, self.mesh, params, prompts=plan.prompts, slots=plan.slots, **sizes
-        )
+
+        @functools.cache
+        def needs(plan: Plan) -> int:
+            return rollout_bytes(self._policy, self.mesh, params, prompts=plan.prompts, slots=plan.slots, **sizes)
+
         held = self._copies * sharding.device_bytes(params, self._policy.param_axes, self.mesh)
         room = math.inf if self._memory is None else 0.9 * self._memory - held
         # Fewer slots first, down to an eighth, or as many as were asked for; then waves.
@@ -220,16 +225,16 @@ class Sampler:
             every = min(wanted or size * group, size * group)
             for slots in [max(1, every // part) for part in ((1,) if self._slots else (1, 2, 4, 8))]:
                 plans.append(Plan(prompts=size, slots=0 if slots == size * group else slots))
-        plan = next((plan for plan in plans if needs(plan) <= room), plans[-1])
-        if plan != plans[0] or needs(plan) > room:
+        fits = lambda plan: room == math.inf or needs(plan) <= room
+        plan = next(filter(fits, plans), plans[-1])
+        if plan != plans[0] or not fits(plan):
             gib = lambda n: f"{n / 2**30:.2f} GiB"
-            least = needs(plan)
-            fits = "." if least <= room else f"; these need {gib(least)}, which will hardly fit either."
+            hardly = "." if fits(plan) else f"; these need {gib(needs(plan))}, which will hardly fit either."
             logging.getLogger(__name__).warning(
                 "rollout: %d x %d completions at a time need about %s a device, beside %s of parameters and optimizer "
                 "state, and there are %s: sampled in %d waves of %d prompts, %s completions at a time%s",
                 prompts, group, gib(needs(plans[0])), gib(held), gib(self._memory or 0), prompts // plan.prompts,
-                plan.prompts, plan.slots or plan.prompts * group, fits,
+                plan.prompts, plan.slots or plan.prompts * group, hardly,
             )  # fmt: skip
         return self._plans.setdefault(prompts, plan)
 

@@ -28,6 +28,19 @@ from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.logprobs import unembed
+from grpo_jax.slots import (
+    Queue,
+    Results,
+    Slots,
+    arrange,
+    at_once,
+    change_hands,
+    copy_rows,
+    empty,
+    flush,
+    in_order,
+    write,
+)
 from grpo_jax.token_choice import Choice, choose_tokens
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, record
 
@@ -50,27 +63,11 @@ _BLOCK = 64  # columns; blocks of the cache are multiples of it
 
 
 @record
-class Queue:
-    """The prompts, and which of their members wait for a slot."""
-
-    prompt_ids: jax.Array  # [P] uint32
-    lengths: jax.Array  # [P] int32, tokens of the prompt
-    first: Choice  # [P, G], the first token of every completion
-    ended: jax.Array  # [P, G] bool, that token is an EOS
-    stop_state: jax.Array  # [P, G] int32, row of the stop table behind it
-    limits: jax.Array  # [P, G] int32, from 0 to T: tokens at most
-    members: jax.Array  # [P, G] int32, in the order of service: first those that are not done with their first token
-    waiting: jax.Array  # [P] int32, how many those are
-    order: jax.Array  # [P] int32, prompts of a device in the order of service: first those of which any member waits
-    prompts: jax.Array  # [devices] int32, how many those are
-
-
-@record
 class Prefilled:
     """What the decode loop only reads."""
 
     params: PyTree  # of the sampler
-    prompts: PyTree  # caches, leaves [P, 1, ...]
+    prompts: PyTree  # caches of a row and slot each, leaves [P, ...]
     queue: Queue
     columns: jax.Array  # [L] int32, 0, 1, ...: those of the prompts' caches
     key: jax.Array  # typed
@@ -81,68 +78,19 @@ class Prefilled:
 
 
 @record
-class Slots:
-    """Who is where. Indices of prompts count within a device."""
-
-    prompt: jax.Array  # [R] int32, P of a device: none yet
-    prompt_id: jax.Array  # [R] uint32
-    prompt_length: jax.Array  # [R] int32
-    taken: jax.Array  # [R] int32, members that have had a slot
-    next_prompt: jax.Array  # [devices] int32, place in `Queue.order`
-    member: jax.Array  # [R, W] int32
-    length: jax.Array  # [R, W] int32, tokens so far, the one whose keys are not in the cache yet included
-    limit: jax.Array  # [R, W] int32
-    stop_state: jax.Array  # [R, W] int32
-    ended: jax.Array  # [R, W] bool, by an EOS or a stop string
-    alive: jax.Array  # [R, W] bool, neither ended nor full
-
-
-@record
-class Results:
-    """Completions that have left their slots; of the others, the first token."""
-
-    tokens: Choice  # [P, G, T]
-    lengths: jax.Array  # [P, G] int32
-    finished: jax.Array  # [P, G] bool
-
-
-@record
 class Decoding:
     """What the decode loop carries."""
 
     step: jax.Array  # [] int32; it writes column step mod T
     slots: Slots
-    cache: list[PyTree]  # of each of `blocks`, leaves [R, W, ...]
+    cache: list[PyTree]  # of each of `blocks`, see `Policy.init_cache`
     written: Choice  # [R, W, T], tokens in the columns that their keys have
-    prefix: (
-        PyTree | None
-    )  # caches of the rows' prompts, leaves [R, 1, ...]; None: a row for every prompt, as in Prefilled
+    prefix: PyTree | None  # caches of the rows' prompts, leaves [R, ...]; None: a row for every prompt, as in Prefilled
     results: Results | None  # None: a slot for every completion
 
     def done(self) -> jax.Array:
         """[] bool: every completion has ended or is full."""
         return ~self.slots.alive.any()
-
-
-def arrange(prompts: int, group_size: int, slots: int, devices: int = 1) -> tuple[int, int]:
-    """Rows R and slots W of a row for about so many slots; (P, G) where they are enough for all, or 0.
-
-    Few slots a row, since a row waits for the last of its members before it takes another prompt: with lengths that are
-    exponentially distributed, slots work for G / (G - W + W H_W) of the time, H_W = 1 + 1/2 + ... + 1/W: 0.37 for
-    G = W = 8, 0.65 for W = 4, 0.89 for W = 2. Many, since they share what is read of the prompt.
-
-    Raises:
-      ValueError: prompts do not divide over the devices.
-    """
-    if prompts % devices:
-        raise ValueError(
-            f"{prompts} prompts do not divide over {devices} devices (data x fsdp); use a multiple of {devices}."
-        )
-    if not 0 < slots < prompts * group_size:
-        return prompts, group_size
-    each, prompts = max(1, slots // devices), prompts // devices
-    width = min(each, max(1, group_size // 4, each // prompts))
-    return devices * min(prompts, each // width), width
 
 
 def blocks(columns: int, refilled: bool) -> list[int]:
@@ -265,20 +213,20 @@ def start(
     queue = dataclasses.replace(queue, ended=ended, stop_state=stop_state)
     written = jax.tree.map(lambda x: jnp.zeros((rows, width, max_tokens), x.dtype), first)
     state = Decoding(
-        step=jnp.zeros((), jnp.int32), slots=_at_once(queue, devices), written=written, prefix=None, results=None,
+        step=jnp.zeros((), jnp.int32), slots=at_once(queue, devices), written=written, prefix=None, results=None,
         cache=[policy.init_cache(rows, width, size) for size in blocks(max_tokens, (rows, width) != shape)],
     )  # fmt: skip
     if (rows, width) == shape:
-        state = dataclasses.replace(state, written=_write(written, first, 0))
+        state = dataclasses.replace(state, written=write(written, first, 0))
         return dataclasses.replace(prefilled, queue=queue), state
-    queue = sharding.per_device(_in_order, mesh, sharding.BATCH_AXES)(queue)
+    queue = sharding.per_device(in_order, mesh, sharding.BATCH_AXES)(queue)
     prefilled = dataclasses.replace(prefilled, queue=queue)
     tokens = jax.tree.map(lambda x: jnp.zeros((*shape, max_tokens), x.dtype), first)
     state = dataclasses.replace(
         state,
-        slots=_empty(rows, width, prompts // devices, devices),
+        slots=empty(rows, width, prompts // devices, devices),
         prefix=policy.init_cache(rows, 1, columns.size),
-        results=Results(tokens=_write(tokens, first, 0), lengths=jnp.minimum(limits, 1), finished=ended),
+        results=Results(tokens=write(tokens, first, 0), lengths=jnp.minimum(limits, 1), finished=ended),
     )
     return prefilled, _refill(policy, prefilled, state, jnp.zeros((rows, width), bool), mesh)
 
@@ -304,147 +252,23 @@ def placement(policy: Policy, prefilled: Prefilled, state: Decoding, mesh: Mesh)
     )
 
 
-# Slots that change hands: of one device's prompts and rows ------------------------------------------
-
-
-def _in_order(queue: Queue) -> Queue:
-    """Puts those first that wait for a slot."""
-    waits = ~queue.ended & (queue.limits > 1)
-    waiting = waits.sum(axis=1, dtype=jnp.int32)
-    return dataclasses.replace(
-        queue,
-        members=jnp.argsort(~waits, axis=1, stable=True).astype(jnp.int32),
-        waiting=waiting,
-        order=jnp.argsort(waiting == 0, stable=True).astype(jnp.int32),
-        prompts=(waiting > 0).sum(dtype=jnp.int32)[None],
-    )
-
-
-def _at_once(queue: Queue, devices: int) -> Slots:
-    """A slot for every completion."""
-    (prompts, group), limits = queue.limits.shape, queue.limits
-    local = jnp.arange(prompts, dtype=jnp.int32) % (prompts // devices)
-    return Slots(
-        prompt=local, prompt_id=queue.prompt_ids, prompt_length=queue.lengths, taken=jnp.full(prompts, group),
-        next_prompt=jnp.zeros(devices, jnp.int32), member=jnp.broadcast_to(jnp.arange(group)[None], limits.shape),
-        length=jnp.minimum(limits, 1), limit=limits, stop_state=queue.stop_state, ended=queue.ended,
-        alive=~queue.ended & (limits > 1),
-    )  # fmt: skip
-
-
-def _empty(rows: int, width: int, prompts: int, devices: int) -> Slots:
-    """Nobody anywhere."""
-    row, slot = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, width), jnp.int32)
-    return Slots(
-        prompt=row + prompts, prompt_id=row.astype(jnp.uint32), prompt_length=row, taken=row,
-        next_prompt=jnp.zeros(devices, jnp.int32), member=slot, length=slot, limit=slot, stop_state=slot,
-        ended=slot > 0, alive=slot > 0,
-    )  # fmt: skip
-
-
-def _take(queue: Queue, slots: Slots) -> tuple[Slots, jax.Array, jax.Array]:
-    """Free rows take prompts and free slots members: slots, which rows [R] and which slots [R, W] have new ones."""
-    of_prompt = lambda x, prompt: x.at[prompt].get(mode="fill", fill_value=0)
-    free = ~slots.alive
-    row_free = free.all(axis=1) & (slots.taken >= of_prompt(queue.waiting, slots.prompt))
-    place = slots.next_prompt + jnp.cumsum(row_free) - 1
-    new_row = row_free & (place < queue.prompts)
-    prompt = jnp.where(new_row, queue.order.at[place].get(mode="clip"), slots.prompt)
-    taken = jnp.where(new_row, 0, slots.taken)
-    place = taken[:, None] + jnp.cumsum(free, axis=1) - 1
-    new = free & (place < of_prompt(queue.waiting, prompt)[:, None])
-    member = jnp.where(new, queue.members.at[prompt[:, None], place].get(mode="clip"), slots.member)
-    of_member = lambda x, old: jnp.where(new, x.at[prompt[:, None], member].get(mode="clip"), old)
-    of_row = lambda x, old: jnp.where(new_row, x.at[prompt].get(mode="clip"), old)
-    return (
-        Slots(
-            prompt=prompt,
-            prompt_id=of_row(queue.prompt_ids, slots.prompt_id),
-            prompt_length=of_row(queue.lengths, slots.prompt_length),
-            taken=taken + new.sum(axis=1, dtype=jnp.int32),
-            next_prompt=slots.next_prompt + new_row.sum(dtype=jnp.int32),
-            member=member,
-            length=jnp.where(new, 1, slots.length),
-            limit=of_member(queue.limits, slots.limit),
-            stop_state=of_member(queue.stop_state, slots.stop_state),
-            ended=slots.ended & ~new,
-            alive=slots.alive | new,
-        ),
-        new_row,
-        new,
-    )
-
-
-def _flush(column: jax.Array, leaving: jax.Array, slots: Slots, written: Choice, results: Results) -> Results:
-    """Adds the completions of the slots `leaving` [R, W], whose last tokens are in `column`, to the results."""
-    width, columns = slots.member.shape[1], written.ids.shape[-1]
-    (chosen,) = jnp.nonzero(leaving.reshape(-1), size=leaving.size, fill_value=0)
-
-    def add(i, results: Results) -> Results:
-        row, slot = jnp.divmod(chosen[i], width)
-        prompt, member, length = slots.prompt[row], slots.member[row, slot], slots.length[row, slot]
-        begin = (column - length + 1) % columns
-
-        def unroll(ring, out):
-            line = jax.lax.dynamic_slice(ring, (row, slot, 0), (1, 1, columns))
-            line = jax.lax.dynamic_slice_in_dim(jnp.concatenate([line, line], axis=-1), begin, columns, axis=2)
-            return jax.lax.dynamic_update_slice(out, line, (prompt, member, 0))
-
-        return Results(
-            tokens=jax.tree.map(unroll, written, results.tokens),
-            lengths=results.lengths.at[prompt, member].set(length),
-            finished=results.finished.at[prompt, member].set(slots.ended[row, slot]),
-        )
-
-    return jax.lax.fori_loop(0, leaving.sum(), add, results)
-
-
-def _change_hands(
-    column: jax.Array, queue: Queue, slots: Slots, leaving: jax.Array, written: Choice, results: Results
-) -> tuple[Slots, jax.Array, Choice, Results]:
-    """Those that leave, with their last tokens in `column`, are added to the results, and what waits begins there."""
-    results = _flush(column, leaving, slots, written, results)
-    slots, new_row, new = _take(queue, slots)
-
-    def begin(first, ring):
-        old = jax.lax.dynamic_index_in_dim(ring, column, axis=2, keepdims=False)
-        return jnp.where(new, first.at[slots.prompt[:, None], slots.member].get(mode="clip"), old)
-
-    return slots, new_row, _write(written, jax.tree.map(begin, queue.first, written), column), results
-
-
-def _copy_rows(new_row: jax.Array, prompt: jax.Array, prompts: PyTree, rows: PyTree) -> PyTree:
-    """The rows `new_row` [R] take the caches of their prompts."""
-    (chosen,) = jnp.nonzero(new_row, size=new_row.size, fill_value=0)
-
-    def copy(i, rows):
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, prompt[chosen[i]], keepdims=False)
-        return jax.tree.map(lambda to, x: jax.lax.dynamic_update_index_in_dim(to, take(x), chosen[i], 0), rows, prompts)
-
-    return jax.lax.fori_loop(0, new_row.sum(), copy, rows)
-
-
 # The loop -------------------------------------------------------------------------------------------
-
-
-def _write(ring: Choice, new: Choice, column: jax.Array | int) -> Choice:
-    return jax.tree.map(lambda to, x: jax.lax.dynamic_update_index_in_dim(to, x, column, axis=2), ring, new)
 
 
 def _refill(policy: Policy, prefilled: Prefilled, state: Decoding, leaving: jax.Array, mesh: Mesh | None) -> Decoding:
     """Gives the slots `leaving` [R, W] to the next, at the beginning of a step."""
     per_device = functools.partial(sharding.per_device, mesh=mesh)
     column = state.step % state.written.ids.shape[-1]
-    change = per_device(_change_hands, axes=sharding.BATCH_AXES, whole=1)
+    change = per_device(change_hands, axes=sharding.BATCH_AXES, whole=1)
     slots, new_row, written, results = change(
         column, prefilled.queue, state.slots, leaving, state.written, state.results
     )
-    copy = _copy_rows
+    copy = copy_rows
     if mesh is not None and mesh.size > 1:
         specs = jax.tree.map(lambda place: place.spec, placement(policy, prefilled, state, mesh)[1].prefix)
         rows = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
         copy = jax.shard_map(
-            _copy_rows, mesh=mesh, in_specs=(rows, rows, specs, specs), out_specs=specs, check_vma=False
+            copy_rows, mesh=mesh, in_specs=(rows, rows, specs, specs), out_specs=specs, check_vma=False
         )
     prefix = copy(new_row, slots.prompt, prefilled.prompts, state.prefix)
     return dataclasses.replace(state, slots=slots, written=written, results=results, prefix=prefix)
@@ -478,7 +302,7 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
         step=state.step + 1,
         slots=dataclasses.replace(slots, length=length, ended=ended, alive=alive, stop_state=stop_state),
         cache=[*state.cache[:block], written, *state.cache[block + 1 :]],
-        written=_write(state.written, choice, (column + 1) % columns),
+        written=write(state.written, choice, (column + 1) % columns),
     )
     return state if state.results is None else _refill(policy, prefilled, state, slots.alive & ~alive, mesh)
 
@@ -502,8 +326,8 @@ def collect(
     if results is None:
         results = Results(tokens=state.written, lengths=slots.length, finished=slots.ended)
     else:
-        flush = sharding.per_device(_flush, mesh, sharding.BATCH_AXES, whole=1)
-        results = flush(state.step % columns, slots.alive, slots, state.written, results)
+        add = sharding.per_device(flush, mesh, sharding.BATCH_AXES, whole=1)
+        results = add(state.step % columns, slots.alive, slots, state.written, results)
     mask = jnp.arange(columns)[None, None] < results.lengths[..., None]
     flat = lambda x: x.reshape(-1, columns)
     real = lambda x: flat(jnp.where(mask, x, 0))

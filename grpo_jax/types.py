@@ -44,7 +44,7 @@ class Policy:
     head: Callable[..., tuple[jax.Array, jax.Array | None, float | None]]
     # (params) -> sampler parameters; runs once a rollout (a wave, where it is cut to the memory), inside jit
     prepare: Callable[[PyTree], PyTree]
-    # (rows, width, columns) -> tree of leaves [R, W, ...]
+    # (rows, width, columns) -> tree of leaves whose leading axis is R, or R * W with the slots of a row side by side
     init_cache: Callable[[int, int, int], PyTree]
     # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column of the first of them,
     #  key_positions [R, W, columns] (-1 = empty, the new columns included), before = ())

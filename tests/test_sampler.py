@@ -12,13 +12,14 @@ from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, grpo
 from grpo_jax.sampler import Plan, Sampler, device_memory, rollout_bytes
+from grpo_jax.slots import arrange
 from grpo_jax.training import UpdateConfig, init_train_state, make_train_step, train_batch
 from grpo_jax.types import SamplingParams
 from tests.compilations import Compilations
 
 TOKENIZER = ByteTokenizer("abcdefgh")
 CONFIG = TransformerConfig(
-    vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16
+    vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16
 )
 POLICY = make_policy(CONFIG)
 P, G, T = 8, 4, 10
@@ -75,7 +76,7 @@ def test_a_rollout_larger_than_memory_is_cut(params, rollout, plan, data, caplog
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_wave_is_gone_when_the_next_begins(params, monkeypatch, streams):
-    caches = lambda: [x for x in jax.live_arrays() if x.ndim == 4]
+    caches = lambda: [x for x in jax.live_arrays() if x.ndim == 3]
     sampler, before, seen = make(memory=memory_for(Plan(prompts=2, slots=0))), len(caches()), []
     programs = sampler._programs
 
@@ -94,6 +95,19 @@ def test_a_wave_is_gone_when_the_next_begins(params, monkeypatch, streams):
     assert len(seen) == P // sampler.plan(params, P).prompts > 1
     assert seen == [0] * len(seen)
     assert not streams or min(during) > 0
+
+
+@pytest.mark.parametrize("slots", [0, 6])
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_turns_of_the_host_do_not_matter_to_blocks_of_the_cache(params, sizes, slots, monkeypatch):
+    expected = jax.device_get(make(max_tokens=40)(params, PROMPTS, range(P), SamplingParams()))
+    monkeypatch.setattr(sampling, "_BLOCK", 4)
+    sampler = make(sharding.make_mesh(sharding.MeshConfig(**sizes)), max_tokens=40, slots=slots, chunk=7)
+    got = jax.device_get(sampler(params, PROMPTS, range(P), SamplingParams()))
+    assert sampling.blocks(40, False) == [12, 12, 16]
+    assert expected.mask.sum(1).max() == 40
+    np.testing.assert_array_equal(got.completion_tokens, expected.completion_tokens)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
 
 
 def test_what_fits_is_not_cut(params, caplog):
@@ -117,22 +131,30 @@ def test_a_cpu_has_few_slots_and_fewer_for_long_completions(params):
     assert make(mesh, max_tokens=256).plan(params, 64).slots == 64  # of two devices
 
 
+LARGE_VOCABULARY = dataclasses.replace(CONFIG, vocab_size=4096)
+LARGE = dataclasses.replace(CONFIG, width=64, mlp_width=512, layers=3)
+
+
 @pytest.mark.parametrize(
-    ("config", "sizes"),
+    ("config", "sizes", "slots", "tensor"),
     [
-        (CONFIG, {}),
-        (dataclasses.replace(CONFIG, vocab_size=4096), {}),
-        (dataclasses.replace(CONFIG, width=64, mlp_width=512, layers=3), {"max_prompt_tokens": 64}),
-        (CONFIG, {"max_prompt_tokens": 512, "max_tokens": 64}),  # scores of long prompts
-        (CONFIG, {"max_prompt_tokens": 4096, "max_tokens": 128}),  # in chunks
+        (CONFIG, {}, 0, 1),
+        (LARGE_VOCABULARY, {}, 0, 1),
+        (LARGE_VOCABULARY, {}, 2, 1),
+        (LARGE_VOCABULARY, {}, 2, 2),
+        (LARGE, {"max_prompt_tokens": 64}, 8, 1),
+        (LARGE, {"max_prompt_tokens": 64}, 0, 2),
+        (CONFIG, {"max_prompt_tokens": 512, "max_tokens": 64}, 0, 1),  # scores of long prompts
+        (CONFIG, {"max_prompt_tokens": 4096, "max_tokens": 128}, 8, 1),  # in chunks
     ],
 )
-@pytest.mark.parametrize("slots", [0, 8])
-def test_estimates_are_what_is_there(config, sizes, slots):
+def test_estimates_are_what_is_there(config, sizes, slots, tensor):
     """Of both programs: arguments, results and what comes and goes, the trainer's parameters aside."""
-    policy, mesh = make_policy(config), sharding.make_mesh()
-    sizes = {**SIZES, **sizes}
+    mesh = sharding.make_mesh(sharding.MeshConfig(tensor=tensor))
+    policy, sizes = make_policy(config, mesh), {**SIZES, **sizes}
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    places = sharding.shardings(shapes, policy.param_axes, mesh)
+    shapes = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
     start, decode = Sampler(policy, mesh, TOKENIZER, key=jax.random.key(0), slots=slots, **sizes).compile(shapes, P)
     begins, goes_on = start.memory_analysis(), decode.memory_analysis()
     real = max(
@@ -140,14 +162,13 @@ def test_estimates_are_what_is_there(config, sizes, slots):
         goes_on.argument_size_in_bytes + goes_on.temp_size_in_bytes,
     )
     estimate = rollout_bytes(policy, mesh, shapes, prompts=P, slots=slots, **sizes)
-    assert 0.9 * real < estimate < 1.3 * real
+    assert 0.9 * real < estimate < (1.3 if tensor == 1 else 2.2) * real  # activations as if they were not split
 
 
 @pytest.mark.parametrize(
     ("sampler_dtype", "sizes", "slots", "least", "most"),
     [
         ("", {"data": 2, "fsdp": 2}, 6, 0, 1e-5),
-        ("bfloat16", {}, 6, 1e-4, 0.02),
         ("bfloat16", {"data": 2, "tensor": 2}, 0, 1e-4, 0.02),
         ("int8", {}, 0, 1e-4, 0.02),
         ("int8", {"fsdp": 2, "tensor": 2}, 6, 1e-4, 0.02),
@@ -233,4 +254,4 @@ def test_arrangement_errors_come_before_anything(params):
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
     with pytest.raises(ValueError, match="6 prompts do not divide over 8 devices"):
         make(mesh)(params, PROMPTS[:6], range(6), SamplingParams())
-    assert sampling.arrange(8, 4, 0, 8) == (8, 4)
+    assert arrange(8, 4, 0, 8) == (8, 4)

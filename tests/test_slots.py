@@ -1,4 +1,4 @@
-"""Completions that pass through slots, windows of attention, prompts in chunks: other ways to the same completions."""
+"""Completions that pass through slots, caches in blocks, prompts in chunks: other ways to the same completions."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from grpo_jax.data.stops import stop_table
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models import attention, transformer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.slots import arrange
 from grpo_jax.types import SamplingParams
 from tests import oracle
 from tests.test_sampling import (
@@ -61,12 +62,12 @@ def mesh_of(*sizes):
     ],
 )
 def test_arrangements(slots, devices, expected):
-    assert sampling.arrange(64, 8, slots, devices) == expected
+    assert arrange(64, 8, slots, devices) == expected
 
 
 def test_prompts_must_divide_over_the_devices():
     with pytest.raises(ValueError, match="9 prompts do not divide over 4 devices"):
-        sampling.arrange(9, 8, 0, 4)
+        arrange(9, 8, 0, 4)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 17])
@@ -254,7 +255,7 @@ def test_neither_caches_nor_weights_are_copied_for_a_token(config, prompts, grou
     matrix = config.width * config.mlp_width
     assert " while(" in decode.as_text()
     assert copied(decode.as_text()) < min(caches)
-    # Activations, and neither keys or values of a block of one layer nor a matrix.
+    # Activations, and not all keys or values of the largest block of a layer, or of a matrix, beside them.
     assert decode.memory_analysis().temp_size_in_bytes < 4 * max(*caches, matrix)
 
 

@@ -318,7 +318,7 @@ def memory(
     )  # fmt: skip
 
 
-COMES_AND_GOES = 2776  # while 2 prompts of 6 tokens are prefilled; tests.test_sampler compares it with the compiler's
+COMES_AND_GOES = 2776  # while 2 prompts of 6 tokens are prefilled: `rollout_bytes`, which tests.test_sampler tests
 
 
 def test_memory_by_hand():

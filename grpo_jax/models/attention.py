@@ -283,7 +283,7 @@ def attend_slots(query, key, value, cache, column, visible, before, scale, soft_
     kv_heads, heads, dtype = key.shape[3], cache["key"].shape[1:-2], cache["key"].dtype
 
     def write(name, new, *order):
-        """New columns [R, W, K, ...] in the order of the cache's axes, at their place."""
+        """New columns [R, W, J, K, C] in the order of the cache's axes, at their place."""
         new = new.transpose(order).reshape(r * w, *heads, *(new.shape[i] for i in order[3:]))
         start = (0,) * (new.ndim - 2) + ((column, 0) if name == "value" else (0, column))
         return jax.lax.dynamic_update_slice(cache[name], new.astype(dtype), start)
