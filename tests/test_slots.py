@@ -127,8 +127,9 @@ LONG = 40
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Caches in blocks of 4 columns and more, and prompts in chunks of 2."""
+    """Caches in blocks of 4 columns and more, keys in tiles of at most 3, and prompts in chunks of 2."""
     monkeypatch.setattr(sampling, "_BLOCK", 4)
+    monkeypatch.setattr(attention, "_TILE", 3)
     monkeypatch.setattr(sampling, "_SMALLEST_CHUNK", 2)
     monkeypatch.setattr(sampling, "_PREFILL_TOKENS", 1)
 
@@ -270,7 +271,8 @@ def test_every_block_of_the_cache_has_a_loop_that_reads_it_and_those_before():
             functools.partial(sampling.start, policy, **options_of(max_tokens=COLUMNS)), params,
             np.ones((P, 5), np.int32), np.ones((P, 5), bool), IDS, KEY,
         )  # fmt: skip
-        assert [cache[0]["key"].shape[-1] for cache in state.cache] == [64, 64, 128]
+        assert [cache[0]["value"].shape[-2] for cache in state.cache] == [64, 64, 128]
+        assert [cache[0]["key"].shape[1:] for cache in state.cache] == [(2, 64, 64), (2, 64, 64), (2 * 2, 64, 64)]
         jaxpr = jax.make_jaxpr(functools.partial(sampling.decode, policy))(prefilled, state, np.int32(3))
         bodies = [str(e.params["body_jaxpr"]) for e in jaxpr.eqns if e.primitive.name == "while"]
         loops[layers] = [(body.count("dot_general["), body.count("cond[")) for body in bodies]

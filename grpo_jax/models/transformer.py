@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.models.attention import attend_slots, cache_axes, make_attention
+from grpo_jax.models.attention import attend_slots, cache_axes, cache_shapes, make_attention
 from grpo_jax.sharding import shardings
 from grpo_jax.types import Policy
 
@@ -268,6 +268,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     layer_cache = cache_axes(platform, config.kv_heads)
+    tiled = platform == "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
     block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
     int8 = config.sampler_dtype == "int8"
@@ -338,9 +339,11 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return jax.tree.map(lambda x: x if is_integer(x) else cast(x), {**rest, "layers": layers}, is_leaf=is_integer)
 
     def init_cache(rows, width, columns):
-        sizes = {"batch": rows * width, "kv_heads": config.kv_heads, "head": config.head_width, None: columns}
-        zeros = lambda axes: jnp.zeros([sizes[axis] for axis in axes], sampler_dtype)
-        layer = lambda: {name: zeros(axes) for name, axes in layer_cache.items()}
+        shapes = cache_shapes(
+            layer_cache, slots=rows * width, kv_heads=config.kv_heads, head_width=config.head_width, columns=columns,
+            tiled=tiled,
+        )  # fmt: skip
+        layer = lambda: {name: jnp.zeros(shape, sampler_dtype) for name, shape in shapes.items()}
         return [layer() for _ in range(config.layers)]
 
     def extend(params, tokens, positions, cache, column, key_positions, before=()):
