@@ -2,8 +2,8 @@
 
 A row of slots holds the cache of one prompt, stored once and read by all of them; the members of the prompt's group
 pass through its slots. A slot whose completion has ended takes the next member that waits, and a row whose members are
-done the next prompt, so that the cost follows the tokens and not slots x the longest. Where there is a slot for every
-completion, completions stay where they are and nothing of that is compiled.
+done the prompt of which most wait, so that the cost follows the tokens and not slots x the longest. Where there is a
+slot for every completion, completions stay where they are and nothing of that is compiled.
 
 All slots write the same column of the cache at a time, which goes round and round in the T columns there are: column c
 was written (now - c) mod T tokens ago, and counts where the slot's completion is at least that old. So a slot that
@@ -200,8 +200,7 @@ def start(
     first = jax.tree.map(lambda x: x.swapaxes(0, 1), first)
     queue = Queue(
         prompt_ids=prompt_ids, lengths=lengths, first=first, limits=limits, ended=jnp.zeros(shape, bool),
-        stop_state=jnp.zeros(shape, jnp.int32), members=jnp.zeros(shape, jnp.int32), waiting=lengths, order=lengths,
-        prompts=jnp.zeros(devices, jnp.int32),
+        stop_state=jnp.zeros(shape, jnp.int32), members=jnp.zeros(shape, jnp.int32), waiting=lengths,
     )  # fmt: skip
     prefilled = Prefilled(
         params=params, prompts=cache, queue=queue, columns=columns, key=key, sampling=sampling,

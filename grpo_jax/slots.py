@@ -38,8 +38,6 @@ class Queue:
     limits: jax.Array  # [P, G] int32, from 0 to T: tokens at most
     members: jax.Array  # [P, G] int32, in the order of service: first those that are not done with their first token
     waiting: jax.Array  # [P] int32, how many those are
-    order: jax.Array  # [P] int32, prompts of a device in the order of service: first those of which any member waits
-    prompts: jax.Array  # [devices] int32, how many those are
 
 
 @record
@@ -49,8 +47,7 @@ class Slots:
     prompt: jax.Array  # [R] int32, P of a device: none yet
     prompt_id: jax.Array  # [R] uint32
     prompt_length: jax.Array  # [R] int32
-    taken: jax.Array  # [R] int32, members that have had a slot
-    next_prompt: jax.Array  # [devices] int32, place in `Queue.order`
+    taken: jax.Array  # [P] int32, members that have had a slot
     member: jax.Array  # [R, W] int32
     length: jax.Array  # [R, W] int32, tokens so far, the one whose keys are not in the cache yet included
     limit: jax.Array  # [R, W] int32
@@ -97,13 +94,10 @@ def write(ring: Choice, new: Choice, column: jax.Array | int) -> Choice:
 def in_order(queue: Queue) -> Queue:
     """Puts those first that wait for a slot."""
     waits = ~queue.ended & (queue.limits > 1)
-    waiting = waits.sum(axis=1, dtype=jnp.int32)
     return dataclasses.replace(
         queue,
         members=jnp.argsort(~waits, axis=1, stable=True).astype(jnp.int32),
-        waiting=waiting,
-        order=jnp.argsort(waiting == 0, stable=True).astype(jnp.int32),
-        prompts=(waiting > 0).sum(dtype=jnp.int32)[None],
+        waiting=waits.sum(axis=1, dtype=jnp.int32),
     )
 
 
@@ -113,7 +107,7 @@ def at_once(queue: Queue, devices: int) -> Slots:
     local = jnp.arange(prompts, dtype=jnp.int32) % (prompts // devices)
     return Slots(
         prompt=local, prompt_id=queue.prompt_ids, prompt_length=queue.lengths, taken=jnp.full(prompts, group),
-        next_prompt=jnp.zeros(devices, jnp.int32), member=jnp.broadcast_to(jnp.arange(group)[None], limits.shape),
+        member=jnp.broadcast_to(jnp.arange(group)[None], limits.shape),
         length=jnp.minimum(limits, 1), limit=limits, stop_state=queue.stop_state, ended=queue.ended,
         alive=~queue.ended & (limits > 1),
     )  # fmt: skip
@@ -123,22 +117,29 @@ def empty(rows: int, width: int, prompts: int, devices: int) -> Slots:
     """Nobody anywhere."""
     row, slot = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, width), jnp.int32)
     return Slots(
-        prompt=row + prompts, prompt_id=row.astype(jnp.uint32), prompt_length=row, taken=row,
-        next_prompt=jnp.zeros(devices, jnp.int32), member=slot, length=slot, limit=slot, stop_state=slot,
+        prompt=row + prompts, prompt_id=row.astype(jnp.uint32), prompt_length=row,
+        taken=jnp.zeros(prompts * devices, jnp.int32), member=slot, length=slot, limit=slot, stop_state=slot,
         ended=slot > 0, alive=slot > 0,
     )  # fmt: skip
 
 
 def _take(queue: Queue, slots: Slots) -> tuple[Slots, jax.Array, jax.Array]:
-    """Free rows take prompts and free slots members: slots, which rows [R] and which slots [R, W] have new ones."""
+    """Free rows take prompts and free slots members: slots, which rows [R] and which slots [R, W] have new ones.
+
+    A row with nothing to do takes the prompt of which most members wait: one that is in no row yet, and in the end one
+    whose row is late.
+    """
     of_prompt = lambda x, prompt: x.at[prompt].get(mode="fill", fill_value=0)
-    free = ~slots.alive
-    row_free = free.all(axis=1) & (slots.taken >= of_prompt(queue.waiting, slots.prompt))
-    place = slots.next_prompt + jnp.cumsum(row_free) - 1
-    new_row = row_free & (place < queue.prompts)
-    prompt = jnp.where(new_row, queue.order.at[place].get(mode="clip"), slots.prompt)
-    taken = jnp.where(new_row, 0, slots.taken)
-    place = taken[:, None] + jnp.cumsum(free, axis=1) - 1
+    free, waiting = ~slots.alive, queue.waiting - slots.taken
+    idle = free.all(axis=1) & (of_prompt(waiting, slots.prompt) == 0)
+    most, of_most = jax.lax.top_k(waiting, len(idle))
+    rank = jnp.maximum(jnp.cumsum(idle) - 1, 0)
+    new_row = idle & (most[rank] > 0)
+    prompt = jnp.where(new_row, of_most[rank], slots.prompt)
+    # Rows that have the same prompt deal its members out one row after the other.
+    same_before = jnp.tril(prompt[:, None] == prompt[None, :], -1)
+    dealt = of_prompt(slots.taken, prompt) + (same_before * free.sum(axis=1)[None, :]).sum(axis=1)
+    place = dealt[:, None] + jnp.cumsum(free, axis=1) - 1
     new = free & (place < of_prompt(queue.waiting, prompt)[:, None])
     member = jnp.where(new, queue.members.at[prompt[:, None], place].get(mode="clip"), slots.member)
     of_member = lambda x, old: jnp.where(new, x.at[prompt[:, None], member].get(mode="clip"), old)
@@ -148,8 +149,7 @@ def _take(queue: Queue, slots: Slots) -> tuple[Slots, jax.Array, jax.Array]:
             prompt=prompt,
             prompt_id=of_row(queue.prompt_ids, slots.prompt_id),
             prompt_length=of_row(queue.lengths, slots.prompt_length),
-            taken=taken + new.sum(axis=1, dtype=jnp.int32),
-            next_prompt=slots.next_prompt + new_row.sum(dtype=jnp.int32),
+            taken=slots.taken.at[prompt].add(new.sum(axis=1, dtype=jnp.int32), mode="drop"),
             member=member,
             length=jnp.where(new, 1, slots.length),
             limit=of_member(queue.limits, slots.limit),
