@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,11 +47,19 @@ def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[st
     return ids, strings
 
 
+def _container_limits(root: str = "/sys/fs/cgroup") -> list[int]:
+    """Bytes that a container may have, by Linux' control groups of version 2 and 1; none where there is no limit."""
+    paths = [pathlib.Path(root, name) for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    said = [path.read_text().strip() for path in paths if path.exists()]
+    return [int(text) for text in said if text.isdecimal()]
+
+
 def device_memory() -> int | None:
     """Bytes of a device, or its part of the host's memory where it is a CPU; None: it does not say."""
     device, *others = jax.local_devices()
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 + len(others))
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min([host, *_container_limits()]) // (1 + len(others))
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -166,16 +175,6 @@ class Sampler:
         self._fixed = key, np.asarray(eos_ids, np.int32), np.int32(tokenizer.pad_id), table
         self._plans: dict[int, Plan] = {}
         self._compiled: dict[Plan, tuple[Any, Any]] = {}
-
-        def constrained(tree, axes, rules):
-            return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, rules))
-
-        placed = dataclasses.replace(
-            policy,
-            prepare=lambda p: constrained(policy.prepare(p), policy.sampler_axes, sharding.SAMPLER_RULES),
-            init_cache=lambda *shape: constrained(policy.init_cache(*shape), policy.cache_axes, sharding.SAMPLER_RULES),
-        )
-        self._placed = placed
         self._collect = jax.jit(
             functools.partial(sampling.collect, mesh=mesh), out_shardings=sharding.batch_sharding(mesh)
         )
@@ -330,14 +329,14 @@ class Sampler:
 
             def start(params, sampling_params, key, eos_ids, pad_id, stop_table, tokens, mask, ids, limits):
                 return sampling.start(
-                    self._placed, params, tokens, mask, ids, key, group_size=self.group_size,
+                    self._policy, params, tokens, mask, ids, key, group_size=self.group_size,
                     max_tokens=self.max_tokens, eos_ids=eos_ids, pad_id=pad_id, sampling=sampling_params,
                     stop_table=stop_table, limits=limits, slots=plan.slots, mesh=self.mesh,
                 )  # fmt: skip
 
             prefilled, state = jax.eval_shape(start, *arguments)
             places = sampling.placement(self._policy, prefilled, state, self.mesh)
-            decode = functools.partial(sampling.decode, self._placed, mesh=self.mesh)
+            decode = functools.partial(sampling.decode, self._policy, mesh=self.mesh)
             self._compiled[plan] = (
                 jax.jit(start, out_shardings=places),
                 jax.jit(decode, out_shardings=places[1], donate_argnums=1),
@@ -350,8 +349,10 @@ class Sampler:
         tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
         shape = len(prompts), self.group_size
         limits = np.full(shape, self.max_tokens) if limits is None else np.asarray(limits)
-        if limits.shape != shape or limits.min() < 0:
-            raise ValueError(f"limits of shape {limits.shape} must be {shape} numbers of tokens, 0 or more.")
+        if limits.shape != shape:
+            raise ValueError(f"limits of shape {limits.shape} must be of shape {shape}: a number for each completion.")
+        if limits.min() < 0:
+            raise ValueError(f"limits are numbers of tokens, 0 or more, and one is {limits.min()}.")
         of_prompts = tokens, mask, np.asarray(prompt_ids, np.uint32), limits.astype(np.int32)
         for first in range(0, len(prompts), plan.prompts):
             part = tuple(x[first : first + plan.prompts] for x in of_prompts)

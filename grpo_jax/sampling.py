@@ -158,6 +158,21 @@ def _prefill(
     return *jax.lax.fori_loop(0, -(-lengths.max() // width), step, (last, cache)), columns
 
 
+def _placed(policy: Policy, mesh: Mesh | None) -> Policy:
+    """A policy whose sampler parameters and caches lie where decoding wants them: nothing is gathered for a token."""
+    if mesh is None:
+        return policy
+
+    def constrained(tree: PyTree, axes: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, axes, mesh, sharding.SAMPLER_RULES))
+
+    return dataclasses.replace(
+        policy,
+        prepare=lambda params: constrained(policy.prepare(params), policy.sampler_axes),
+        init_cache=lambda *shape: constrained(policy.init_cache(*shape), policy.cache_axes),
+    )
+
+
 def start(
     policy: Policy,
     params: PyTree,
@@ -179,6 +194,7 @@ def start(
     """Prefills every prompt once, chooses the first token of each completion, and fills the slots. See `generate`."""
     chex.assert_rank([prompt_tokens, prompt_mask, prompt_ids], [2, 2, 1])
     chex.assert_equal_shape([prompt_tokens, prompt_mask])
+    policy = _placed(policy, mesh)
     devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     shape = prompts, group = len(prompt_ids), group_size
     rows, width = arrange(prompts, group, slots, devices)

@@ -141,6 +141,8 @@ def _take(queue: Queue, slots: Slots) -> tuple[Slots, jax.Array, jax.Array]:
     dealt = of_prompt(slots.taken, prompt) + (same_before * free.sum(axis=1)[None, :]).sum(axis=1)
     place = dealt[:, None] + jnp.cumsum(free, axis=1) - 1
     new = free & (place < of_prompt(queue.waiting, prompt)[:, None])
+    new_row &= new.any(axis=1)  # rows before it may have taken the last members: no cache is copied for nobody
+    prompt = jnp.where(new_row, prompt, slots.prompt)
     member = jnp.where(new, queue.members.at[prompt[:, None], place].get(mode="clip"), slots.member)
     of_member = lambda x, old: jnp.where(new, x.at[prompt[:, None], member].get(mode="clip"), old)
     of_row = lambda x, old: jnp.where(new_row, x.at[prompt].get(mode="clip"), old)

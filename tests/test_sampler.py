@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import sampling, sharding
+from grpo_jax import sampler, sampling, sharding
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, grpo
@@ -114,8 +114,20 @@ def test_what_fits_is_not_cut(params, caplog):
     assert make(memory=memory_for(Plan(prompts=P, slots=0))).plan(params, P) == Plan(prompts=P, slots=0)
     assert make(slots=5).plan(params, P) == Plan(prompts=P, slots=5)
     assert make(slots=P * G).plan(params, P) == Plan(prompts=P, slots=0)
-    assert device_memory() > 2**20
     assert not caplog.records
+
+
+def test_the_memory_is_what_the_container_may_have(tmp_path, monkeypatch):
+    host = device_memory()
+    assert host > 2**20
+    for name, limits in (("memory.max", [2**28]), ("memory/memory.limit_in_bytes", [2**28, 2**29])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{limits[-1]}\n")
+        assert sampler._container_limits(str(tmp_path)) == limits
+    (tmp_path / "memory.max").write_text("max\n")
+    assert sampler._container_limits(str(tmp_path)) == [2**29]
+    monkeypatch.setattr(sampler, "_container_limits", lambda: [2**28])
+    assert device_memory() == 2**28 // len(jax.local_devices())
 
 
 def test_where_nothing_is_trained_there_is_more_room(params):
@@ -189,7 +201,7 @@ def test_the_metrics_say_what_lower_precision_costs(params, sampler_dtype, sizes
 
 
 def test_limits_are_checked(params):
-    with pytest.raises(ValueError, match=r"limits of shape \(8,\) must be \(8, 4\) numbers"):
+    with pytest.raises(ValueError, match=r"limits of shape \(8,\) must be of shape \(8, 4\)"):
         make()(params, PROMPTS, range(P), SamplingParams(), limits=np.ones(P, int))
     with pytest.raises(ValueError, match="0 or more"):
         make()(params, PROMPTS, range(P), SamplingParams(), limits=np.full((P, G), -1))

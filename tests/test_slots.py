@@ -200,6 +200,13 @@ def test_rows_that_are_done_help_one_that_is_late(policy, params):
     assert steps_of(policy, params, limits, P, 30) == 4 + 2 + 29  # one more row a step; in its own alone: 4 * 29
 
 
+def test_two_rows_take_the_last_members_of_one_prompt_at_once(policy, params):
+    """After a step both rows are free, and of the second prompt three members wait: each is dealt to one of them."""
+    assert arrange(2, 4, 2) == (2, 1)
+    limits = np.array([[2, 1, 1, 1], [2, 2, 2, 2]])
+    assert steps_of(policy, params, limits, 2, 2) == 3
+
+
 # What is compiled -----------------------------------------------------------------------------------
 
 CONFIG = TransformerConfig(vocab_size=V, layers=2, width=16, heads=4, kv_heads=2, head_width=64, mlp_width=32)
@@ -217,15 +224,6 @@ def programs(group, slots, mesh=None, prompts=16, columns=64, config=CONFIG):
         where = sharding.shardings(shapes, policy.param_axes, mesh)
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
         place = lambda x: sharding.batch_sharding(mesh)
-        placed = lambda tree, axes: jax.lax.with_sharding_constraint(
-            tree, sharding.shardings(tree, axes, mesh, sharding.SAMPLER_RULES)
-        )
-        plain = policy
-        policy = dataclasses.replace(
-            plain,
-            prepare=lambda p: placed(plain.prepare(p), plain.sampler_axes),
-            init_cache=lambda *shape: placed(plain.init_cache(*shape), plain.cache_axes),
-        )
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((prompts, *shape), dtype, sharding=place(shape))
     start = jax.jit(functools.partial(sampling.start, policy, mesh=mesh), static_argnames=STATIC)
     lowered = start.lower(
