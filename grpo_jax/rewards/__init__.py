@@ -19,13 +19,13 @@ import inspect
 import math
 import operator
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["Item", "Reward", "RewardError", "Scores", "score"]
+__all__ = ["Item", "Judged", "Reward", "RewardError", "Scores", "score"]
 
 Steps: TypeAlias = list[tuple[int, float]]  # (end_token, score) of each step, ascending
 Item: TypeAlias = float | Steps | None  # what a reward function says of a completion
@@ -38,6 +38,17 @@ class Reward:
     name: str
     function: Callable[..., Any]  # returns Sequence[Item], or an awaitable of it
     weight: float = 1.0
+
+
+class Judged(list[Item]):
+    """What a reward function may return in place of a list: one item a completion, and how judging each went."""
+
+    def __init__(self, items: Iterable[Item], *, failed: Sequence[bool], seconds: Sequence[float]):
+        """`failed`: the judge came to no verdict (a limit, a crash); `seconds`: what an item took."""
+        super().__init__(items)
+        self.failed, self.seconds = list(failed), list(seconds)
+        if not len(self) == len(self.failed) == len(self.seconds):
+            raise ValueError(f"{len(self)} items, {len(self.failed)} failed and {len(self.seconds)} seconds: one each.")
 
 
 class RewardError(ValueError):
