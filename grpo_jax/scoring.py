@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -161,15 +162,21 @@ class Ahead:
         return [future.result() for future in self._futures]
 
 
-def on_every_host(compute: Callable[[], _T]) -> _T:
+_calls = itertools.count()  # of on_every_host: the same on every process
+
+
+def on_every_host(compute: Callable[[], _T], patience: float = 3600.0) -> _T:
     """What `compute` gives on this process, once it has ended on all of them; with one process, just that.
 
-    Every process must call it. It waits as long as the slowest takes: rewards have limits of their own, and a process
-    that dies is noticed by `jax.distributed`, which ends the others.
+    Every process must call it. A process that dies is noticed by `jax.distributed`, which ends the others.
+
+    Args:
+      compute: runs once.
+      patience: seconds that a process waits for the others, when it has ended.
 
     Raises:
-      RewardError: on every process, if `compute` raised on any: with the number of the first such process and the
-        beginning of what it said.
+      RewardError: on every process, if `compute` raised on any, with the number of the first such process and the
+        beginning of what it said; or if it did not end on all in time.
     """
     if jax.process_count() == 1:
         return compute()
@@ -183,6 +190,7 @@ def on_every_host(compute: Callable[[], _T]) -> _T:
         said = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
         text = b"\1" + said.encode(errors="replace")[:_SAID]
         status[: len(text)] = np.frombuffer(text, np.uint8)
+    _meet(patience)
     every = np.asarray(multihost_utils.process_allgather(status)).reshape(-1, len(status))
     failed = np.flatnonzero(every[:, 0]).tolist()
     if failed:
@@ -190,6 +198,22 @@ def on_every_host(compute: Callable[[], _T]) -> _T:
         heard = every[failed[0], 1:].tobytes().rstrip(b"\0").decode(errors="replace")
         raise RewardError(f"process {failed[0]} of {len(every)}{others}: {heard}") from error
     return result  # pyright: ignore[reportReturnType]
+
+
+def _meet(patience: float) -> None:
+    """Waits for the other processes: longer than a collective would (gloo and NCCL give up after a minute or less)."""
+    from orbax.checkpoint import multihost  # has a barrier that needs no device
+
+    barrier, key = multihost.get_barrier_sync_fn(), f"grpo_jax/on_every_host/{next(_calls)}"
+    with Ahead() as waiting:  # in a thread, since a signal would not be handled meanwhile
+        waiting.add(lambda: barrier(key=key, timeout_ms=round(1000 * patience)))
+        try:
+            waiting.results()
+        except Exception as error:
+            raise RewardError(
+                f"process {jax.process_index()} of {jax.process_count()}: not all processes had their rewards within "
+                f"{patience:g} s of each other: {error!s:.500}"
+            ) from error
 
 
 @functools.partial(jax.profiler.annotate_function, name="rewards")  # a part of a step, in its profile

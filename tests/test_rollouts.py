@@ -39,6 +39,9 @@ def sampler():
 
 
 class Journal(dict):
+    def knows(self, step, wave):
+        return any(key[:2] == (step, wave) for key in self)
+
     def read(self, step, wave, digest):
         return self.get((step, wave, digest))
 
