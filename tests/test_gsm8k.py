@@ -71,8 +71,8 @@ def make(place: pathlib.Path) -> None:
     again = [
         "gsm8k", f"--model={place / 'sft' / 'export'}", f"--workdir={place / 'grpo'}", "--rollout.prompts=4",
         "--rollout.group_size=2", "--rollout.max_tokens=16", "--rollout.stop=('e',)", "--reward.overlong=15",
-        "--rollout.max_waves=2", f"--reward={place / 'my_rewards.py'}:brevity=1e-9", "--update.microbatches=1", "--optimizer.learning_rate=1e-4", "--checkpoints.every=1",
-        *trained,
+        "--rollout.max_waves=2", "--update.microbatches=1", "--optimizer.learning_rate=1e-4", "--checkpoints.every=1",
+        f"--reward={place / 'my_rewards.py'}:brevity=1e-9", *trained,
     ]  # fmt: skip
     say("grpo", run(*again))
     (place / "again.json").write_text(json.dumps(again))
