@@ -357,11 +357,19 @@ def test_functions_see_whole_groups_one_part_after_the_other(sampler, cut):
     assert seen == [([i for i in range(8, 12) for _ in range(G)], threading.main_thread())]  # nothing is cut
 
 
-def watched(monkeypatch, sampler):
-    """How many parts have been begun."""
+def until(condition):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.001)
+
+
+def watched(monkeypatch, sampler, before=lambda begun: None):
+    """The threads in which parts have been begun; `before` each it is told of those before."""
     begun, programs = [], sampler._programs
 
     def counting(*arguments):
+        before(begun)
         begun.append(threading.current_thread())
         return programs(*arguments)
 
@@ -370,14 +378,13 @@ def watched(monkeypatch, sampler):
 
 
 def test_the_device_samples_the_next_while_a_part_is_scored(cut, monkeypatch):
-    """Each part's function ends only when the next part has begun: one after the other, they would never end."""
-    begun = watched(monkeypatch, cut)
+    """A function ends when the next part has begun, and the one behind it begins when the function has been asked."""
+    asked = []
+    begun = watched(monkeypatch, cut, lambda begun: until(lambda: len(asked) >= len(begun) - 1))
 
     def reward(n, **_):
-        deadline = time.monotonic() + LIMIT
-        while len(begun) < min(n[0] - 8 + 2, P):
-            assert time.monotonic() < deadline, "the next part has not begun"
-            time.sleep(0.001)
+        asked.append(n[0])
+        until(lambda: len(begun) >= min(n[0] - 8 + 2, P))
         return [1.0] * len(n)
 
     collect(cut, reward)
@@ -392,9 +399,7 @@ def test_what_a_function_raises_stops_the_sampling(cut, monkeypatch):
         raise OSError("no judge there")
 
     def when_it_has_ended():
-        deadline = time.monotonic() + LIMIT
-        while any(thread.name == "rewards" for thread in threading.enumerate()) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        until(lambda: not any(thread.name == "rewards" for thread in threading.enumerate()))
 
     with pytest.raises(RewardError, match="'r' raised OSError: no judge there") as error:
         collect(cut, reward, journal, interrupt=when_it_has_ended)
