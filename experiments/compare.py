@@ -26,6 +26,7 @@ from absl import flags
 from experiments import countdown, plots, runs
 from experiments import flags as sections
 from grpo_jax import loop, profiling
+from grpo_jax.rewards import RewardError
 from grpo_jax.telemetry import read_jsonl, write_atomically
 
 OBJECTIVES = flags.DEFINE_list(
@@ -208,6 +209,9 @@ def main(argv: list[str]) -> None:
         print(runs.cache_compilations(countdown.CACHE.value), flush=True)
         for config in configs.values():
             countdown.Experiment(config).check()
+        print(countdown.Experiment(next(iter(configs.values()))).check_rewards(), end="", flush=True)
+    except RewardError:
+        raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     open_workdirs(workdir, configs)

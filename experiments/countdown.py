@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import runs
+from experiments import runs, user_rewards
 from experiments.flags import section
 from grpo_jax import loop, objectives, profiling, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -25,7 +25,7 @@ from grpo_jax.data.countdown import Countdown, CountdownConfig
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.outcomes import AdvantageConfig
-from grpo_jax.rewards import Reward
+from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
 from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig, surplus_of
 from grpo_jax.sampler import Sampler
@@ -95,6 +95,7 @@ BASELINES = flags.DEFINE_bool(
     "baselines", False, "Then also run continued supervision, and supervision on own samples."
 )
 WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Make the warm start, write it to the workdir and stop.")
+REWARD = sections.rewards()
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
@@ -128,7 +129,7 @@ def configuration(workdir: pathlib.Path) -> dict[str, Any]:
     makers = {name: flag.value for name, flag in FLAGS_OF.items()}
     makers["model"] = functools.partial(makers["model"], vocab_size=Countdown.tokenizer.vocab_size)
     if not EVAL_ONLY.value:
-        return runs.configured(makers)
+        return runs.configured(makers) | user_rewards.named(REWARD.value)
     saved = runs.saved_configuration(workdir)
     return runs.configured(makers, {name: saved[name] for name in saved if name not in ("evaluation", "mesh")})
 
@@ -144,7 +145,11 @@ class Experiment:
         self.task = Countdown(self.config["task"], train.seed)
         self.key, self.objective = jax.random.key(train.seed), objectives.make_objective(config["loss"])
         self.max_tokens = rollout.max_tokens or self.task.max_completion_tokens
-        self.rewards = (ACCURACY, Reward(name="format", function=countdown_format, weight=train.format_reward))
+        self.rewards = (
+            ACCURACY,
+            Reward(name="format", function=countdown_format, weight=train.format_reward),
+            *(config["rewards"].rewards if "rewards" in config else ()),
+        )
         sizes = {"max_tokens": self.max_tokens, "max_prompt_tokens": self.task.max_prompt_tokens}
         tokenizer = self.task.tokenizer
         self.sampler = Sampler(
@@ -174,6 +179,14 @@ class Experiment:
         runs.check_multiples(self.mesh, sizes)
         self.task.problem("held_out", 0)
         self.rollouts()
+
+    def check_rewards(self) -> str:
+        """What the rewards say of a sample, where the user's own are among them; RewardError where one is wrong."""
+        if "rewards" not in self.config:
+            return ""
+        source, problem = self.task.source("train"), self.task.problem
+        samples = [(source(i), problem("train", i).solution) for i in range(2)]
+        return f"{user_rewards.check(self.rewards, samples, self.task.tokenizer, self.task.tokenizer.eos_ids[0])}\n"
 
     def rollouts(self, **changes: Any) -> GroupRollouts:
         """GRPO's experience, from training problems."""
@@ -312,6 +325,10 @@ def main(argv: list[str]) -> None:
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config)
         experiment.check()
+        if not EVAL_ONLY.value:
+            print(experiment.check_rewards() + user_rewards.said_of_changes(workdir, config), end="", flush=True)
+    except RewardError:
+        raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     if EVAL_ONLY.value:

@@ -1,17 +1,31 @@
 """Configuration dataclasses as absl flags: `--section.field=value`, with each field's comment as its help."""
 
 import dataclasses
+import functools
 import inspect
 import re
-from collections.abc import Collection
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Generic, TypeVar
 
 import fancyflags as ff
 from absl import flags
 
-__all__ = ["compilation_cache", "field_comments", "profile", "section"]
+__all__ = ["Section", "compilation_cache", "field_comments", "profile", "rewards", "section"]
 
 _C = TypeVar("_C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Section(Generic[_C]):
+    """The flags of a configuration."""
+
+    _cls: Callable[..., _C]
+    _values: Mapping[str, Any]  # by field, as the command line has them
+
+    @property
+    def value(self) -> Callable[..., _C]:
+        """Makes the configuration."""
+        return functools.partial(self._cls, **self._values)
 
 
 def field_comments(cls: type[Any]) -> dict[str, str]:
@@ -26,13 +40,16 @@ def field_comments(cls: type[Any]) -> dict[str, str]:
     return comments
 
 
-def section(name: str, cls: type[_C], skip: Collection[str] = ()) -> "flags.FlagHolder[Any]":
-    """Defines `--name.field` for every field of a frozen dataclass; the holder's value makes one."""
-    holder = ff.DEFINE_auto(name, cls, help_string=(cls.__doc__ or name).splitlines()[0], skip_params=skip)
+def section(name: str, cls: type[_C], skip: Collection[str] = ()) -> Section[_C]:
+    """Defines `--name.field` for every field of a frozen dataclass.
+
+    Not `ff.DEFINE_auto`, which also takes the flag `--name` for itself.
+    """
+    values = ff.define_flags(name, ff.auto(cls, skip_params=skip))
     for field, comment in field_comments(cls).items():
         if field not in skip:
             flags.FLAGS[f"{name}.{field}"].help = comment
-    return holder
+    return Section(cls, values)
 
 
 def profile() -> "flags.FlagHolder[str | None]":
@@ -40,6 +57,14 @@ def profile() -> "flags.FlagHolder[str | None]":
     return flags.DEFINE_string(
         "profile", "", "FIRST:LAST, as 3:5: the steps of which a trace is written to WORKDIR/profile; empty: none."
     )
+
+
+def rewards() -> "flags.FlagHolder[list[str]]":
+    """Defines `--reward`, of experiments with a reward; `user_rewards.named` reads it."""
+    return flags.DEFINE_multi_string(
+        "reward", [], "FILE.py:NAME or package.module:NAME, a function or a Reward of your own, which counts too; with "
+        "=WEIGHT behind it, if not 1. Can be given several times.",
+    )  # fmt: skip
 
 
 def compilation_cache() -> "flags.FlagHolder[str | None]":

@@ -20,12 +20,13 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import runs, tasks
+from experiments import runs, tasks, user_rewards
 from experiments.flags import section
 from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
+from grpo_jax.rewards import RewardError
 from grpo_jax.sampler import Sampler
 
 # Defaults for pretrained models, where the library's are for any.
@@ -81,6 +82,7 @@ MODEL = flags.DEFINE_string(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
 )
+REWARD = sections.rewards()
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
@@ -118,6 +120,8 @@ class Experiment(tasks.Opened):
         self.surplus = rollouts.surplus_of(
             rollout, self.objective, max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens
         )
+        users = config["rewards"].rewards if "rewards" in config else ()
+        self.rewards = self.task.rewards(config["reward"], rollout.max_tokens, users)
         copies = runs.copies_held(config["loss"])
         self.evaluator = self.task.evaluator(
             self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop,
@@ -129,13 +133,20 @@ class Experiment(tasks.Opened):
             stop=rollout.stop, slots=rollout.slots, copies=copies,
         )  # fmt: skip
 
+    def check_rewards(self) -> str:
+        """What the rewards say of a sample, where the user's own are among them; RewardError where one is wrong."""
+        if "rewards" not in self.config:
+            return ""
+        said = user_rewards.check(self.rewards, self.task.right_answers(2), self.tokenizer, self.task.end_id)
+        return f"{said}\n"
+
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
         rollout = self.config["rollout"]
         return rollouts.GroupRollouts(
             sampler=self.sampler,
             source=sources.shuffled(self.task.train, self.config["train"].seed),
-            rewards=self.task.rewards(self.config["reward"], rollout.max_tokens),
+            rewards=self.rewards,
             config=rollout,
             advantages=self.config["advantages"],
             objective=self.objective,
@@ -167,10 +178,14 @@ def main(argv: list[str]) -> None:
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
+        config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
+        print(experiment.check_rewards() + user_rewards.said_of_changes(workdir, config), end="", flush=True)
+    except RewardError:
+        raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})

@@ -204,8 +204,8 @@ class Task:
         order = [chosen, *(name for name in functions if name != chosen)]
         return [Reward(name=name, function=functions[name][0], weight=float(name == chosen)) for name in order]
 
-    def rewards(self, c: RewardConfig, max_tokens: int) -> list[Reward]:
-        """What trains: the judges, and what is rewarded beside them."""
+    def rewards(self, c: RewardConfig, max_tokens: int, users: Sequence[Reward] = ()) -> list[Reward]:
+        """What trains: the judges, what is rewarded beside them, and a user's own."""
         beside = []
         if c.format:
             beside.append(Reward(name="format", function=think_answer_format, weight=c.format))
@@ -213,7 +213,11 @@ class Task:
             beside.append(Reward(name="overlong", function=soft_overlong(max_tokens, c.overlong)))
         if c.repetition:
             beside.append(Reward(name="repetition", function=repetition(3, c.repetition)))
-        return [*self.judges(), *beside]
+        return [*self.judges(), *beside, *users]
+
+    def right_answers(self, count: int) -> list[tuple[Prompt, str]]:
+        """The first training prompts, with their published solutions."""
+        return [(prompt, prompt.columns["solution"]) for prompt in self.train[:count]]
 
     def evaluator(
         self, policy: Policy, mesh: Mesh, config: EvaluationConfig, *, max_tokens: int, stop: Sequence[str],

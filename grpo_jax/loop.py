@@ -74,7 +74,8 @@ class StopSignals:
             raise Stopped
 
 
-_FREE = ("mesh", "rollout.slots")  # what changes nothing but roundings
+# What changes nothing but roundings; and what files hold that a user may have to mend, which is said.
+_FREE = ("mesh", "rollout.slots", "rewards.digests")
 
 
 def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
@@ -167,7 +168,7 @@ def train(
         state = store.restore(state)
         print(f"{title}: continuing at step {int(state.step)} from {workdir}", flush=True)
     step = int(state.step)
-    log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write)
+    log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
     screen, profiler = _Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
     evaluate = evaluator or _NoEvaluation()
     rate_at = jax.jit(lambda count: {"learning_rate": learning_rate(count)} if learning_rate else {})

@@ -11,14 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import sharding
-from grpo_jax.data.sources import Source
+from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.objectives import Objective
 from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
 from grpo_jax.rewards import Reward, Scores
-from grpo_jax.sampler import Sampler, check_stop
-from grpo_jax.scoring import Journal, ScoredGroups, journaled_scores, rollout_metrics, samples_of_group
+from grpo_jax.sampler import Sampler, check_stop, join
+from grpo_jax.scoring import (
+    Ahead,
+    Journal,
+    ScoredGroups,
+    journaled_scores,
+    rollout_metrics,
+    samples_of_group,
+    score_rollout,
+)
 from grpo_jax.training import train_batch
 from grpo_jax.types import Groups, PyTree, Rollout, SamplingParams, Surplus, TrainBatch, TrainState
 
@@ -187,7 +195,10 @@ class GroupRollouts:
 
         penalties, penalty_metrics = self._penalties(reference, host)
         advantages = self._estimate(dataclasses.replace(self._outcome(groups), penalties=penalties))
-        selected = np.ones(len(host.finished), bool) if self.select is None else self.select(fresh.scores)
+        known = ~np.isnan(groups.rewards).reshape(-1)
+        if not known.all():  # they do not train
+            advantages = jnp.where(known.reshape(-1, *[1] * (advantages.ndim - 1)), advantages, 0)
+        selected = known if self.select is None else known & self.select(fresh.scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
         batch = _train_batch(
@@ -231,21 +242,19 @@ class GroupRollouts:
 
     def _wave(self, state: TrainState, wave: int, journal: Journal, interrupt: Callable[[], None]) -> _Wave:
         """Groups of as many prompts as a step trains on."""
-        config, tokenizer, group = self.config, self.sampler.tokenizer, self.config.group_size
-        started = time.perf_counter()
+        config, step, started = self.config, int(state.step), time.perf_counter()
         first = int(state.cursor) + wave * config.prompts
         prompts = [self.source(i) for i in range(first, first + config.prompts)]
-        params = state.params if self.params_of is None else self.params_of(state)
-        with jax.profiler.TraceAnnotation("rollout"):
-            rollout = self.sampler(
-                params, [p.text for p in prompts], range(first, first + config.prompts), config.sampling, interrupt
-            )
-            host: Rollout = jax.device_get(rollout)
-        sampled = time.perf_counter()
-        # Of what waves leave to train on, it is known only when they are scored.
-        reference = self._reference(state, rollout) if config.max_waves == 1 else None
-        scores = journaled_scores(self.rewards, prompts, host, tokenizer, group, journal, int(state.step), wave)
-        scored = time.perf_counter()
+        with Ahead() as ahead:
+            with jax.profiler.TraceAnnotation("rollout"):
+                rollout, host, score = self._sample(
+                    state, prompts, first, interrupt, ahead, lambda: not journal.knows(step, wave)
+                )
+            sampled = time.perf_counter()
+            # Of what waves leave to train on, it is known only when they are scored.
+            reference = self._reference(state, rollout) if config.max_waves == 1 else None
+            scores = journaled_scores(score, host, journal, step, wave)
+            scored = time.perf_counter()
         jax.block_until_ready(reference)  # what the device is asked next would wait for it too
         referred = time.perf_counter()
         groups = self._groups(scores, host)
@@ -254,7 +263,7 @@ class GroupRollouts:
                 prompts=prompts,
                 groups=groups,
                 scores=scores,
-                total=scores.total(self.rewards).reshape(-1, group),
+                total=scores.total(self.rewards).reshape(-1, config.group_size),
                 constant=np.asarray(_without_signal(self._outcome(groups))),
             ),
             rollout=rollout,
@@ -264,26 +273,68 @@ class GroupRollouts:
             reference_seconds=referred - scored,
         )
 
+    def _sample(
+        self, state: TrainState, prompts: Sequence[Prompt], first: int, interrupt: Callable[[], None], ahead: Ahead,
+        may_score: Callable[[], bool],
+    ) -> tuple[Rollout, Rollout, Callable[[], Scores]]:  # fmt: skip
+        """Completions where the sampler left them, and on the host; and what gives their scores.
+
+        Where the sampler cuts a rollout to the memory, functions see a part of it at a time, whole groups; and each
+        part `ahead`, while the next is sampled, if they `may_score` before all are there.
+        """
+        params = state.params if self.params_of is None else self.params_of(state)
+        texts, ids = [prompt.text for prompt in prompts], range(first, first + len(prompts))
+        parts: list[Rollout] = []
+        hosts: list[Rollout] = []
+        scored: list[Callable[[], Scores]] = []
+        begun, overlaps = 0, False
+
+        def look() -> None:
+            interrupt()
+            if jax.process_count() == 1:  # else all processes are told, when all have sampled
+                ahead.check()
+
+        for part in self.sampler.waves(params, texts, ids, self.config.sampling, look):
+            parts.append(part)
+            hosts.append(jax.device_get(part))
+            of_part = prompts[begun : begun + len(part.prompt_tokens)]
+            begun += len(of_part)
+            scored.append(functools.partial(self._score, of_part, hosts[-1]))
+            overlaps = overlaps or (begun < len(prompts) and may_score())
+            if overlaps:
+                ahead.add(scored[-1])
+        host = hosts[0] if len(hosts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *hosts)
+        return join(parts), host, lambda: Scores.join(ahead.results() if overlaps else [one() for one in scored])
+
+    def _score(self, prompts: Sequence[Prompt], rollout: Rollout) -> Scores:
+        return score_rollout(self.rewards, prompts, rollout, self.sampler.tokenizer, self.config.group_size)
+
     def _groups(self, scores: Scores, rollout: Rollout) -> Groups:
         """With rewards as advantages see them: the weighted sum, of each normalized before if so wished."""
         names, weights = [r.name for r in self.rewards], np.array([r.weight for r in self.rewards])
+        unknown, scores = scores.unknown(self.rewards), scores.clipped(self.rewards)
         counted = self.advantages.counted(rollout.finished.reshape(-1, self.config.group_size))
         rewards = np.stack([scores.by_name[name].reshape(counted.shape) for name in names])
+        rewards[:, unknown.reshape(counted.shape)] = np.nan
         combined, steps = self.advantages.combine(rewards, weights, counted), None
         if self.objective.needs_steps:
             lengths, columns = rollout.mask.sum(axis=1), rollout.mask.shape[1]
             each = np.stack([scores.by_token(name, lengths, columns) for name in names])
             each[weights == 0] = np.nan  # a reward that is only logged has no steps
+            each[:, unknown] = np.nan
             each = each.reshape(len(names), len(counted), -1)
             steps = self.advantages.combine(each, weights, np.repeat(counted, columns, axis=1))
             steps = steps.reshape(rollout.mask.shape)
         return Groups(rollout=rollout, rewards=combined, step_rewards=steps)
 
     def _outcome(self, groups: Groups) -> Outcome:
-        """Without penalties."""
-        counted, mask = self.advantages.counted(groups.rollout.finished), groups.rollout.mask
-        shaped = {"rewards": groups.rewards, "counted": counted.reshape(groups.rewards.shape)}
-        return Outcome(**shaped, mask=mask, step_rewards=groups.step_rewards)
+        """Without penalties. A completion whose reward nobody knows does not count; it has 0 in its place."""
+        counted = self.advantages.counted(groups.rollout.finished).reshape(groups.rewards.shape)
+        known = ~np.isnan(groups.rewards)
+        return Outcome(
+            rewards=np.where(known, groups.rewards, np.float32(0)), counted=counted & known, mask=groups.rollout.mask,
+            step_rewards=groups.step_rewards,
+        )  # fmt: skip
 
     def _reference(self, state: TrainState, rollout: Rollout) -> jax.Array | None:
         """The reference's log-probabilities [B, T] float32, if anything asks for them; nobody waits for them here."""

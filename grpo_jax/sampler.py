@@ -21,7 +21,7 @@ from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.slots import arrange
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams
 
-__all__ = ["Plan", "Sampler", "check_stop", "device_memory", "rollout_bytes"]
+__all__ = ["Plan", "Sampler", "check_stop", "device_memory", "join", "rollout_bytes"]
 
 # A CPU's products of more rows are hardly faster a row, while slots that wait for the longest cost as much as others,
 # and wait the longer the longer completions may be: so many columns of cache, and no fewer slots than these.
@@ -250,7 +250,17 @@ class Sampler:
         Raises:
           ValueError: the prompts do not divide over the mesh, or one is empty or too long.
         """
-        waves = []
+        return join(list(self.waves(params, prompts, prompt_ids, sampling_params, interrupt, limits)))
+
+    def waves(
+        self, params: PyTree, prompts: Sequence[str], prompt_ids: Sequence[int] | np.ndarray,
+        sampling_params: SamplingParams, interrupt: Callable[[], None] = lambda: None,
+        limits: np.ndarray | None = None,
+    ) -> Iterator[Rollout]:  # fmt: skip
+        """What `__call__` samples, as it is cut to the memory: of some prompts at a time, in their order.
+
+        A wave is sampled when it is asked for; `join` puts all together.
+        """
         for prefilled, state, decode, *tokens_and_mask in self._begin(
             params, prompts, prompt_ids, sampling_params, limits
         ):
@@ -259,9 +269,9 @@ class Sampler:
                 if state.done():
                     break
                 state = decode(prefilled, state, np.int32(self._chunk))
-            waves.append(self._collect(prefilled, state, *tokens_and_mask))
+            wave = self._collect(prefilled, state, *tokens_and_mask)
             del prefilled, state  # before the next wave makes its own
-        return waves[0] if len(waves) == 1 else _join(waves)
+            yield wave
 
     def stream(
         self, params: PyTree, prompts: Sequence[str], prompt_ids: Sequence[int] | np.ndarray,
@@ -362,7 +372,11 @@ class Sampler:
             yield *start(*arguments), decode, *part[:2]
 
 
+def join(waves: Sequence[Rollout]) -> Rollout:
+    """One rollout of several, in order."""
+    return waves[0] if len(waves) == 1 else _join(waves)
+
+
 @jax.jit
 def _join(waves: Sequence[Rollout]) -> Rollout:
-    """One rollout of several, in order."""
     return jax.tree.map(lambda *x: jnp.concatenate(x), *waves)

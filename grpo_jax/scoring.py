@@ -3,40 +3,55 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.rewards import Item, Reward, RewardError, Scores, score
+from grpo_jax.rewards import Reward, RewardError, Scores, score
 from grpo_jax.types import Groups, Rollout
 
 __all__ = [
+    "Ahead",
     "Journal",
     "ScoredGroups",
     "completion_texts",
     "journaled_scores",
+    "on_every_host",
     "rollout_metrics",
     "samples_of_group",
+    "score_completions",
     "score_rollout",
 ]
+
+_T = TypeVar("_T")
+_SAID = 1000  # bytes of an error that other processes hear of
 
 
 class Journal(Protocol):
     """Where a step's rewards are written durably before they are used, and read when the step is replayed.
 
-    A step has several waves of completions where groups are sampled until enough have signal; else it has wave 0.
+    A step has several waves of completions where groups are sampled until enough have signal; else it has wave 0. A
+    record is what `Scores.record` gives: plain JSON. Every process journals its own completions.
     """
 
-    def read(self, step: int, wave: int, digest: str) -> Mapping[str, Sequence[Item]] | None:
-        """The recorded scores of these completions at this step, or None."""
+    def knows(self, step: int, wave: int) -> bool:
+        """Whether there is a record, of these completions or others: asked before all are sampled."""
         ...
 
-    def write(self, step: int, wave: int, digest: str, scores: Mapping[str, Sequence[Item]]) -> None:
-        """Returns when the scores are durable."""
+    def read(self, step: int, wave: int, digest: str) -> Mapping[str, Any] | None:
+        """The record of these completions at this step, or None."""
+        ...
+
+    def write(self, step: int, wave: int, digest: str, record: Mapping[str, Any]) -> None:
+        """Returns when the record is durable."""
         ...
 
 
@@ -47,17 +62,16 @@ class ScoredGroups:
     prompts: Sequence[Prompt]
     groups: Groups
     scores: Scores
-    total: np.ndarray  # [P, G] float64, the weighted sum of the rewards, as they are
+    total: np.ndarray  # [P, G] float64, the weighted sum of the rewards, not normalized; NaN where it is unknown
     constant: np.ndarray  # [P] bool, groups without signal
 
     @classmethod
     def join(cls, parts: Sequence["ScoredGroups"]) -> "ScoredGroups":
         """All in one, in order."""
-        items = [part.scores.items() for part in parts]
         return cls(
             prompts=[prompt for part in parts for prompt in part.prompts],
             groups=jax.tree.map(lambda *x: np.concatenate(x), *(part.groups for part in parts)),
-            scores=Scores.of({name: [x for item in items for x in item[name]] for name in items[0]}),
+            scores=Scores.join([part.scores for part in parts]),
             total=np.concatenate([part.total for part in parts]),
             constant=np.concatenate([part.constant for part in parts]),
         )
@@ -75,6 +89,18 @@ def score_rollout(
     """Rewards of a rollout that lies on the host.
 
     Raises:
+      RewardError: as `score_completions`.
+    """
+    return score_completions(rewards, prompts, *completion_texts(rollout, tokenizer), group_size)
+
+
+def score_completions(
+    rewards: Sequence[Reward], prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], texts: Sequence[str],
+    group_size: int,
+) -> Scores:  # fmt: skip
+    """Rewards of B completions, given as token ids and as texts, a group for each prompt.
+
+    Raises:
       RewardError: a reward function did something wrong, or the prompts do not all have the same columns.
     """
     for prompt in prompts:
@@ -83,53 +109,185 @@ def score_rollout(
                 f"prompt {prompt.text!r} has the columns {sorted(prompt.columns)}, and prompt {prompts[0].text!r} has "
                 f"{sorted(prompts[0].columns)}: give all the same, with None where one has no value."
             )
-    ids, texts = completion_texts(rollout, tokenizer)
     each = [prompt for prompt in prompts for _ in range(group_size)]
     columns = {name: [p.columns[name] for p in each] for name in prompts[0].columns}
     return score(rewards, prompts=[p.text for p in each], completions=texts, completion_ids=ids, columns=columns)
 
 
+class Ahead:
+    """Scores one thing after the other in a thread, while the one that added them does something else.
+
+    After one that raised no other begins. On the way out it waits for the one that runs; a second Ctrl-C does not.
+    """
+
+    def __init__(self) -> None:
+        self._futures: list[Future[Any]] = []
+        self._closed = False
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._closed = True
+        if kind is None or issubclass(kind, Exception):
+            for future in self._futures:
+                future.exception()
+
+    def add(self, function: Callable[[], Any]) -> None:
+        """Returns at once."""
+        before, future = self._futures[-1:], Future()
+        self._futures.append(future)
+
+        def run() -> None:
+            for other in before:
+                other.exception()  # waits
+            try:
+                with jax.profiler.TraceAnnotation("rewards"):
+                    future.set_result(None if self._closed else function())
+            except BaseException as error:
+                self._closed = True
+                future.set_exception(error)
+
+        # Not an executor: the interpreter waits for the threads of those when it ends, for one that hangs too.
+        threading.Thread(target=run, name="rewards", daemon=True).start()
+
+    def check(self) -> None:
+        """Raises what a function has raised so far."""
+        for future in self._futures:
+            if future.done():
+                future.result()
+
+    def results(self) -> list[Any]:
+        """Of all, in order, once they are there; raises what one has raised."""
+        return [future.result() for future in self._futures]
+
+
+_calls = itertools.count()  # of on_every_host: the same on every process
+
+
+def on_every_host(compute: Callable[[], _T], patience: float = 3600.0) -> _T:
+    """What `compute` gives on this process, once it has ended on all of them; with one process, just that.
+
+    Every process must call it. A process that dies is noticed by `jax.distributed`, which ends the others.
+
+    Args:
+      compute: runs once.
+      patience: seconds that a process waits for the others, when it has ended.
+
+    Raises:
+      RewardError: on every process, if `compute` raised on any, with the number of the first such process and the
+        beginning of what it said; or if it did not end on all in time.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    result, error = None, None
+    try:
+        result = compute()
+    except Exception as raised:
+        error = raised
+    status = np.zeros(1 + _SAID, np.uint8)  # whether it failed, and what it says
+    if error is not None:
+        said = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+        text = b"\1" + said.encode(errors="replace")[:_SAID]
+        status[: len(text)] = np.frombuffer(text, np.uint8)
+    _meet(patience)
+    every = np.asarray(multihost_utils.process_allgather(status)).reshape(-1, len(status))
+    failed = np.flatnonzero(every[:, 0]).tolist()
+    if failed:
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        heard = every[failed[0], 1:].tobytes().rstrip(b"\0").decode(errors="replace")
+        raise RewardError(f"process {failed[0]} of {len(every)}{others}: {heard}") from error
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _meet(patience: float) -> None:
+    """Waits for the other processes: longer than a collective would (gloo and NCCL give up after a minute or less)."""
+    from orbax.checkpoint import multihost  # has a barrier that needs no device
+
+    barrier, key = multihost.get_barrier_sync_fn(), f"grpo_jax/on_every_host/{next(_calls)}"
+    with Ahead() as waiting:  # in a thread, since a signal would not be handled meanwhile
+        waiting.add(lambda: barrier(key=key, timeout_ms=round(1000 * patience)))
+        try:
+            waiting.results()
+        except Exception as error:
+            raise RewardError(
+                f"process {jax.process_index()} of {jax.process_count()}: not all processes had their rewards within "
+                f"{patience:g} s of each other: {error!s:.500}"
+            ) from error
+
+
 @functools.partial(jax.profiler.annotate_function, name="rewards")  # a part of a step, in its profile
 def journaled_scores(
-    rewards: Sequence[Reward], prompts: Sequence[Prompt], rollout: Rollout, tokenizer: Tokenizer, group_size: int,
-    journal: Journal, step: int, wave: int,
+    compute: Callable[[], Scores], rollout: Rollout, journal: Journal, step: int, wave: int
 ) -> Scores:  # fmt: skip
-    """What the journal knows of these completions, else `score_rollout`, in the journal before this returns."""
+    """What the journal knows of these completions, else what `compute` says of them, in the journal before it returns.
+
+    Where there are several processes, each has its completions and its journal, and none goes on before all have done
+    this: `on_every_host` says what it raises.
+    """
     digest = hashlib.sha256(rollout.completion_tokens.tobytes() + rollout.mask.tobytes()).hexdigest()[:16]
-    recorded = journal.read(step, wave, digest)
-    if recorded is None:
-        scores = score_rollout(rewards, prompts, rollout, tokenizer, group_size)
-        journal.write(step, wave, digest, scores.items())
+
+    def known_or_computed() -> Scores:
+        recorded = journal.read(step, wave, digest)
+        if recorded is not None:
+            return Scores.of_record(recorded)
+        scores = compute()
+        journal.write(step, wave, digest, scores.record())
         return scores
-    return Scores.of(recorded)
+
+    return on_every_host(known_or_computed)
 
 
 def rollout_metrics(rewards: Sequence[Reward], fresh: ScoredGroups) -> dict[str, float]:
     """Of all groups that a step sampled, whether it trains on them or not."""
     rollout, constant = fresh.groups.rollout, fresh.constant
-    lengths, finished = rollout.mask.sum(axis=1), rollout.finished
+    lengths, finished, known = rollout.mask.sum(axis=1), rollout.finished, ~np.isnan(fresh.total)
+    spreads = [of[known[i]].std(ddof=1) for i, of in enumerate(fresh.total) if known[i].sum() > 1]
     metrics = {
-        "reward": fresh.total.mean(),
-        "reward_std": fresh.total.std(axis=1, ddof=1).mean(),
+        "reward": fresh.total[known].mean() if known.any() else 0.0,
+        "reward_std": np.mean(spreads) if spreads else 0.0,
         "frac_reward_zero_std": constant.mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - finished.mean(),
         "completions/mean_terminated_length": lengths[finished].mean() if finished.any() else 0.0,
+        "completions/unknown_reward": float(known.size - known.sum()),
     }
     # "All right" and "all wrong" are said of the first reward: the one that judges, by convention.
     judged = fresh.scores.by_name[rewards[0].name].reshape(fresh.total.shape)
     metrics["accuracy"] = (np.nan_to_num(judged) > 0.5).mean()
     metrics["frac_groups_all_right"] = (constant & (judged.min(axis=1) > 0.5)).mean()
     metrics["frac_groups_all_wrong"] = (constant & (judged.max(axis=1) <= 0.5)).mean()
+    said, counted = fresh.scores.items(), fresh.scores.clipped(rewards).items()
     for reward in rewards:
-        values = fresh.scores.by_name[reward.name]
-        values = values[~np.isnan(values)]
-        metrics[f"rewards/{reward.name}/mean"] = values.mean() if values.size else 0.0
-        metrics[f"rewards/{reward.name}/std"] = values.std(ddof=1) if values.size > 1 else 0.0
-        metrics[f"rewards/{reward.name}/not_applicable"] = float(fresh.total.size - values.size)
-    return {name: float(value) for name, value in metrics.items()}
+        name = reward.name
+        metrics |= {f"rewards/{name}/{key}": value for key, value in _of_reward(fresh.scores, name).items()}
+        if said[name] != counted[name]:
+            metrics[f"rewards/{name}/clipped"] = sum(x != y for x, y in zip(said[name], counted[name], strict=True))
+    return {name: float(value) for name, value in (metrics | _latencies(fresh.scores)).items()}
+
+
+def _of_reward(scores: Scores, name: str) -> dict[str, float]:
+    """What a function said, before it is clipped; `failed` are the completions on which it came to no verdict."""
+    values = scores.by_name[name]
+    applicable = values[~np.isnan(values)]
+    return {
+        "mean": applicable.mean() if applicable.size else 0.0,
+        "std": applicable.std(ddof=1) if applicable.size > 1 else 0.0,
+        "not_applicable": float(values.size - applicable.size),
+        "failed": float(scores.of_failed(name).sum()),
+    }
+
+
+def _latencies(scores: Scores) -> dict[str, float]:
+    """Percentiles over the completions of a step; a replay has none."""
+    metrics = {}
+    for name, seconds in scores.seconds.items():
+        measured = seconds[~np.isnan(seconds)]
+        for key, percent in (("p50", 50), ("p95", 95), ("max", 100)) if measured.size else ():
+            metrics[f"time/rewards/{name}/{key}_seconds"] = np.percentile(measured, percent)
+    return metrics
 
 
 def samples_of_group(
@@ -143,7 +301,7 @@ def samples_of_group(
     return [
         {
             "prompt": fresh.prompts[group].text, "completion": text, "finished": bool(rollout.finished[i]),
-            "reward": float(fresh.total.reshape(-1)[i]), "advantage": float(advantage),
+            "reward": float(np.nan_to_num(fresh.total.reshape(-1)[i])), "advantage": float(advantage),
             **{f"rewards/{name}": None if np.isnan(v[i]) else float(v[i]) for name, v in said.items()},
         }
         for i, text, advantage in zip(members, texts, advantages, strict=True)

@@ -6,7 +6,10 @@ all others are the same bits whenever a run is repeated or resumed.
 `time/step_seconds` is from the end of one update to the end of the next, without evaluations, and the sum of five:
 `rollout` (prompts, sampling, the completions on the host), `reward`, `reference` (what was left of its pass when the
 rewards were there), `update` (the old policy's pass included) and `other` (advantages; logs, checkpoint and profile of
-the step before).
+the step before). A rollout that is cut to the memory is scored wave by wave while the next is sampled, and `reward` is
+what was left of that.
+`time/rewards/NAME/p50_seconds`, `p95_seconds` and `max_seconds` are of the completions of a step: what one took, where
+the function says so (`rewards.Judged`), else its whole call. A step whose rewards were read from the journal has none.
 `time/elapsed_seconds` is the sum of all steps so far; `time/evaluation_seconds` stands where there was one.
 """
 
@@ -15,8 +18,6 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from grpo_jax.rewards import Item
 
 __all__ = ["RewardJournal", "RunLog", "WorkdirError", "read_jsonl", "write_atomically"]
 
@@ -97,29 +98,36 @@ class _JsonLines:
 class RewardJournal:
     """Rewards by step, on disk before they are used: a replayed step reads what the world said the first time.
 
-    `rewards.jsonl`: one line a wave of a step, `{"step", "wave", "digest", "scores"}`. The digest is of the
-    completions; a replay that sampled others (another machine, another layout) is scored anew, with a line on the
-    screen.
+    `rewards.jsonl`: one line a wave of a step, `{"step", "wave", "digest", "scores"}`, and `"failed"` where judges came
+    to no verdict: by name, the indices of the completions. The digest is of the completions; a replay that sampled
+    others (another machine, another layout) is scored anew, with a line on the screen. Each process journals its own
+    completions: all but the first in `rewards.PROCESS.jsonl`.
     """
 
-    def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print):
-        self._lines = _JsonLines(workdir / "rewards.jsonl", keep=lambda row: True)
+    def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print, process: int = 0):
+        """`process`: of several, whose completions these are, from 0."""
+        name = f"rewards.{process}.jsonl" if process else "rewards.jsonl"
+        self._lines = _JsonLines(workdir / name, keep=lambda row: True)
         self._recorded = {(row["step"], row.get("wave", 0)): row for row in self._lines.rows}
         self._say = say
 
-    def read(self, step: int, wave: int, digest: str) -> Mapping[str, Sequence[Item]] | None:
-        """The recorded scores of these completions at this step, or None."""
+    def knows(self, step: int, wave: int) -> bool:
+        """Whether there is a record, of these completions or others."""
+        return (step, wave) in self._recorded
+
+    def read(self, step: int, wave: int, digest: str) -> Mapping[str, Any] | None:
+        """The record of these completions at this step, or None."""
         row = self._recorded.get((step, wave))
         if row is None:
             return None
         if row["digest"] != digest:
             self._say(f"step {step}: the replay sampled other completions than the journal knows; scoring them anew.")
             return None
-        return row["scores"]
+        return {name: value for name, value in row.items() if name not in ("step", "wave", "digest")}
 
-    def write(self, step: int, wave: int, digest: str, scores: Mapping[str, Sequence[Item]]) -> None:
-        """Returns when the scores are on disk."""
-        self._lines.append({"step": step, "wave": wave, "digest": digest, "scores": scores}, durable=True)
+    def write(self, step: int, wave: int, digest: str, record: Mapping[str, Any]) -> None:
+        """Returns when the record, `Scores.record`, is on disk."""
+        self._lines.append({"step": step, "wave": wave, "digest": digest, **record}, durable=True)
 
     def close(self) -> None:
         """Closes the file."""

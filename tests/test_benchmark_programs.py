@@ -229,9 +229,9 @@ def test_step(peers, monkeypatch):
     written = []
 
     class Journal(workload.RewardJournal):
-        def write(self, step, wave, digest, scores):
-            written.append((step, scores["reward"]))
-            super().write(step, wave, digest, scores)
+        def write(self, step, wave, digest, record):
+            written.append((step, record["scores"]["reward"]))
+            super().write(step, wave, digest, record)
 
     monkeypatch.setattr(workload, "RewardJournal", Journal)
     options = Workload(**TINY, lengths="geometric", peer_microbatches=2)

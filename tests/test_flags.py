@@ -94,16 +94,16 @@ def advantages_of(name, config):
     """Of two groups, with a completion that was cut: advantages, and which tokens train."""
     finished, rows = np.array([True, True, False, True, True, True]), (6, 3)
 
-    def sampler(*_):
+    def sampler():
         return Rollout(
             prompt_tokens=np.zeros((2, 2), np.int32), prompt_mask=np.ones((2, 2), bool),
             completion_tokens=np.full(rows, 3), mask=np.ones(rows, bool), finished=finished,
             logprobs=np.zeros(rows), sampler_logprobs=np.zeros(rows),
         )  # fmt: skip
 
-    sampler.tokenizer = Countdown.tokenizer
     experience = rollouts.GroupRollouts(
-        sampler=sampler, source=lambda i: Prompt(text="1"), config=rollouts.RolloutConfig(prompts=2, group_size=3),
+        sampler=types.SimpleNamespace(waves=lambda *_: [sampler()], tokenizer=Countdown.tokenizer),
+        source=lambda i: Prompt(text="1"), config=rollouts.RolloutConfig(prompts=2, group_size=3),
         rewards=[Reward(name="r", function=lambda **_: [1.0, 0.0, 0.5, 0.2, 0.9, 0.1]),
                  Reward(name="s", function=lambda **_: [0.0, 9.0, 1.0, 0.0, 0.0, 2.0])],
         advantages=config, objective=objectives.make_objective(objectives.LossConfig(objective=name)),
@@ -183,10 +183,10 @@ def observe_run(config, tmp_path):
             (len(prompts), sampler.group_size, float(sampling_params.temperature), float(sampling_params.top_p))
         )
         said.extend(prompts)
-        return silent_rollout(len(prompts), sampler.group_size)
+        yield silent_rollout(len(prompts), sampler.group_size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grpo_jax.sampler.Sampler.__call__", silent)
+        patch.setattr("grpo_jax.sampler.Sampler.waves", silent)
         patch.setattr(
             training, "make_train_step", lambda *_, **__: lambda s, b: (dataclasses.replace(s, step=s.step + 1), {})
         )

@@ -64,12 +64,15 @@ def make(place: pathlib.Path) -> None:
         "sft", f"--model={tiny / 'model'}", f"--workdir={place / 'sft'}", "--train.batch=8", "--train.max_tokens=24",
         "--optimizer.learning_rate=3e-4", "--evaluation.every=1", *trained,
     ))  # fmt: skip
+    (place / "my_rewards.py").write_text(
+        "def brevity(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
+    )
     # An untrained model's completions end, and so get different rewards, where a common letter ends them.
     again = [
         "gsm8k", f"--model={place / 'sft' / 'export'}", f"--workdir={place / 'grpo'}", "--rollout.prompts=4",
         "--rollout.group_size=2", "--rollout.max_tokens=16", "--rollout.stop=('e',)", "--reward.overlong=15",
         "--rollout.max_waves=2", "--update.microbatches=1", "--optimizer.learning_rate=1e-4", "--checkpoints.every=1",
-        *trained,
+        f"--reward={place / 'my_rewards.py'}:brevity=1e-9", *trained,
     ]  # fmt: skip
     say("grpo", run(*again))
     (place / "again.json").write_text(json.dumps(again))
@@ -118,6 +121,7 @@ def test_both_extractions_are_reported(made):
     assert [row["step"] for row in steps] == [1, 2]
     for row in steps:
         assert {"rewards/strict/mean", "rewards/flexible/mean", "rewards/overlong/mean"} <= row.keys()
+        assert row["rewards/brevity/mean"] < 0  # a user's own
     assert {"eval/accuracy", "eval/strict", "eval/strict/mean@2", "eval/maj@2", "eval/pass@2"} <= first.keys()
     assert first.keys() <= steps[1].keys()
     assert "eval/accuracy" not in steps[0]  # evaluation.every is 20, and in the other run 1
@@ -144,6 +148,8 @@ def test_batch_arithmetic_memory_and_what_is_dropped_are_said_before_anything_el
         "optimizer steps of 8 completions, 4 at a time on each of 2 data shards; with more --update.microbatches short "
         "ones would share rows and cost less"
     )
+    brevity = next(line for line in said if line.startswith("reward brevity x 1e-09: -"))
+    assert brevity.endswith(" of right answers, -0, -0 of empty ones")
     left = 64 - dropped
     assert said[3] == f"{left} training problems, an epoch is {left / 4:.1f} steps; 6 test problems"
     assert said[4].startswith("memory a device, estimated: 0.01 GiB (state 0.01 GiB, update ")
@@ -321,6 +327,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
          "--rollout.prompts=3 does not divide over 2 devices (data x fsdp)"),
         ("gsm8k", ["--data.dataset=math500", "--data.test_file=DIR/math500.jsonl"],
          "dataset='math500' is for evaluation alone: train on gsm8k."),
+        ("gsm8k", ["--reward=DIR/none.py:brevity"], "--reward=DIR/none.py:...: there is no file DIR/none.py."),
         ("gsm8k", ["--profile=3"], "--profile='3' must be FIRST:LAST"),
         ("gsm8k", ["--compilation_cache=DIR/train.jsonl/x"], "the compilation cache DIR/train.jsonl/x cannot"),
         ("sft", ["--profile=1:351"], "the profile is of steps 1 to 351, and the run has steps 1 to 350"),

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import functools
 import json
 import math
@@ -7,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from grpo_jax.rewards import Reward, RewardError, Scores, score
+from grpo_jax.rewards import Judged, Reward, RewardError, Scores, score
 from grpo_jax.telemetry import RewardJournal
 
 ARGUMENTS = {
@@ -70,7 +71,7 @@ def test_names_must_differ():
 
 def test_a_column_must_not_be_named_as_an_argument():
     columns = {"completions": ["x"] * 3}
-    with pytest.raises(RewardError, match="'completions' has the name of an argument"):
+    with pytest.raises(RewardError, match="'completions' has the name of an argument of reward functions"):
         score([Reward(name="r", function=lambda **_: [1.0] * 3)], **{**ARGUMENTS, "columns": columns})
 
 
@@ -152,11 +153,185 @@ def test_a_journal_gives_back_the_same_scores(tmp_path):
         lambda **_: [np.float32(0.1), None, -0.0],
     )  # fmt: skip
     journal = RewardJournal(tmp_path)
-    journal.write(3, 0, "digest", scores.items())
+    journal.write(3, 0, "digest", scores.record())
     journal.close()
     recorded = RewardJournal(tmp_path).read(3, 0, "digest")
     assert recorded is not None
-    assert json.dumps(recorded) == json.dumps(scores.items())
-    again = Scores.of(recorded)
+    # Without failures, the record that journals have always had.
+    assert json.dumps(recorded) == json.dumps({"scores": scores.items()})
+    again = Scores.of_record(recorded)
     assert again.steps == scores.steps
     assert {n: v.tobytes() for n, v in again.by_name.items()} == {n: v.tobytes() for n, v in scores.by_name.items()}
+
+
+# Composition -------------------------------------------------------------------------------------------------------
+
+
+def test_each_number_is_clipped_before_the_sum_and_logged_as_it_is():
+    scores = score(
+        [
+            Reward(name="a", function=lambda **_: [-5.0, 0.25, 7.0], weight=2.0, low=-1.0, high=1.0),
+            Reward(name="steps", function=lambda **_: [[(0, 9.0)], [(0, -9.0), (1, 0.5)], None], high=1.0),
+            Reward(name="free", function=lambda **_: [100.0, -100.0, None]),
+        ],
+        **ARGUMENTS,
+    )
+    rewards = [Reward(name="a", function=None, weight=2.0, low=-1.0, high=1.0),
+               Reward(name="steps", function=None, high=1.0), Reward(name="free", function=None)]  # fmt: skip
+    np.testing.assert_array_equal(scores.by_name["a"], [-5, 0.25, 7])
+    np.testing.assert_array_equal(scores.by_name["steps"], [9, -8.5, np.nan])
+    clipped = scores.clipped(rewards)
+    np.testing.assert_array_equal(clipped.by_name["a"], [-1, 0.25, 1])
+    assert clipped.steps["steps"] == [[(0, 1.0)], [(0, -9.0), (1, 0.5)], None]  # of steps, each
+    np.testing.assert_array_equal(clipped.by_name["free"], scores.by_name["free"])
+    np.testing.assert_array_equal(scores.total(rewards), [-2 + 1 + 100, 0.5 - 8.5 - 100, 2])
+    assert scores.clipped(rewards[2:]) is scores
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"low": 1.0, "high": 0.0}, r"low=1.0 at most high=0.0"),
+        ({"high": math.nan}, "high=nan"),
+        ({"weight": math.inf}, "weight=inf must be finite"),
+        ({"after": "accuracy"}, r"after='accuracy' must be a tuple of names: \('accuracy',\)"),
+    ],
+)
+def test_bad_rewards(options, message):
+    with pytest.raises(ValueError, match=message):
+        Reward(name="r", function=None, **options)
+
+
+def test_a_reward_that_depends_on_others_sees_what_they_said():
+    """Given in any order; of steps their sum, None where it does not apply, not clipped; they are waited for."""
+    seen = {}
+
+    def last(scores, completions, **_):
+        seen["last"] = {name: list(values) for name, values in scores.items()}
+        return [1.0] * len(completions)
+
+    async def middle(scores, **_):
+        await asyncio.sleep(0.01)
+        return [None if x is None else -x for x in scores["first"]]
+
+    async def first(**columns):
+        assert "scores" not in columns
+        await asyncio.sleep(0.01)
+        return [3.0, [(0, 0.5), (1, 0.25)], None]
+
+    rewards = [Reward(name="last", function=last, after=("middle", "first")),
+               Reward(name="middle", function=middle, after=("first",), weight=0.0),
+               Reward(name="first", function=first, high=1.0)]  # fmt: skip
+    scores = score(rewards, **ARGUMENTS)
+    assert seen["last"] == {"middle": [-3, -0.75, None], "first": [3, 0.75, None]}
+    assert list(scores.by_name) == ["last", "middle", "first"]
+    np.testing.assert_array_equal(scores.total(rewards), [1 + 1, 1 + 0.75, 1])
+
+
+def test_one_that_fails_is_told_before_those_that_depend_on_it_run():
+    ran = []
+    rewards = [Reward(name="next", function=lambda scores, **_: ran.append(1), after=("first",)),
+               Reward(name="first", function=lambda **_: [1.0, math.nan, 1.0])]  # fmt: skip
+    with pytest.raises(RewardError, match="'first' returned nan for completion 1"):
+        score(rewards, **ARGUMENTS)
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        ({"a": ("c",)}, "'a' depends on 'c', and the rewards are a, b: name one of those"),
+        ({"a": ("b",), "b": ("a",)}, "in a circle: (a -> b -> a|b -> a -> b)"),
+        ({"a": ("a",)}, "in a circle: a -> a"),
+    ],
+)
+def test_what_cannot_be_ordered(after, message):
+    of = lambda name: Reward(name=name, function=lambda scores=None, **_: [1.0] * 3, after=after.get(name, ()))
+    with pytest.raises(RewardError, match=message):
+        score([of("a"), of("b")], **ARGUMENTS)
+
+
+def test_scores_are_for_rewards_that_depend_on_others():
+    needs = Reward(name="r", function=lambda scores, **_: [1.0] * 3)
+    with pytest.raises(RewardError, match=r"'r' needs the column 'scores'.*the rewards that Reward.after names"):
+        score([needs], **ARGUMENTS)
+    a = Reward(name="a", function=lambda **_: [1.0] * 3)
+    takes_none = Reward(name="r", function=lambda prompts, completions, completion_ids, answer: 0, after=("a",))
+    with pytest.raises(RewardError, match="'r' does not take 'scores'"):
+        score([a, takes_none], **ARGUMENTS)
+    columns = {"columns": {"scores": [1, 2, 3]}}
+    column = Reward(name="r", function=lambda scores, **_: list(map(float, scores)))
+    np.testing.assert_array_equal(score([column], **ARGUMENTS | columns).by_name["r"], [1, 2, 3])
+    with pytest.raises(RewardError, match="column 'scores' has the name of an argument"):
+        score([a, Reward(name="r", function=lambda scores, **_: [1.0] * 3, after=("a",))], **ARGUMENTS | columns)
+
+
+# Failures and times ------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_that_came_to_no_verdict_is_no_zero():
+    """Such a completion has no sum, where the judge counts; nor is it an error that nothing else applies to it."""
+    judged = lambda items, failed: lambda **_: Judged(items, failed=failed, seconds=[0.1] * 3)
+    rewards = [Reward(name="counts", function=judged([None, 1.0, None], [True, True, False])),
+               Reward(name="logged", function=judged([0.5, None, 0.5], [False, True, False]), weight=0.0)]  # fmt: skip
+    scores = score(rewards, **ARGUMENTS)
+    assert {name: of.tolist() for name, of in scores.failed.items()} == {
+        "counts": [True, True, False], "logged": [False, True, False]
+    }  # fmt: skip
+    # Completion 1 has a number in place of a verdict, 2 a reward that does not apply.
+    assert scores.unknown(rewards).tolist() == [True, False, False]
+    np.testing.assert_array_equal(scores.total(rewards), [np.nan, 1, 0])
+    with pytest.raises(RewardError, match="returned None for completion 2"):
+        score(rewards[:1], **ARGUMENTS)
+    only = [Reward(name="only", function=judged([None, 1.0, 2.0], [True, False, False]))]
+    np.testing.assert_array_equal(score(only, **ARGUMENTS).total(only), [np.nan, 1, 2])
+
+
+def test_failures_are_in_the_record_and_times_are_not():
+    rewards = [Reward(name="a", function=lambda **_: Judged([1.0, None, 0.0], failed=[0, 1, 0], seconds=[1, 2, 3])),
+               Reward(name="b", function=lambda **_: [0.0, 0.0, 0.0])]  # fmt: skip
+    scores = score(rewards, **ARGUMENTS)
+    assert scores.record() == {"scores": {"a": [1, None, 0], "b": [0, 0, 0]}, "failed": {"a": [1]}}
+    again = Scores.of_record(json.loads(json.dumps(scores.record())))
+    assert again.record() == scores.record()
+    assert again.of_failed("a").tolist() == [False, True, False]
+    assert not again.of_failed("b").any()
+    assert not again.seconds
+    np.testing.assert_array_equal(again.total(rewards), scores.total(rewards))
+    assert scores.seconds["a"].tolist() == [1, 2, 3]
+
+
+def test_what_does_not_say_how_long_an_item_took_took_its_whole_call():
+    async def later(**_):
+        await asyncio.sleep(0.05)
+        return [1.0] * 3
+
+    def slow(**_):
+        time.sleep(0.05)
+        return [1.0] * 3
+
+    scores = score([Reward(name="later", function=later), Reward(name="slow", function=slow)], **ARGUMENTS)
+    for name in ("later", "slow"):
+        first, *others = scores.seconds[name].tolist()
+        assert first >= 0.05
+        assert others == [first, first]
+
+
+def test_joined_scores_are_those_of_all_completions():
+    parts = [Scores.of({"a": [1.0, None], "b": [[(0, 1.0)], 2.0]}), Scores.of({"a": [-0.0], "b": [3.0]})]
+    parts[1] = dataclasses.replace(parts[1], failed={"a": np.array([True])}, seconds={"a": np.array([9.0])})
+    both = Scores.join(parts)
+    assert both.items() == {"a": [1.0, None, -0.0], "b": [[(0, 1.0)], 2.0, 3.0]}
+    assert both.of_failed("a").tolist() == [False, False, True]
+    assert both.of_failed("b").tolist() == [False] * 3
+    assert both.seconds == {}  # of a part nobody knows
+    timed = [
+        dataclasses.replace(part, seconds={"a": np.full(len(part.by_name["a"]), i)}) for i, part in enumerate(parts)
+    ]
+    assert Scores.join(timed).seconds["a"].tolist() == [0, 0, 1]
+    assert Scores.join(parts[:1]) is parts[0]
+
+
+def test_judged_has_one_of_everything():
+    with pytest.raises(ValueError, match="2 items, 1 failed and 2 seconds: one each"):
+        Judged([1.0, 2.0], failed=[False], seconds=[0.0, 0.0])

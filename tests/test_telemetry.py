@@ -28,34 +28,46 @@ def test_journal_gives_back_what_was_recorded_for_the_same_completions_only(tmp_
     said = []
     journal = RewardJournal(tmp_path)
     assert journal.read(0, 0, "abc") is None
-    journal.write(0, 0, "abc", {"r": [0.1, None]})
+    journal.write(0, 0, "abc", {"scores": {"r": [0.1, None]}, "failed": {"r": [1]}})
     journal.close()
     journal = RewardJournal(tmp_path, said.append)
-    assert journal.read(0, 0, "abc") == {"r": [0.1, None]}
+    assert journal.read(0, 0, "abc") == {"scores": {"r": [0.1, None]}, "failed": {"r": [1]}}
     assert journal.read(0, 0, "other") is None
     assert "step 0" in said[0]
     assert journal.read(1, 0, "abc") is None
+    assert (journal.knows(0, 0), journal.knows(0, 1), journal.knows(1, 0)) == (True, False, False)
+    journal.close()
 
 
 def test_a_step_has_several_waves_and_a_journal_without_them_is_of_wave_0(tmp_path):
     (tmp_path / "rewards.jsonl").write_text('{"step": 3, "digest": "abc", "scores": {"r": [1.0]}}\n')
     journal = RewardJournal(tmp_path)
-    assert journal.read(3, 0, "abc") == {"r": [1.0]}
-    journal.write(4, 0, "first", {"r": [1.0]})
-    journal.write(4, 1, "second", {"r": [2.0]})
+    assert journal.read(3, 0, "abc") == {"scores": {"r": [1.0]}}
+    journal.write(4, 0, "first", {"scores": {"r": [1.0]}})
+    journal.write(4, 1, "second", {"scores": {"r": [2.0]}})
     journal.close()
     journal = RewardJournal(tmp_path)
     assert journal.read(3, 1, "abc") is None
-    assert journal.read(4, 0, "first") == {"r": [1.0]}
-    assert journal.read(4, 1, "second") == {"r": [2.0]}
+    assert journal.read(4, 0, "first") == {"scores": {"r": [1.0]}}
+    assert journal.read(4, 1, "second") == {"scores": {"r": [2.0]}}
     journal.close()
+
+
+def test_every_process_has_a_journal_of_its_own(tmp_path):
+    for process in range(3):
+        journal = RewardJournal(tmp_path, process=process)
+        journal.write(0, 0, "abc", {"scores": {"r": [float(process)]}})
+        journal.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rewards.1.jsonl", "rewards.2.jsonl", "rewards.jsonl"]
+    for process in range(3):
+        assert RewardJournal(tmp_path, process=process).read(0, 0, "abc") == {"scores": {"r": [float(process)]}}
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(
     ("name", "use"),
     [
-        ("rewards.jsonl", lambda path: RewardJournal(path).write(0, 0, "abc", {"r": [1.0]})),
+        ("rewards.jsonl", lambda path: RewardJournal(path).write(0, 0, "abc", {"scores": {}})),
         ("metrics.jsonl", lambda path: RunLog(path, 0).write(0, {"reward": 1.0})),
     ],
 )
