@@ -1,0 +1,149 @@
+"""What runs in a worker process of `pool.Pool`: calls of functions named by path, each under limits.
+
+The parent starts this file by its path, so that a worker holds neither the package nor anything of the parent but
+what a function imports. Whatever is wrong with an item that is not an exception of the function ends the process: the
+kernel's timers by their signals, also inside a call in C that holds the interpreter's lock, and memory by an exit
+status. The parent reads which from how it ended.
+
+Requests are a length and a pickle (the parent is trusted); replies are lines of JSON (items are not).
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+OUT_OF_MEMORY = 97  # exit status
+LENGTH = struct.Struct(">Q")
+LOAD_SECONDS = (60.0, 600.0)  # CPU and wall time within which a function's module must have been imported
+_WATCH = 0.5  # seconds between looks at whether the parent lives
+_TIMERS = (signal.ITIMER_PROF, signal.ITIMER_REAL)  # CPU time of the process, wall time
+
+
+def _watch(parent: int) -> None:
+    """Ends the worker, and what its functions have started, when the parent is gone.
+
+    An idle worker sees the end of its requests at once; this is for a busy one, and for a parent whose forked
+    children hold the other end open. One that is inside a call in C which lets no thread run ends by its timers.
+    """
+    while os.getppid() == parent:
+        time.sleep(_WATCH)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _limit(cpu: float, wall: float) -> None:
+    """Starts both timers, whose signals end the process; 0 stops them."""
+    for timer, seconds in zip(_TIMERS, (cpu, wall), strict=True):
+        signal.setitimer(timer, seconds)
+
+
+def _limit_memory(extra: int) -> None:
+    """So many bytes beyond what the worker has now; where the system does not say how much that is, no limit."""
+    try:
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = size + extra if hard == resource.RLIM_INFINITY else min(size + extra, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _load(path: str) -> Callable[..., Any]:
+    """The function at `module:name` or `file.py:name`."""
+    place, _, name = path.rpartition(":")
+    if place.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(os.path.basename(place)[:-3], place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    return getattr(module, name)
+
+
+def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) -> dict[str, Any]:
+    """Loads a function where it is not, and says how that went."""
+    if path in functions:
+        return {}
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # what an import needs is not an item's
+    _limit(*LOAD_SECONDS)
+    try:
+        functions[path] = _load(path)
+    except BaseException as error:
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    finally:
+        _limit(0, 0)
+    _limit_memory(memory)
+    return {}
+
+
+def _judge(function: Callable[..., Any], payload: bytes, cpu: float, wall: float) -> bytes:
+    """What the function says of an item, as JSON; an exception of its own is a reply, everything else the end."""
+    started = time.perf_counter()
+    _limit(cpu, wall)
+    try:
+        item = function(**pickle.loads(payload))
+        return json.dumps({"item": item, "seconds": time.perf_counter() - started}, default=_number).encode()
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except Exception as error:
+        return json.dumps({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}).encode()
+    finally:
+        _limit(0, 0)
+
+
+def _number(value: Any) -> Any:
+    """A NumPy scalar as Python's own."""
+    return value.item()
+
+
+def _request(requests: BinaryIO) -> Any:
+    """The next one, or None where there are no more."""
+    header = requests.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(header)
+    data = requests.read(length)
+    return pickle.loads(data) if len(data) == length else None
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Answers requests until there are no more."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # these come from whichever thread of the parent started this
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+    os.set_inheritable(descriptor, False)
+    os.dup2(2, 1)  # what a function prints is seen and is no reply
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    requests, replies = os.fdopen(descriptor, "rb"), os.fdopen(os.dup(descriptor), "wb")
+    functions: dict[str, Callable[..., Any]] = {}
+    sys.path[:], cpu, wall, memory = _request(requests)
+    while (request := _request(requests)) is not None:
+        path, payloads = request
+        said = _loaded(path, functions, memory)
+        replies.write(json.dumps(said).encode() + b"\n")
+        replies.flush()
+        for payload in payloads if path in functions else ():
+            replies.write(_judge(functions[path], payload, cpu, wall) + b"\n")
+            replies.flush()  # one by one: the parent knows which item was the last
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
+    os._exit(0)  # whatever threads a function has left
