@@ -84,11 +84,15 @@ def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) ->
     try:
         functions[path] = _load(path)
     except BaseException as error:
-        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        return {"error": _said(error)}
     finally:
         _limit(0, 0)
     _limit_memory(memory)
     return {}
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
 
 
 def _judge(function: Callable[..., Any], payload: bytes, cpu: float, wall: float) -> bytes:
@@ -101,7 +105,7 @@ def _judge(function: Callable[..., Any], payload: bytes, cpu: float, wall: float
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except Exception as error:
-        return json.dumps({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}).encode()
+        return json.dumps({"error": _said(error)}).encode()
     finally:
         _limit(0, 0)
 
