@@ -12,6 +12,7 @@ Where it differs from equality of text, which `answers.boxed` is, and from what 
 An answer that cannot be compared within the limits (`9^{9^{9^9}}`) gets no verdict: it is None, and `Judged.failed`.
 """
 
+import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from grpo_jax.rewards import Judged
 from grpo_jax.rewards.pool import Limits, Pool
 
-__all__ = ["CHARACTERS", "LIMITS", "MathVerify", "answer_of", "need"]
+__all__ = ["CHARACTERS", "LIMITS", "MathVerify", "answer_of", "math_verify", "need"]
 
 CHARACTERS = 1000  # of an answer; what is longer is none
 
@@ -165,3 +166,14 @@ class MathVerify:
     def close(self) -> None:
         """Ends its workers."""
         self._pool.close()
+
+
+_shared = functools.cache(MathVerify)
+
+
+def math_verify(
+    prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], *,
+    answer: Sequence[object], **columns: object,
+) -> Judged:  # fmt: skip
+    """`MathVerify()`, one for all who call this; its workers start at the first call, and end when the process does."""
+    return _shared()(prompts, completions, completion_ids, answer=answer, **columns)
