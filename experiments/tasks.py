@@ -204,7 +204,8 @@ class Task:
 
     def judges(self) -> list[Reward]:
         """What says right or wrong: the first judges, another is reported beside it."""
-        functions, chosen = {name: f for name, (f, _) in _JUDGES[self._config.dataset].items()}, self._judge
+        chosen = self._judge
+        functions: dict[str, Callable[..., Any]] = {n: f for n, (f, _) in _JUDGES[self._config.dataset].items()}
         if chosen == "math_verify":
             functions["math_verify"] = mathematics.math_verify
         order = [chosen, *(name for name in functions if name != chosen)]

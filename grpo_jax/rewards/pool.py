@@ -149,7 +149,7 @@ class Pool:
             self._changed.notify_all()
         for process, thread in zip(self._processes, self._threads, strict=True):
             while thread.is_alive():  # it may be starting another one
-                process.kill()
+                process.interrupt()
                 thread.join(0.1)
         atexit.unregister(self.close)
 

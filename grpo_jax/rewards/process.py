@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -58,7 +57,7 @@ class Process:
     """A worker that one thread talks to; started when it is needed, and again after it has ended."""
 
     def __init__(self, limits: Limits):
-        self._limits, self._lock = limits, threading.Lock()
+        self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0  # in a row that ended before the worker was ready
 
@@ -115,11 +114,10 @@ class Process:
         command = [sys.executable, "-P", worker.__file__, str(theirs.fileno()), str(os.getpid())]
         self._replies: BinaryIO = self._socket.makefile("rb")
         with theirs:
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-            )
-        with self._lock:
-            self._process = process
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )  # fmt: skip
         limits = self._limits
         self._write((sys.path, limits.cpu_seconds, limits.wall_seconds, limits.memory_mib * 2**20))
 
@@ -143,21 +141,22 @@ class Process:
             worker.OUT_OF_MEMORY: f"it needed more than {limits.memory_mib} MiB",
         }.get(status, f"its worker ended with status {status}")
 
-    def kill(self) -> None:
-        """Ends the process, and what its functions have started; from any thread."""
-        with self._lock:
-            if self._process is not None:
-                # Until it is waited for, which is under this lock too, no other group can have this number.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+    def interrupt(self) -> None:
+        """Ends what the thread that uses this waits for, as if the worker had ended; from any thread."""
+        with contextlib.suppress(OSError, AttributeError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> int:
-        """Kills the process where it lives; its status, which is its own where it had ended."""
-        self.kill()
-        with self._lock:
-            if self._process is None:
-                return 0
-            status, self._process = self._process.wait(), None
+        """Ends the worker, and what its functions have started; its status, its own where it had ended by itself."""
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
         self._replies.close()
         self._socket.close()
-        return status
+        try:
+            status, _ = process.communicate(timeout=_GRACE)  # the end of its standard input is that of all
+        except subprocess.TimeoutExpired:  # somebody has stopped its supervisor
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # not waited for yet: no other group has this number
+            status, _ = process.communicate()
+        return int(status or -signal.SIGKILL)

@@ -8,16 +8,17 @@ status. The parent reads which from how it ended.
 Requests are a length and a pickle (the parent is trusted); replies are lines of JSON (items are not).
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import pickle
 import resource
+import select
 import signal
 import struct
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -26,18 +27,22 @@ from typing import Any, BinaryIO
 OUT_OF_MEMORY = 97  # exit status
 LENGTH = struct.Struct(">Q")
 LOAD_SECONDS = (60.0, 600.0)  # CPU and wall time within which a function's module must have been imported
-_WATCH = 0.5  # seconds between looks at whether the parent lives
+_WATCH = 0.5  # seconds between looks at who the parent is
 _TIMERS = (signal.ITIMER_PROF, signal.ITIMER_REAL)  # CPU time of the process, wall time
 
 
-def _watch(parent: int) -> None:
-    """Ends the worker, and what its functions have started, when the parent is gone.
+def _supervise(child: int, parent: int) -> None:
+    """Waits until the parent wants an end, or has come to one; then ends the worker, and all that it has started.
 
-    An idle worker sees the end of its requests at once; this is for a busy one, and for a parent whose forked
-    children hold the other end open. One that is inside a call in C which lets no thread run ends by its timers.
+    A process of its own, since no thread runs beside a call in C that holds the interpreter's lock. The parent's end is
+    that of standard input, and where forked children of the parent hold that open, another parent.
     """
-    while os.getppid() == parent:
-        time.sleep(_WATCH)
+    while os.getppid() == parent and not select.select([0], [], [], _WATCH)[0]:
+        pass
+    os.kill(child, signal.SIGKILL)  # nothing to one that has ended
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(OSError):
+        os.write(1, str(os.waitstatus_to_exitcode(status)).encode())
     os.killpg(0, signal.SIGKILL)
 
 
@@ -106,6 +111,8 @@ def _judge(function: Callable[..., Any], payload: bytes, cpu: float, wall: float
         os._exit(OUT_OF_MEMORY)
     except Exception as error:
         return json.dumps({"error": _said(error)}).encode()
+    except BaseException:  # sys.exit
+        os._exit(1)
     finally:
         _limit(0, 0)
 
@@ -125,16 +132,8 @@ def _request(requests: BinaryIO) -> Any:
     return pickle.loads(data) if len(data) == length else None
 
 
-def main(descriptor: int, parent: int) -> None:
+def _work(descriptor: int) -> None:
     """Answers requests until there are no more."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # these come from whichever thread of the parent started this
-    for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
-    os.set_inheritable(descriptor, False)
-    os.dup2(2, 1)  # what a function prints is seen and is no reply
-    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     requests, replies = os.fdopen(descriptor, "rb"), os.fdopen(os.dup(descriptor), "wb")
     functions: dict[str, Callable[..., Any]] = {}
     sys.path[:], cpu, wall, memory = _request(requests)
@@ -146,6 +145,23 @@ def main(descriptor: int, parent: int) -> None:
         for payload in payloads if path in functions else ():
             replies.write(_judge(functions[path], payload, cpu, wall) + b"\n")
             replies.flush()  # one by one: the parent knows which item was the last
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Becomes two processes: one that works, and one that ends it."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # these come from whichever thread of the parent started this
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+    child = os.fork()
+    if child:
+        os.close(descriptor)  # so that the parent sees at once when the worker has ended
+        _supervise(child, parent)
+    os.set_inheritable(descriptor, False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a function prints is seen and is no reply
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    _work(descriptor)
 
 
 if __name__ == "__main__":
