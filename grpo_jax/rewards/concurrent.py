@@ -58,7 +58,7 @@ def bounded(function: Callable[..., Awaitable[Item]], concurrency: int) -> Calla
         each, free = arguments_of_each(prompts, completions, completion_ids, columns), asyncio.Semaphore(concurrency)
         calls = [asyncio.ensure_future(judge(arguments, free)) for arguments in each]
         try:
-            judged = [await call for call in calls]
+            judged = await asyncio.gather(*calls)  # raises as soon as one does
         finally:
             for call in calls:
                 call.cancel()  # does nothing to those that are done

@@ -47,9 +47,9 @@ def answer_of(text: str) -> str | None:
     r"""What is judged of a completion, or None where it answers nothing. Linear time, whatever the text.
 
     What stands in the last `<answer>`, where there is one; of that the last `\boxed{...}`, with those before it that
-    are at most 70 characters away from one to the next, where there are boxes (None where the last does not close);
+    are less than 70 characters away from one to the next, where there are boxes (None where the last does not close);
     else the last paragraph in which there is a digit, a dollar or a backslash, of which math-verify takes the last
-    expression. Of 1,000 characters at most: None where boxes are longer, the end where a paragraph is.
+    expression. Of 1,000 characters at most: None where the last box is longer, the end where a paragraph is.
     """
     _, tag, inside = text.rpartition("<answer>")
     text = inside.partition("</answer>")[0] if tag else text
@@ -63,14 +63,14 @@ def answer_of(text: str) -> str | None:
 
 
 def _boxes(text: str, starts: list[int]) -> str | None:
-    """From the first of the last boxes that are near one another to the end of the last of all."""
+    """From the first of the last boxes that are near one another, and fit, to the end of the last of all."""
     end = _closed(text, starts[-1], len(text))
     if end is None:
         return None
     first = starts[-1]
     for start in reversed(starts[:-1]):
         before = _closed(text, start, first)
-        if before is None or first - before >= _NEAR or end - first > CHARACTERS:
+        if before is None or first - before >= _NEAR or end - start > CHARACTERS:
             break
         first = start
     return text[first:end] if end - first <= CHARACTERS else None
