@@ -22,7 +22,7 @@ from grpo_jax.data.tokenizer import PretrainedTokenizer
 from grpo_jax.evaluation import Evaluator
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import make_policy
-from grpo_jax.rewards import Reward
+from grpo_jax.rewards import Reward, mathematics
 from grpo_jax.rewards.answers import (
     boxed,
     boxed_integer,
@@ -72,7 +72,7 @@ class DataConfig:
     instruction: str = ""  # follows the question: gsm8k (verl's, asks for ####), boxed, or a text
     system: str = ""  # system message, for chat
     variables: str = ""  # of the chat template, as JSON: {"enable_thinking": false}
-    judge: str = "flexible"  # of gsm8k: flexible (the last number) or strict (behind ####); both are reported
+    judge: str = "flexible"  # of gsm8k: flexible (the last number) or strict (behind ####); of all: math_verify
     max_prompt_tokens: int = 256  # training prompts that are longer are dropped, and counted
 
     def __post_init__(self) -> None:
@@ -82,7 +82,9 @@ class DataConfig:
             )
         if self.dataset != "gsm8k" and not self.test_file:
             raise ValueError(f"dataset={self.dataset!r} is read from its published file: give --data.test_file.")
-        judges = tuple(_JUDGES["gsm8k"]) if self.dataset == "gsm8k" else ("flexible",)
+        judges = (*(_JUDGES["gsm8k"] if self.dataset == "gsm8k" else ("flexible",)), "math_verify")
+        if self.judge == "math_verify":
+            mathematics.need()
         if self.judge not in judges:
             raise ValueError(f"judge={self.judge!r} of dataset={self.dataset!r} must be one of {', '.join(judges)}.")
         if self.max_prompt_tokens < 1:
@@ -191,18 +193,23 @@ class Task:
 
     @property
     def _judge(self) -> str:
-        return self._config.judge if self._config.dataset == "gsm8k" else "accuracy"
+        c = self._config
+        return c.judge if c.dataset == "gsm8k" or c.judge == "math_verify" else "accuracy"
 
     @property
     def answer(self) -> Callable[[str], str | None]:
-        """What a completion answers, for maj@k."""
-        return _JUDGES[self._config.dataset][self._judge][1]
+        """What a completion answers, for maj@k; of math_verify, which votes on nothing, the data set's first."""
+        judges = _JUDGES[self._config.dataset]
+        return judges.get(self._judge, next(iter(judges.values())))[1]
 
     def judges(self) -> list[Reward]:
         """What says right or wrong: the first judges, another is reported beside it."""
-        functions, chosen = _JUDGES[self._config.dataset], self._judge
+        chosen = self._judge
+        functions: dict[str, Callable[..., Any]] = {n: f for n, (f, _) in _JUDGES[self._config.dataset].items()}
+        if chosen == "math_verify":
+            functions["math_verify"] = mathematics.math_verify
         order = [chosen, *(name for name in functions if name != chosen)]
-        return [Reward(name=name, function=functions[name][0], weight=float(name == chosen)) for name in order]
+        return [Reward(name=name, function=functions[name], weight=float(name == chosen)) for name in order]
 
     def rewards(self, c: RewardConfig, max_tokens: int, users: Sequence[Reward] = ()) -> list[Reward]:
         """What trains: the judges, what is rewarded beside them, and a user's own."""

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import logprobs, measure, memory, packing, rollout, roofline, scaling, step, workload
+from experiments.benchmarks import (
+    logprobs,
+    measure,
+    memory,
+    packing,
+    rewards,
+    rollout,
+    roofline,
+    scaling,
+    step,
+    workload,
+)
 from experiments.benchmarks.workload import EOS, Ours, Workload
 from grpo_jax.logprobs import unembed
 from grpo_jax.models.pretrained import load, read_config
@@ -412,6 +423,25 @@ def test_work_by_loops():
         update += 6 * (dense * (w.prompt_tokens + n) + head * n) + 3 * per_key * (w.prompt_tokens + n) ** 2 / 2
     work = roofline.work_of(w, 1000, w.slots)
     assert (work.decode_bytes, work.decode_flop, work.update_flop) == pytest.approx((read, flop, update))
+
+
+# Rewards ---------------------------------------------------------------------------------------------
+
+
+def test_rewards():
+    pytest.importorskip("math_verify")
+    options = rewards.Options(items=20, group=4, workers=1, rounds=2)
+    result = rewards.run(options)
+    check(result, "rewards", {"empty_per_second"}, {"ours", "in process"})
+    rates = {f"{kind}_per_second" for kind in (*rewards.KINDS, "known")}
+    assert rates < set(result["measured"]["ours"])
+    for kind in rewards.KINDS:
+        completions, golds = rewards.problems(kind, options, 3)
+        assert len(completions) == 20
+        assert len(set(golds)) == 5
+        right = sum(gold in text for text, gold in zip(completions, golds, strict=True))
+        assert (right, len(set(completions))) == ((20, 5) if kind == "repeated" else (5, 20))
+        assert rewards.problems(kind, options, 4)[0] != completions  # no turn is asked what another was
 
 
 # Learning --------------------------------------------------------------------------------------------

@@ -336,7 +336,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
          "Prepare it: python -m experiments.prepare_gsm8k --data_dir=DIR/none"),
         ("evaluate", ["--step=1"], "--step is for the workdir of a run, and DIR/model has no checkpoints."),
         ("evaluate", ["--output=DIR/there"], "DIR/there/metrics.json is there already: name another --output"),
-        ("evaluate", ["--data.judge=human"], "judge='human' of dataset='gsm8k' must be one of flexible, strict."),
+        ("evaluate", ["--data.judge=human"], "judge='human' of dataset='gsm8k' must be one of flexible, strict, "),
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_clear_line_before_anything_is_written(tiny, tmp_path, module, flags, message):

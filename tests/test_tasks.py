@@ -1,6 +1,7 @@
 """Problems, judges and what the experiments share: every field changes something, and sums are worked by hand."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -194,6 +195,21 @@ def test_math500_and_aime_are_read_as_published_and_judged_by_the_box(byte_token
         assert task.answer("\\boxed{09}") == {"math500": "09", "aime": "9"}[dataset]  # AIME's answers are integers
 
 
+@pytest.mark.parametrize(("dataset", "beside"), [("gsm8k", ["flexible", "strict"]), ("math500", ["accuracy"])])
+def test_math_verify_judges_what_text_does_not_tell(byte_tokenizer, monkeypatch, dataset, beside):
+    task = make(byte_tokenizer, dataset=dataset, judge="math_verify")
+    judges = judged(task, "9")
+    assert list(judges) == ["math_verify", *beside]
+    assert [weight for weight, _ in judges.values()] == [1.0, *(0.0 for _ in beside)]
+    assert judges["math_verify"][1] == [1, 1, 0, 1, 0]
+    (judge, *_), n = task.judges(), len(SAID)
+    assert judge.function([""] * n, SAID, [[1]] * n, answer=["18/2"] * n) == [1, 1, 0, 1, 0]
+    assert task.answer("\\boxed{9}") == "9"  # what is voted on stays text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"math-verify needs math_verify and antlr4: pip install 'grpo-jax\[math\]'"):
+        make(byte_tokenizer, judge="math_verify")
+
+
 def test_what_is_rewarded_beside_the_answer(byte_tokenizer):
     rewards = observe_reward(tasks.RewardConfig(format=0.2, overlong=4, repetition=-1.0), byte_tokenizer)
     assert rewards == [
@@ -237,10 +253,10 @@ def test_system_message_and_instruction_go_through_the_chat_template(byte_tokeni
         ({"dataset": "mmlu"}, "dataset='mmlu' must be one of gsm8k, math500, aime: there is a judge for these."),
         (
             {"dataset": "aime", "test_file": "a.json", "judge": "strict"},
-            "judge='strict' of dataset='aime' must be one of flexible.",
+            "judge='strict' of dataset='aime' must be one of flexible, math_verify.",
         ),
         ({"dataset": "aime", "test_file": ""}, "dataset='aime' is read from its published file: give --data.test_file"),
-        ({"judge": "human"}, "judge='human' of dataset='gsm8k' must be one of flexible, strict."),
+        ({"judge": "human"}, "judge='human' of dataset='gsm8k' must be one of flexible, strict, math_verify."),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens=0 must be 1 or more."),
         ({"template": "poem"}, "template='poem' is unknown; expected one of plain, qa, r1, chat."),
         ({"system": "Be brief."}, "template 'plain' has no place for {'system': 'Be brief.'}"),

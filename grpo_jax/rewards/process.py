@@ -1,0 +1,162 @@
+"""The parent's end of a worker process: starts it, sends it items, reads replies, and says how it ended."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from grpo_jax.rewards import Item, RewardError, worker
+
+__all__ = ["Limits", "Outcome", "Process"]
+
+_STARTS = 3  # in a row that may end before they are ready
+_GRACE = 5.0  # seconds of wall time until a worker is killed that its own timers should have ended
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+# Sets in the same order in every process, no files beside sources, and no threads of numerical libraries.
+_SET = {
+    "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an item may take. Importing its function does not count."""
+
+    cpu_seconds: float = 5.0  # of all threads of the worker, not of processes that it starts
+    wall_seconds: float = 120.0  # a backstop for what waits and does not compute; far more than a busy machine needs
+    memory_mib: int = 1024  # of address space beyond what the worker has when the function is imported (on Linux)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cpu_seconds <= self.wall_seconds or self.memory_mib < 1:
+            raise ValueError(
+                f"cpu_seconds={self.cpu_seconds} must be above 0, wall_seconds={self.wall_seconds} no less, "
+                f"memory_mib={self.memory_mib} 1 or more."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How judging an item went."""
+
+    item: Item = None  # what the function returned
+    seconds: float = 0.0  # of wall time
+    failure: str | None = None  # why there is no verdict: the worker ended
+    error: str | None = None  # what the function raised
+
+
+class Process:
+    """A worker that one thread talks to; started when it is needed, and again after it has ended."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0  # in a row that ended before the worker was ready
+
+    def judge(self, function: str, payloads: Sequence[bytes]) -> Iterator[Outcome | None]:
+        """One outcome an item, in their order; None where the worker ended before its turn.
+
+        Args:
+          function: `module:name` or `file.py:name`.
+          payloads: pickled keyword arguments.
+
+        Raises:
+          RewardError: the function cannot be loaded, or workers end whenever they start.
+        """
+        if not self._sent(function, payloads):
+            yield from [None] * len(payloads)
+            return
+        for done in range(len(payloads)):
+            started = time.perf_counter()
+            try:
+                reply = self._reply(self._limits.wall_seconds + _GRACE)
+            except OSError:
+                failure = self._why(self.end())
+                yield Outcome(failure=failure, seconds=time.perf_counter() - started)
+                yield from [None] * (len(payloads) - done - 1)
+                return
+            yield Outcome(**reply)
+
+    def _sent(self, function: str, payloads: Sequence[bytes]) -> bool:
+        """Whether the function is loaded and the first item begins; else the worker has ended, and no item did that."""
+        seconds = worker.LOAD_SECONDS[1] + _GRACE
+        try:
+            if self._process is None:
+                self._start()
+            self._socket.settimeout(seconds)
+            self._write((function, payloads))
+            error = self._reply(seconds).get("error")
+        except OSError:
+            status = self.end()
+            self._starts = (self._starts + 1) % _STARTS
+            if not self._starts:
+                raise RewardError(
+                    f"{_STARTS} worker processes in a row ended before {function} was loaded, the last with status "
+                    f"{status}: what they wrote to standard error may say why."
+                ) from None
+            return False
+        if error is not None:
+            raise RewardError(f"{function} cannot be loaded: {error}")
+        self._starts = 0
+        return True
+
+    def _start(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | _SET
+        command = [sys.executable, "-P", worker.__file__, str(theirs.fileno()), str(os.getpid())]
+        self._replies: BinaryIO = self._socket.makefile("rb")
+        with theirs:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )  # fmt: skip
+        limits = self._limits
+        self._write((sys.path, limits.cpu_seconds, limits.wall_seconds, limits.memory_mib * 2**20))
+
+    def _write(self, request: Any) -> None:
+        data = pickle.dumps(request)
+        self._socket.sendall(worker.LENGTH.pack(len(data)) + data)
+
+    def _reply(self, seconds: float) -> dict[str, Any]:
+        """The next one within that time; OSError where there is none."""
+        self._socket.settimeout(seconds)
+        line = self._replies.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionError
+        return json.loads(line)
+
+    def _why(self, status: int) -> str:
+        limits = self._limits
+        return {
+            -signal.SIGPROF: f"it took more than {limits.cpu_seconds:g} s of CPU time",
+            -signal.SIGALRM: f"it took more than {limits.wall_seconds:g} s",
+            worker.OUT_OF_MEMORY: f"it needed more than {limits.memory_mib} MiB",
+        }.get(status, f"its worker ended with status {status}")
+
+    def interrupt(self) -> None:
+        """Ends what the thread that uses this waits for, as if the worker had ended; from any thread."""
+        with contextlib.suppress(OSError, AttributeError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> int:
+        """Ends the worker, and what its functions have started; its status, its own where it had ended by itself."""
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        self._replies.close()
+        self._socket.close()
+        try:
+            status, _ = process.communicate(timeout=_GRACE)  # the end of its standard input is that of all
+        except subprocess.TimeoutExpired:  # somebody has stopped its supervisor
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # not waited for yet: no other group has this number
+            status, _ = process.communicate()
+        return int(status or -signal.SIGKILL)

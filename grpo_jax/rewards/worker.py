@@ -1,0 +1,169 @@
+"""What runs in a worker process of `pool.Pool`: calls of functions named by path, each under limits.
+
+The parent starts this file by its path, so that a worker holds neither the package nor anything of the parent but
+what a function imports. Whatever is wrong with an item that is not an exception of the function ends the process: the
+kernel's timers by their signals, also inside a call in C that holds the interpreter's lock, and memory by an exit
+status. The parent reads which from how it ended.
+
+Requests are a length and a pickle (the parent is trusted); replies are lines of JSON (items are not).
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import pickle
+import resource
+import select
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+OUT_OF_MEMORY = 97  # exit status
+LENGTH = struct.Struct(">Q")
+LOAD_SECONDS = (60.0, 600.0)  # CPU and wall time within which a function's module must have been imported
+_WATCH = 0.5  # seconds between looks at who the parent is
+_TIMERS = (signal.ITIMER_PROF, signal.ITIMER_REAL)  # CPU time of the process, wall time
+
+
+def _supervise(child: int, parent: int) -> None:
+    """Waits until the parent wants an end, or has come to one; then ends the worker, and all that it has started.
+
+    A process of its own, since no thread runs beside a call in C that holds the interpreter's lock. The parent's end is
+    that of standard input, and where forked children of the parent hold that open, another parent.
+    """
+    while os.getppid() == parent and not select.select([0], [], [], _WATCH)[0]:
+        pass
+    os.kill(child, signal.SIGKILL)  # nothing to one that has ended
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(OSError):
+        os.write(1, str(os.waitstatus_to_exitcode(status)).encode())
+    os.killpg(0, signal.SIGKILL)
+
+
+def _limit(cpu: float, wall: float) -> None:
+    """Starts both timers, whose signals end the process; 0 stops them."""
+    for timer, seconds in zip(_TIMERS, (cpu, wall), strict=True):
+        signal.setitimer(timer, seconds)
+
+
+def _limit_memory(extra: int) -> None:
+    """So many bytes beyond what the worker has now; where the system does not say how much that is, no limit."""
+    try:
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = size + extra if hard == resource.RLIM_INFINITY else min(size + extra, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _load(path: str) -> Callable[..., Any]:
+    """The function at `module:name` or `file.py:name`."""
+    place, _, name = path.rpartition(":")
+    if place.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(os.path.basename(place)[:-3], place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    return getattr(module, name)
+
+
+def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) -> dict[str, Any]:
+    """Loads a function where it is not, and says how that went."""
+    if path in functions:
+        return {}
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # what an import needs is not an item's
+    _limit(*LOAD_SECONDS)
+    try:
+        functions[path] = _load(path)
+    except BaseException as error:
+        return {"error": _said(error)}
+    finally:
+        _limit(0, 0)
+    _limit_memory(memory)
+    return {}
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+
+
+def _judge(function: Callable[..., Any], payload: bytes, cpu: float, wall: float) -> bytes:
+    """What the function says of an item, as JSON; an exception of its own is a reply, everything else the end."""
+    started = time.perf_counter()
+    _limit(cpu, wall)
+    try:
+        item = function(**pickle.loads(payload))
+        return json.dumps({"item": item, "seconds": time.perf_counter() - started}, default=_number).encode()
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except Exception as error:
+        return json.dumps({"error": _said(error)}).encode()
+    except BaseException:  # sys.exit
+        os._exit(1)
+    finally:
+        _limit(0, 0)
+
+
+def _number(value: Any) -> Any:
+    """A NumPy scalar as Python's own."""
+    return value.item()
+
+
+def _request(requests: BinaryIO) -> Any:
+    """The next one, or None where there are no more."""
+    header = requests.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(header)
+    data = requests.read(length)
+    return pickle.loads(data) if len(data) == length else None
+
+
+def _work(descriptor: int) -> None:
+    """Answers requests until there are no more."""
+    requests, replies = os.fdopen(descriptor, "rb"), os.fdopen(os.dup(descriptor), "wb")
+    functions: dict[str, Callable[..., Any]] = {}
+    sys.path[:], cpu, wall, memory = _request(requests)
+    while (request := _request(requests)) is not None:
+        path, payloads = request
+        said = _loaded(path, functions, memory)
+        replies.write(json.dumps(said).encode() + b"\n")
+        replies.flush()
+        for payload in payloads if path in functions else ():
+            replies.write(_judge(functions[path], payload, cpu, wall) + b"\n")
+            replies.flush()  # one by one: the parent knows which item was the last
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Becomes two processes: one that works, and one that ends it."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # these come from whichever thread of the parent started this
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+    child = os.fork()
+    if child:
+        os.close(descriptor)  # so that the parent sees at once when the worker has ended
+        _supervise(child, parent)
+    os.set_inheritable(descriptor, False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a function prints is seen and is no reply
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    _work(descriptor)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
+    os._exit(0)  # whatever threads a function has left

@@ -1,0 +1,101 @@
+"""What workers run in the tests of the pool, and the names say what it does to them."""
+
+import ctypes
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+
+def length(*, completion, **_):
+    return len(completion)
+
+
+def pid(**_):
+    time.sleep(0.01)  # so that no worker takes all
+    return os.getpid()
+
+
+def surroundings(*, name, **_):
+    """1 where it is there."""
+    return float(name in sys.modules or name in os.environ)
+
+
+def spin(**_):
+    while True:
+        pass
+
+
+def hold(**_):
+    """Forever in one call that lets no other thread run."""
+    return 9**9**9
+
+
+def burn(*, seconds, **_):
+    """So much CPU time, and then says how much."""
+    started = time.process_time()
+    while time.process_time() - started < seconds:
+        pass
+    return time.process_time() - started
+
+
+def sleep(*, seconds, **_):
+    time.sleep(seconds)
+    return 1.0
+
+
+def busy(*, how, **_):
+    """Says who is there, with a process of its own, and goes on for ever."""
+    child = subprocess.Popen(["sleep", "1000"])
+    print("busy", os.getpid(), child.pid)
+    {"sleep": lambda: time.sleep(1000), "hold": hold, "spin": spin}[how]()
+
+
+def eat(*, mib, **_):
+    kept = []
+    for _ in range(mib):
+        kept.append(bytearray(2**20))
+    return len(kept)
+
+
+def leave(*, how, **_):
+    return {"exit": sys.exit, "_exit": lambda: os._exit(3), "crash": lambda: ctypes.string_at(0)}[how]()
+
+
+def talk(*, completion, **_):
+    print('{"item": 7.0, "seconds": 0.0}')
+    os.write(1, b"noise\n")
+    return [(0, float(completion == "x")), (1, float(sys.stdin.read() == ""))]
+
+
+def fault(*, number, place, hangs, doomed, **_):
+    """`number`, but that it hangs, or ends its worker at the first or at the second attempt."""
+    attempts = pathlib.Path(place) / str(number)
+    with attempts.open("a") as file:
+        file.write("x")
+    if hangs:
+        spin()
+    if doomed[len(attempts.read_text()) - 1]:
+        os._exit(1)
+    return number
+
+
+def meet(*, place, name, other, **_):
+    """Waits for the other: only at the same time do both end."""
+    (pathlib.Path(place) / name).touch()
+    while not (pathlib.Path(place) / other).exists():
+        time.sleep(0.01)
+    return 1.0
+
+
+def stop(*, place, **_):
+    """Says who it is, waits to be stopped, and then computes for 0.2 s."""
+    (pathlib.Path(place) / "pid").write_text(str(os.getpid()))
+    while not (pathlib.Path(place) / "go").exists():
+        time.sleep(0.01)
+    return burn(seconds=0.2)
+
+
+def wrong(*, what, **_):
+    return {"raise": lambda: {}["no"], "text": lambda: "2", "object": object, "nan": lambda: float("nan")}[what]()
