@@ -102,7 +102,7 @@ def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
         case ast.Assert(
             test=ast.Compare(left=ast.Call(func=ast.Name(id=name)) as made, ops=[ast.Eq()], comparators=[right])
         ):
-            named = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in made.keywords}
+            named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in made.keywords}
             asked = call(function or name, *map(ast.literal_eval, made.args), **named)
             expected = ast.literal_eval(right)
             encode(expected)  # else no program could say it
@@ -229,8 +229,8 @@ class CodeReward:
                 return (_Test(call={"assert": test}),)
             raise RewardError(
                 f"the test {_described(test)} is no call with literals compared with a literal ({error}). It would "
-                "have to run beside the program, which could make it pass: write it as such calls, leave the problem out, "
-                "or accept that with allow_asserts (--code.allow_asserts)."
+                "have to run beside the program, which could make it pass: write it as such calls, leave the problem "
+                "out, or accept that with allow_asserts (--code.allow_asserts)."
             ) from None
 
     def _question(self, completion: str, tests: Any, prefix: str | None, setup: str | None) -> _Question:

@@ -373,6 +373,7 @@ def run_program(job: dict) -> int:
 
 def watch(state: dict) -> None:
     """Takes one job, runs its program, and says what came of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _dies_with_parent()
     job = receive()
     if state["namespaces"]:
@@ -514,6 +515,7 @@ def main(options: dict) -> None:
     else:
         _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         state["scratch"] = tempfile.mkdtemp(prefix="grpo-sandbox-")
+        signal.signal(signal.SIGTERM, lambda *_: _tidy_up(state["scratch"]))
     with contextlib.suppress(OSError):
         state["landlock"] = _syscall(444, None, 0, 1) >= 1
     gc.collect()
@@ -525,7 +527,14 @@ def main(options: dict) -> None:
         if any(not event & select.POLLIN or not _one_job(state) for _, event in jobs.poll(1000)):
             break
     if state["scratch"] is not None:
-        shutil.rmtree(state["scratch"], ignore_errors=True)
+        _tidy_up(state["scratch"])
+
+
+def _tidy_up(scratch: str) -> None:
+    """What the kernel does where there are namespaces."""
+    end_children()
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)
 
 
 def _one_job(state: dict) -> bool:

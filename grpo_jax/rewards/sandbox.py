@@ -31,6 +31,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -226,7 +227,7 @@ class _Worker:
     """A process that runs a program after the other; of one thread at a time."""
 
     def __init__(self, namespaces: bool):
-        module = importlib.util.find_spec("pyseccomp")
+        self._namespaces, module = namespaces, importlib.util.find_spec("pyseccomp")
         options = {
             "namespaces": namespaces, "visible": _visible(), "seccomp": module and module.origin,
             "literals": (_HERE / "literals.py").read_text(),
@@ -285,19 +286,26 @@ class _Worker:
             data += part
         return bytes(data)
 
+    def kill(self) -> None:
+        """Ends the process, and with it all that it has started; from any thread, and then `run` fails."""
+        if not self._namespaces:  # it has to end what runs by itself
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+        self._process.kill()
+        self._process.wait()
+        if self.hello["scratch"] is not None:
+            shutil.rmtree(self.hello["scratch"], ignore_errors=True)
+
     def close(self) -> None:
-        """Ends the process, and with it all that it has started."""
+        """Ends the process when it has tidied up; only from the thread that runs programs by it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)  # it ends when its input does
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self.hello["scratch"] is not None:
-            shutil.rmtree(self.hello["scratch"], ignore_errors=True)
+        self.kill()
 
 
 def _result(line: bytes) -> tuple[str, Any]:
@@ -309,6 +317,72 @@ def _result(line: bytes) -> tuple[str, Any]:
     except (ValueError, TypeError, RecursionError):
         pass
     return "failed", "it wrote among its results"
+
+
+class _Crew:
+    """Workers, each used by one thread at a time and replaced when it is broken."""
+
+    def __init__(self, namespaces: bool, size: int):
+        self._namespaces, self._lock, self._stops, self.closed = namespaces, threading.Lock(), 0, False
+        self._busy: set[_Worker] = set()
+        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        for _ in range(size):
+            self._idle.put(None)
+
+    def run(self, job: Job, limits: Limits) -> Ran:
+        """Runs a program by the next free worker, and if that breaks, once more by a new one."""
+        stops, worker = self._stops, self._idle.get()
+        try:
+            try:
+                worker = self._take(worker, stops)
+                return worker.run(job, limits)
+            except SandboxError:
+                worker = self._dropped(worker)
+                worker = self._take(None, stops)
+                return worker.run(job, limits)
+        except BaseException:
+            worker = self._dropped(worker)
+            raise
+        finally:
+            with self._lock:
+                self._busy.discard(worker)  # type: ignore[arg-type]
+                self._idle.put(worker)
+
+    def _take(self, worker: _Worker | None, stops: int) -> _Worker:
+        worker = worker or _Worker(self._namespaces)
+        with self._lock:
+            self._busy.add(worker)
+        if self.closed or stops != self._stops:
+            raise _Stopped("the sandbox is closed." if self.closed else "the sandbox was interrupted.")
+        return worker
+
+    def _dropped(self, worker: _Worker | None) -> None:
+        """Nothing, in the place of a worker that is closed."""
+        with self._lock:
+            self._busy.discard(worker)  # type: ignore[arg-type]
+        if worker is not None:
+            worker.close()
+
+    def stop(self) -> None:
+        """Ends the programs that run, and they fail."""
+        with self._lock:
+            self._stops += 1
+            busy = list(self._busy)
+        for worker in busy:
+            worker.kill()
+
+    def close(self) -> None:
+        """Ends all processes, also where threads wait for them."""
+        self.closed = True
+        self.stop()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if worker := self._idle.get_nowait():
+                    worker.close()
+
+
+class _Stopped(SandboxError):
+    """Somebody has ended this on purpose."""
 
 
 class Sandbox:
@@ -329,12 +403,9 @@ class Sandbox:
         if workers < 0:
             raise ValueError(f"workers={workers} must be 1 or more, or 0 for one a core.")
         self.limits, self.workers = limits or Limits(), workers or len(os.sched_getaffinity(0))
-        self._namespaces = found.namespaces
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
-        for _ in range(self.workers):
-            self._idle.put(None)
+        self._crew = _Crew(found.namespaces, self.workers)
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
-        self._finalizer = weakref.finalize(self, _close_all, self._idle, self.workers, self._threads)
+        self.close = weakref.finalize(self, _close, self._crew, self._threads)  # ends all processes; at exit, too
 
     def run(self, job: Job) -> Ran:
         """Runs a program in a fresh process; waits for a free worker first.
@@ -342,30 +413,23 @@ class Sandbox:
         Raises:
           SandboxError: the sandbox is broken, a second time in a new process too, or it is closed.
         """
-        if not self._finalizer.alive:
+        if self._crew.closed:
             raise SandboxError("the sandbox is closed.")
-        worker = self._idle.get()
-        try:
-            try:
-                worker = worker or _Worker(self._namespaces)
-                return worker.run(job, self.limits)
-            except SandboxError:
-                worker = _replaced(worker)
-                worker = _Worker(self._namespaces)
-                return worker.run(job, self.limits)
-        except BaseException:
-            worker = _replaced(worker)
-            raise
-        finally:
-            self._idle.put(worker)
+        return self._crew.run(job, self.limits)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """`function` of each item, in threads, as many at a time as there are workers."""
-        return list(self._threads.map(function, items))
+        """`function` of each item, in threads, as many at a time as there are workers.
 
-    def close(self) -> None:
-        """Ends all processes."""
-        self._finalizer()
+        Where one raises, or Ctrl-C does, what has not begun is left out and what runs is ended.
+        """
+        futures = [self._threads.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            self._crew.stop()
+            raise
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -374,13 +438,6 @@ class Sandbox:
         self.close()
 
 
-def _replaced(worker: _Worker | None) -> None:
-    """Nothing, in the place of a worker that is closed."""
-    if worker is not None:
-        worker.close()
-
-
-def _close_all(idle: "queue.SimpleQueue[_Worker | None]", workers: int, threads: ThreadPoolExecutor) -> None:
-    threads.shutdown(wait=True, cancel_futures=True)
-    for _ in range(workers):
-        _replaced(idle.get())
+def _close(crew: _Crew, threads: ThreadPoolExecutor) -> None:
+    threads.shutdown(wait=False, cancel_futures=True)
+    crew.close()
