@@ -102,7 +102,9 @@ def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
         case ast.Assert(
             test=ast.Compare(left=ast.Call(func=ast.Name(id=name)) as made, ops=[ast.Eq()], comparators=[right])
         ):
-            named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in made.keywords}
+            if any(keyword.arg is None for keyword in made.keywords):
+                raise ValueError("arguments behind **")
+            named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in made.keywords}
             asked = call(function or name, *map(ast.literal_eval, made.args), **named)
             expected = ast.literal_eval(right)
             encode(expected)  # else no program could say it
@@ -168,13 +170,21 @@ class CodeReward:
     whatever else it does, is a verdict; only what the sandbox itself gets wrong is a failure.
     """
 
-    def __init__(self, config: CodeConfig | None = None):
-        """Raises RewardError where programs cannot be isolated, see `sandbox.isolation`."""
-        self.config = config or CodeConfig()
+    def __init__(self, config: CodeConfig | None = None, sandbox: Sandbox | None = None):
+        """`sandbox`: another reward's, for the same programs judged otherwise.
+
+        Raises:
+          RewardError: programs cannot be isolated, see `sandbox.isolation`.
+        """
+        self.config = c = config or CodeConfig()
         try:
-            self._sandbox = Sandbox(self.config.limits, workers=self.config.workers, allow_weak=self.config.allow_weak)
+            self._sandbox = sandbox or Sandbox(c.limits, workers=c.workers, allow_weak=c.allow_weak)
         except SandboxError as error:
             raise RewardError(str(error)) from None
+
+    def strict(self) -> "CodeReward":
+        """1 where every test passes, else 0, whatever this one gives: what evaluations count."""
+        return CodeReward(dataclasses.replace(self.config, score="all"), self._sandbox)
 
     def close(self) -> None:
         """Ends the processes."""

@@ -209,7 +209,8 @@ def _tried(namespaces: bool) -> Isolation:
     worked = dict(ran.results[0][1][1])
     return Isolation(
         namespaces=namespaces, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"],
-        **{name: not worked[name] for name in ("network", "writes", "files", "processes")},
+        network=not worked["network"], writes=not worked["writes"], files=not worked["files"],
+        processes=not worked["processes"],
     )  # fmt: skip
 
 
