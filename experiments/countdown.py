@@ -17,59 +17,18 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import runs, user_rewards
+from experiments import games, runs, user_rewards
 from experiments.flags import section
-from grpo_jax import loop, objectives, profiling, sharding, training
+from grpo_jax import loop, objectives, profiling, sharding
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
-from grpo_jax.evaluation import EvaluationConfig, Evaluator
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
+from grpo_jax.evaluation import EvaluationConfig
+from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
-from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig, surplus_of
-from grpo_jax.sampler import Sampler
+from grpo_jax.rollouts import RolloutConfig
 from grpo_jax.telemetry import write_atomically
-from grpo_jax.types import TrainState
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmStartConfig:
-    """Supervision on imperfect demonstrations, before GRPO."""
-
-    steps: int = 10_000  # optimizer steps
-    batch: int = 64  # demonstrations a step
-    learning_rate: float = 3e-3  # at its peak; cosine to 0
-    seed: int = 0  # of the initial parameters and of the demonstrations
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch) < 1 or self.learning_rate <= 0:
-            raise ValueError(f"{self}: steps, batch and learning_rate must be above 0.")
-
-
-# Defaults for a model of this size, where the library's are for language models of the usual sizes.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig(objectives.LossConfig):
-    """The objective of GRPO."""
-
-    kl_coef: float = 0.01  # beta; 0: no reference is held and no reference pass runs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(training.OptimizerConfig):
-    """AdamW with warm-up, a schedule, and clipping by global norm."""
-
-    learning_rate: float = 5e-4
-    decay: str = "linear"  # after the warm-up: constant, linear or cosine to 0 at the end
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UpdateConfig(training.UpdateConfig):
-    """How one rollout becomes optimizer steps: epochs x minibatches of them."""
-
-    microbatches: int = 4  # parts of a minibatch, one after the other; they fit the caches of a CPU better
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,21 +60,18 @@ CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
     "task": CountdownConfig,
     "model": TransformerConfig,
-    "warm_start": WarmStartConfig,
+    "warm_start": games.WarmStartConfig,
     "rollout": RolloutConfig,
     "advantages": AdvantageConfig,
-    "loss": LossConfig,
-    "optimizer": OptimizerConfig,
-    "update": UpdateConfig,
+    "loss": games.LossConfig,
+    "optimizer": games.OptimizerConfig,
+    "update": games.UpdateConfig,
     "train": TrainConfig,
     "mesh": sharding.MeshConfig,
     "evaluation": EvaluationConfig,
     "checkpoints": CheckpointConfig,
 }
-# What makes a model here; the families of pretrained models differ in more, and parameters stay float32 whatever
-# computes with them.
-MODEL = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "rope_base", "norm_epsilon")
-SKIPPED = {f.name for f in dataclasses.fields(TransformerConfig)} - {*MODEL, "compute_dtype", "sampler_dtype"}
+SKIPPED = games.SKIPPED
 FLAGS_OF = {name: section(name, cls, skip=SKIPPED if name == "model" else ()) for name, cls in SECTIONS.items()}
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 SHIPPED_WARM_START = pathlib.Path(__file__).with_name("countdown_warm_start.msgpack")
@@ -127,112 +83,23 @@ ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
 def configuration(workdir: pathlib.Path) -> dict[str, Any]:
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated."""
     makers = {name: flag.value for name, flag in FLAGS_OF.items()}
-    makers["model"] = functools.partial(makers["model"], vocab_size=Countdown.tokenizer.vocab_size)
-    if not EVAL_ONLY.value:
-        return runs.configured(makers) | user_rewards.named(REWARD.value)
-    saved = runs.saved_configuration(workdir)
-    return runs.configured(makers, {name: saved[name] for name in saved if name not in ("evaluation", "mesh")})
+    made = games.configuration(makers, Countdown.tokenizer, workdir if EVAL_ONLY.value else None)
+    return made if EVAL_ONLY.value else made | user_rewards.named(REWARD.value)
 
 
-class Experiment:
-    """The pieces of one configuration, built once and shared by the phases of the run."""
+class Experiment(games.Experiment):
+    """Countdown's pieces."""
 
     def __init__(self, config: dict[str, Any]):
-        self.config = config
-        train, rollout = self.config["train"], self.config["rollout"]
-        self.mesh = sharding.make_mesh(self.config["mesh"])
-        self.policy = make_policy(self.config["model"], self.mesh)
-        self.task = Countdown(self.config["task"], train.seed)
-        self.key, self.objective = jax.random.key(train.seed), objectives.make_objective(config["loss"])
-        self.max_tokens = rollout.max_tokens or self.task.max_completion_tokens
-        self.rewards = (
-            ACCURACY,
-            Reward(name="format", function=countdown_format, weight=train.format_reward),
-            *(config["rewards"].rewards if "rewards" in config else ()),
-        )
-        sizes = {"max_tokens": self.max_tokens, "max_prompt_tokens": self.task.max_prompt_tokens}
-        tokenizer = self.task.tokenizer
-        self.sampler = Sampler(
-            self.policy,
-            self.mesh,
-            tokenizer,
-            group_size=rollout.group_size,
-            stop=rollout.stop,
-            slots=rollout.slots,
-            key=jax.random.fold_in(self.key, 0),
-            copies=runs.copies_held(config["loss"]),
-            **sizes,
-        )
-        self.surplus = surplus_of(rollout, self.objective, **sizes)
-        # Other tasks and seeds share no held-out problem with training: being held out is a property of a problem.
-        self.evaluator = Evaluator(
-            self.policy, self.mesh, tokenizer, Countdown(self.config["task"], 0).source("held_out"), (ACCURACY,),
-            self.config["evaluation"], key=jax.random.key(0), copies=runs.copies_held(config["loss"]), **sizes,
-        )  # fmt: skip
-
-    def check(self) -> None:
-        """Raises ValueError where sizes do not fit together, before anything expensive starts."""
-        rollout = self.config["rollout"]
-        training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
-        training.check_reference(self.objective, self.config["update"])
-        sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": self.config["warm_start"].batch}
-        runs.check_multiples(self.mesh, sizes)
-        self.task.problem("held_out", 0)
-        self.rollouts()
-
-    def check_rewards(self) -> str:
-        """What the rewards say of a sample, where the user's own are among them; RewardError where one is wrong."""
-        if "rewards" not in self.config:
-            return ""
-        source, problem = self.task.source("train"), self.task.problem
-        samples = [(source(i), problem("train", i).solution) for i in range(2)]
-        return f"{user_rewards.check(self.rewards, samples, self.task.tokenizer, self.task.tokenizer.eos_ids[0])}\n"
-
-    def rollouts(self, **changes: Any) -> GroupRollouts:
-        """GRPO's experience, from training problems."""
-        options = {"config": self.config["rollout"], "advantages": self.config["advantages"]}
-        return GroupRollouts(
-            sampler=self.sampler, source=self.task.source("train"), rewards=self.rewards,
-            reference_logprobs=training.make_reference_logprobs(self.policy, self.config["update"], self.mesh),
-            **{"objective": self.objective, **options, **changes},
-        )  # fmt: skip
-
-    def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
-        """One phase from `params`, with the options of `runs.phase`."""
-        config, shared = self.config, {"policy": self.policy, "mesh": self.mesh, "key": self.key}
-        shared |= {"model": config["model"], "checkpoints": config["checkpoints"]}
-        return runs.phase(lambda: params, **{**shared, **options})
-
-    def train(
-        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0)
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """The phase with the objective that the flags name, from `params`: its log."""
-        config = self.config
-        _, rows = self.run(
-            params, objective=self.objective, experience=self.rollouts(), workdir=workdir, title=title,
-            optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
-            evaluator=self.evaluator, evaluate_every=config["evaluation"].every,
-            samples_every=config["train"].samples_every, surplus=self.surplus, profile=profile,
-        )  # fmt: skip
-        return rows
-
-
-def demonstrations(task: Countdown, batch: int) -> Demonstrations:
-    """Supervised experience from a task's imperfect demonstrator."""
-
-    def source(cursor: int) -> tuple[str, str]:
-        problem, text = task.demonstration(cursor)
-        return problem.prompt, text
-
-    return Demonstrations(
-        source=source, tokenizer=task.tokenizer, batch=batch, max_prompt_tokens=task.max_prompt_tokens,
-        max_tokens=task.max_completion_tokens, end_id=task.tokenizer.eos_ids[0],
-    )  # fmt: skip
+        form = Reward(name="format", function=countdown_format, weight=config["train"].format_reward)
+        super().__init__(config, Countdown, ACCURACY, (ACCURACY, form))
 
 
 def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
     """Parameters before GRPO: the shipped file where it fits the flags, else made here (and kept in the workdir)."""
-    model = {name: value for name, value in dataclasses.asdict(experiment.config["model"]).items() if name in MODEL}
+    model = {
+        name: value for name, value in dataclasses.asdict(experiment.config["model"]).items() if name in games.MODEL
+    }
     described = {name: dataclasses.asdict(experiment.config[name]) for name in ("task", "warm_start")} | {
         "model": {"vocab_size": Countdown.tokenizer.vocab_size, **model}
     }
@@ -241,29 +108,19 @@ def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
         if json.loads(shipped["configuration"]) == described:
             print(f"warm start: {SHIPPED_WARM_START.name}, shipped with the repository", flush=True)
             return flax.serialization.from_state_dict(abstract_params(experiment.config["model"])[0], shipped["params"])
-    config: WarmStartConfig = experiment.config["warm_start"]
+    config: games.WarmStartConfig = experiment.config["warm_start"]
     print(
         f"warm start: supervision on {config.steps} x {config.batch} demonstrations, since the one shipped with the "
         "repository was made with other --task, --model or --warm_start flags (--warm_start.steps makes it shorter)",
         flush=True,
     )
-    fresh = init_params(experiment.config["model"], jax.random.key(config.seed))
-    state, _ = experiment.run(
-        fresh, objective=objectives.supervised(),
-        experience=demonstrations(Countdown(experiment.config["task"], config.seed), config.batch),
-        workdir=workdir / "warm_start", title="warm start", optimizer=_supervised_optimizer(config, "cosine"),
-        update=training.UpdateConfig(), steps=config.steps, checkpoints=CheckpointConfig(every=1000),
-    )  # fmt: skip
+    params = games.warmed(experiment, workdir)
     packed = {
-        "params": flax.serialization.to_state_dict(jax.device_get(state.params)),
+        "params": flax.serialization.to_state_dict(jax.device_get(params)),
         "configuration": json.dumps(described),
     }
     write_atomically(workdir / "warm_start.msgpack", flax.serialization.msgpack_serialize(packed))
-    return state.params
-
-
-def _supervised_optimizer(config: WarmStartConfig, decay: str) -> training.OptimizerConfig:
-    return training.OptimizerConfig(learning_rate=config.learning_rate, warmup_steps=100, decay=decay)
+    return params
 
 
 def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, seconds: float) -> dict[str, list[Any]]:
@@ -272,7 +129,7 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
     Each gets the optimizer of GRPO, its decay too, over as many steps as fit into `seconds`, by a short trial.
     """
     config = experiment.config
-    more = demonstrations(Countdown(config["task"], config["train"].seed + 1_000_003), config["warm_start"].batch)
+    more = games.demonstrations(Countdown(config["task"], config["train"].seed + 1_000_003), config["warm_start"].batch)
     # Completions of the warm start itself, of which only the right ones train.
     own = experiment.rollouts(
         config=dataclasses.replace(config["rollout"], max_waves=1), objective=objectives.supervised(),
@@ -299,19 +156,6 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
     return curves
 
 
-def evaluate_only(experiment: Experiment, workdir: pathlib.Path) -> None:
-    """Evaluates a checkpoint of the workdir in full and prints the result as JSON."""
-    config = experiment.config
-    try:
-        state = runs.restored(
-            workdir, EVAL_STEP.value, policy=experiment.policy, model=config["model"], mesh=experiment.mesh,
-            optimizer=config["optimizer"], objective=experiment.objective, surplus=experiment.surplus,
-        )  # fmt: skip
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(json.dumps({"step": int(state.step), **experiment.evaluator.full(state.params)}))
-
-
 def main(argv: list[str]) -> None:
     """Runs, goes on with, or evaluates the run in --workdir."""
     workdir = runs.directory_of(argv, WORKDIR)
@@ -332,7 +176,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if EVAL_ONLY.value:
-        evaluate_only(experiment, workdir)
+        games.evaluate_only(experiment, workdir, EVAL_STEP.value)
         return
     loop.open_workdir(workdir, runs.as_json(config))
     params = warm_start(experiment, workdir)

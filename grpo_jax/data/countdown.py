@@ -83,7 +83,7 @@ class Countdown:
         """
         rng = random.Random(f"{self.seed}/{split}/{index}")
         for _ in range(_MAX_DRAWS):
-            drawn = (1 + _below(rng, self.config.max_number) for _ in range(self.config.numbers))
+            drawn = (1 + below(rng, self.config.max_number) for _ in range(self.config.numbers))
             numbers = tuple(sorted(drawn, reverse=True))
             value, text = self._expression(rng, numbers)
             if not (value.denominator == 1 and 1 <= value <= self.config.max_target):
@@ -114,9 +114,9 @@ class Countdown:
         while True:
             parts = [(Fraction(n), str(n), _ATOM) for n in numbers]
             while len(parts) > 1:
-                left = parts.pop(_below(rng, len(parts)))
-                right = parts.pop(_below(rng, len(parts)))
-                joined = _join(left, right, "+-*/"[_below(rng, 4)])
+                left = parts.pop(below(rng, len(parts)))
+                right = parts.pop(below(rng, len(parts)))
+                joined = _join(left, right, "+-*/"[below(rng, 4)])
                 if joined is None:
                     break
                 parts.append(joined)
@@ -124,7 +124,8 @@ class Countdown:
                 return parts[0][:2]
 
 
-def _below(rng: random.Random, n: int) -> int:
+def below(rng: random.Random, n: int) -> int:
+    """A number from 0 to n - 1."""
     return int(rng.random() * n)  # random() alone is the same in every version of Python
 
 

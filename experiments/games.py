@@ -1,0 +1,243 @@
+"""What experiments with a small model and generated problems share: their pieces, and a warm start made in the run."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from experiments import runs, user_rewards
+from grpo_jax import objectives, sharding, training
+from grpo_jax.checkpoints import CheckpointConfig
+from grpo_jax.data.sources import Source
+from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.evaluation import Evaluator
+from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.rewards import Reward
+from grpo_jax.rollouts import Demonstrations, GroupRollouts, surplus_of
+from grpo_jax.sampler import Sampler
+from grpo_jax.types import TrainState
+
+__all__ = [
+    "MODEL", "SKIPPED", "Experiment", "LossConfig", "OptimizerConfig", "Task", "UpdateConfig", "WarmStartConfig",
+    "configuration", "demonstrations", "evaluate_only", "supervised_optimizer", "warmed",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """Supervision on imperfect demonstrations, before GRPO."""
+
+    steps: int = 10_000  # optimizer steps
+    batch: int = 64  # demonstrations a step
+    learning_rate: float = 3e-3  # at its peak; cosine to 0
+    seed: int = 0  # of the initial parameters and of the demonstrations
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch) < 1 or self.learning_rate <= 0:
+            raise ValueError(f"{self}: steps, batch and learning_rate must be above 0.")
+
+
+# Defaults for a model of this size, where the library's are for language models of the usual sizes.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(objectives.LossConfig):
+    """The objective of GRPO."""
+
+    kl_coef: float = 0.01  # beta; 0: no reference is held and no reference pass runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(training.OptimizerConfig):
+    """AdamW with warm-up, a schedule, and clipping by global norm."""
+
+    learning_rate: float = 5e-4
+    decay: str = "linear"  # after the warm-up: constant, linear or cosine to 0 at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateConfig(training.UpdateConfig):
+    """How one rollout becomes optimizer steps: epochs x minibatches of them."""
+
+    microbatches: int = 4  # parts of a minibatch, one after the other; they fit the caches of a CPU better
+
+
+# What makes a model here; the families of pretrained models differ in more, and parameters stay float32 whatever
+# computes with them.
+MODEL = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "rope_base", "norm_epsilon")
+SKIPPED = {f.name for f in dataclasses.fields(TransformerConfig)} - {*MODEL, "compute_dtype", "sampler_dtype"}
+
+
+class Task(Protocol):
+    """Generated problems of a seed, as `data.countdown.Countdown` has them."""
+
+    tokenizer: ByteTokenizer
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt there can be, in tokens."""
+        ...
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """What a right answer needs, in tokens."""
+        ...
+
+    def problem(self, split: str, index: int) -> Any:
+        """Problem `index` of `train` or `held_out`."""
+        ...
+
+    def demonstration(self, index: int) -> tuple[Any, str]:
+        """Training problem `index`, which has a `prompt`, and what an imperfect demonstrator writes."""
+        ...
+
+    def source(self, split: str) -> Source:
+        """The problems of a split as prompts."""
+        ...
+
+
+class Experiment:
+    """The pieces of one configuration, built once and shared by the phases of the run."""
+
+    def __init__(
+        self, config: dict[str, Any], make_task: Callable[[Any, int], Task], judge: Reward, rewards: Sequence[Reward]
+    ):
+        """`make_task` of the section `task` and a seed; `judge` says right or wrong, `rewards` train."""
+        self.config, self.make_task = config, make_task
+        train, rollout = self.config["train"], self.config["rollout"]
+        self.mesh = sharding.make_mesh(self.config["mesh"])
+        self.policy = make_policy(self.config["model"], self.mesh)
+        self.task = make_task(self.config["task"], train.seed)
+        self.key, self.objective = jax.random.key(train.seed), objectives.make_objective(config["loss"])
+        self.max_tokens = rollout.max_tokens or self.task.max_completion_tokens
+        self.rewards = (*rewards, *(config["rewards"].rewards if "rewards" in config else ()))
+        sizes = {"max_tokens": self.max_tokens, "max_prompt_tokens": self.task.max_prompt_tokens}
+        tokenizer = self.task.tokenizer
+        self.sampler = Sampler(
+            self.policy,
+            self.mesh,
+            tokenizer,
+            group_size=rollout.group_size,
+            stop=rollout.stop,
+            slots=rollout.slots,
+            key=jax.random.fold_in(self.key, 0),
+            copies=runs.copies_held(config["loss"]),
+            **sizes,
+        )
+        self.surplus = surplus_of(rollout, self.objective, **sizes)
+        # Other tasks and seeds share no held-out problem with training: being held out is a property of a problem.
+        self.evaluator = Evaluator(
+            self.policy, self.mesh, tokenizer, make_task(self.config["task"], 0).source("held_out"), (judge,),
+            self.config["evaluation"], key=jax.random.key(0), copies=runs.copies_held(config["loss"]), **sizes,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises ValueError where sizes do not fit together, before anything expensive starts."""
+        rollout = self.config["rollout"]
+        training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
+        training.check_reference(self.objective, self.config["update"])
+        sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": self.config["warm_start"].batch}
+        runs.check_multiples(self.mesh, sizes)
+        self.task.problem("held_out", 0)
+        self.rollouts()
+
+    def check_rewards(self) -> str:
+        """What the rewards say of a sample, where the user's own are among them; RewardError where one is wrong."""
+        if "rewards" not in self.config:
+            return ""
+        source, problem = self.task.source("train"), self.task.problem
+        samples = [(source(i), problem("train", i).solution) for i in range(2)]
+        return f"{user_rewards.check(self.rewards, samples, self.task.tokenizer, self.task.tokenizer.eos_ids[0])}\n"
+
+    def rollouts(self, **changes: Any) -> GroupRollouts:
+        """GRPO's experience, from training problems."""
+        options = {"config": self.config["rollout"], "advantages": self.config["advantages"]}
+        return GroupRollouts(
+            sampler=self.sampler, source=self.task.source("train"), rewards=self.rewards,
+            reference_logprobs=training.make_reference_logprobs(self.policy, self.config["update"], self.mesh),
+            **{"objective": self.objective, **options, **changes},
+        )  # fmt: skip
+
+    def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
+        """One phase from `params`, with the options of `runs.phase`."""
+        config, shared = self.config, {"policy": self.policy, "mesh": self.mesh, "key": self.key}
+        shared |= {"model": config["model"], "checkpoints": config["checkpoints"]}
+        return runs.phase(lambda: params, **{**shared, **options})
+
+    def train(
+        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0)
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """The phase with the objective that the flags name, from `params`: its log."""
+        config = self.config
+        _, rows = self.run(
+            params, objective=self.objective, experience=self.rollouts(), workdir=workdir, title=title,
+            optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
+            evaluator=self.evaluator, evaluate_every=config["evaluation"].every,
+            samples_every=config["train"].samples_every, surplus=self.surplus, profile=profile,
+        )  # fmt: skip
+        return rows
+
+
+def configuration(
+    makers: Mapping[str, Callable[..., Any]], tokenizer: ByteTokenizer, saved: pathlib.Path | None
+) -> dict[str, Any]:
+    """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated.
+
+    Args:
+      makers: of each section.
+      tokenizer: which says how large the model's vocabulary is.
+      saved: the workdir of that run.
+    """
+    makers = {**makers, "model": functools.partial(makers["model"], vocab_size=tokenizer.vocab_size)}
+    if saved is None:
+        return runs.configured(makers)
+    kept = runs.saved_configuration(saved)
+    return runs.configured(makers, {name: kept[name] for name in kept if name not in ("evaluation", "mesh")})
+
+
+def demonstrations(task: Task, batch: int) -> Demonstrations:
+    """Supervised experience from a task's imperfect demonstrator."""
+
+    def source(cursor: int) -> tuple[str, str]:
+        problem, text = task.demonstration(cursor)
+        return problem.prompt, text
+
+    return Demonstrations(
+        source=source, tokenizer=task.tokenizer, batch=batch, max_prompt_tokens=task.max_prompt_tokens,
+        max_tokens=task.max_completion_tokens, end_id=task.tokenizer.eos_ids[0],
+    )  # fmt: skip
+
+
+def supervised_optimizer(config: WarmStartConfig, decay: str) -> training.OptimizerConfig:
+    """Of a warm start."""
+    return training.OptimizerConfig(learning_rate=config.learning_rate, warmup_steps=100, decay=decay)
+
+
+def warmed(experiment: Experiment, workdir: pathlib.Path) -> Any:
+    """Parameters after supervision on imperfect demonstrations, in `workdir`/warm_start."""
+    config: WarmStartConfig = experiment.config["warm_start"]
+    state, _ = experiment.run(
+        init_params(experiment.config["model"], jax.random.key(config.seed)), objective=objectives.supervised(),
+        experience=demonstrations(experiment.make_task(experiment.config["task"], config.seed), config.batch),
+        workdir=workdir / "warm_start", title="warm start", optimizer=supervised_optimizer(config, "cosine"),
+        update=training.UpdateConfig(), steps=config.steps, checkpoints=CheckpointConfig(every=1000),
+    )  # fmt: skip
+    return state.params
+
+
+def evaluate_only(experiment: Experiment, workdir: pathlib.Path, step: int | None) -> None:
+    """Evaluates a checkpoint of the workdir in full and prints the result as JSON."""
+    config = experiment.config
+    try:
+        state = runs.restored(
+            workdir, step, policy=experiment.policy, model=config["model"], mesh=experiment.mesh,
+            optimizer=config["optimizer"], objective=experiment.objective, surplus=experiment.surplus,
+        )  # fmt: skip
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps({"step": int(state.step), **experiment.evaluator.full(state.params)}))

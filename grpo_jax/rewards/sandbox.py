@@ -1,0 +1,444 @@
+"""A sandbox for Python programs: a fresh process for each, with limits, without network, and with no writes outside.
+
+    with Sandbox(Limits(cpu_seconds=1)) as sandbox:
+        print(isolation().description)
+        sandbox.run(Job(program="def add(a, b): return a + b", calls=(call("add", 1, 2),)))
+
+`confined.py` is what stands at the other side. A program sees a user without privileges, an empty temporary
+directory in memory, Python's standard library and the system's shared libraries, /dev/null and its like; no other
+process, no other file, no environment and no interface of the network. It is forked from a process that has imported
+the standard library and has never seen another program, which takes a few milliseconds where a new interpreter takes
+some 30. Programs share nothing but that process's memory, as it was before all of them.
+
+Limits are of CPU time first, so that a busy machine changes no verdict, with wall time as a backstop. Memory and CPU
+time are each process's own: a program has up to `processes` times as much.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import queue
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from grpo_jax.rewards.literals import encode
+
+__all__ = ["Isolation", "Job", "Limits", "Ran", "Sandbox", "SandboxError", "call", "isolation"]
+
+_HERE = pathlib.Path(__file__).parent
+_GRACE = 30.0  # seconds beyond a program's wall time, after which the sandbox itself is broken
+_START = 60.0  # seconds it may take to start
+_LARGEST = 64 << 20  # bytes of a reply; limits of output keep it far below
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself is broken, or isolates less than was asked for; never what a program did."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one program may use."""
+
+    cpu_seconds: float = 2.0  # CPU time of a program, whatever else the machine does
+    wall_seconds: float = 20.0  # a backstop: of programs that sleep
+    memory_mib: int = 256  # address space
+    file_mib: int = 16  # the temporary directory, and each file
+    output_kib: int = 256  # of standard output, and of what calls return
+    processes: int = 8  # processes and threads
+
+    def __post_init__(self) -> None:
+        if min(self.cpu_seconds, self.wall_seconds) <= 0:
+            raise ValueError(f"cpu_seconds={self.cpu_seconds} and wall_seconds={self.wall_seconds} must be above 0.")
+        if self.memory_mib < 64:
+            raise ValueError(f"memory_mib={self.memory_mib} must be 64 or more: Python itself needs some 40.")
+        if min(self.file_mib, self.output_kib, self.processes) < 1:
+            raise ValueError(
+                f"file_mib={self.file_mib}, output_kib={self.output_kib} and processes={self.processes} must be 1 or "
+                "more."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A program, and what it is asked: calls of its functions, or standard input."""
+
+    program: str
+    calls: tuple[Mapping[str, Any], ...] | None = None  # each by `call`; None: it runs to its end, as a main program
+    stdin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What came of a program; all of it but `ended` and the times is what the program says."""
+
+    ended: str  # exit: by itself or by a signal; else the limit that it has used up: cpu, wall or output
+    code: int  # its exit code, or minus the signal
+    cpu_seconds: float
+    seconds: float
+    stdout: bytes
+    results: tuple[tuple[str, Any], ...]  # of each call ("returned", JSON of `literals`) or ("raised", text)
+
+
+def call(function: str, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """A call of a program's function with literals.
+
+    Raises:
+      Unsendable: an argument is no literal.
+    """
+    return {"call": function, "args": encode(list(args)), "kwargs": encode(kwargs)}
+
+
+# What isolates --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Isolation:
+    """What keeps programs from everything else on this host, as tried."""
+
+    namespaces: bool  # user, process, mount, network, IPC and host name
+    seccomp: bool
+    landlock: bool
+    network: bool  # nothing is reached, not even this host
+    writes: bool  # nothing is written outside the temporary directory
+    files: bool  # what is not Python's or the system's libraries cannot be read
+    processes: bool  # no other process is seen, and none survives
+    why: str = ""  # namespaces are missing
+
+    @property
+    def strong(self) -> bool:
+        """No network and no writes outside: what a reward needs to start."""
+        return self.network and self.writes
+
+    @property
+    def description(self) -> str:
+        """In one line."""
+        parts = {
+            "namespaces": "namespaces (user, pid, mount, net, ipc, uts)",
+            "seccomp": "seccomp",
+            "landlock": "Landlock",
+        }
+        by = " + ".join(text for name, text in parts.items() if getattr(self, name)) or "limits alone"
+        kept = {
+            "network": "network",
+            "writes": "writes outside",
+            "files": "files of the host",
+            "processes": "processes",
+        }
+        open_ = [text for name, text in kept.items() if not getattr(self, name)]
+        return f"sandbox: {by}; " + (f"NOT isolated: {', '.join(open_)}{self.advice}" if open_ else "all is isolated")
+
+    @property
+    def advice(self) -> str:
+        """What to do about what is missing; empty where nothing is."""
+        if self.namespaces:
+            return ""
+        seccomp = "" if self.seccomp else "; else `pip install pyseccomp` and libseccomp for a network filter"
+        return (
+            f" (namespaces: {self.why}; allow user namespaces: sysctl user.max_user_namespaces above 0, "
+            "kernel.apparmor_restrict_unprivileged_userns=0, and in a container a seccomp profile that lets unshare "
+            f"through{seccomp})"
+        )
+
+
+# Tries everything that must not work; says what did.
+_TRY = """
+import os, socket
+def attempts(tcp, udp, path, pid):
+    def works(attempt):
+        try:
+            attempt()
+        except OSError:
+            return False
+        return True
+    return {
+        "network": works(lambda: socket.create_connection(("127.0.0.1", tcp), timeout=5))
+        or works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"!", ("127.0.0.1", udp))),
+        "writes": works(lambda: open(path + "/written", "w")) or works(lambda: os.chmod(path + "/secret", 0)),
+        "files": works(lambda: open(path + "/secret").read()),
+        "processes": works(lambda: os.kill(pid, 0)) or works(lambda: open(f"/proc/{pid}/stat").read()),
+    }
+"""
+
+
+@functools.cache
+def isolation() -> Isolation:
+    """What isolates here, found out once by trying what must not work.
+
+    Raises:
+      SandboxError: not even a process with limits can be started.
+    """
+    if sys.platform != "linux":
+        raise SandboxError(f"the sandbox needs Linux, and this is {sys.platform}: judge code on another machine.")
+    try:
+        return _tried(namespaces=True)
+    except SandboxError as error:
+        return dataclasses.replace(_tried(namespaces=False), why=str(error).strip().splitlines()[-1])
+
+
+def _tried(namespaces: bool) -> Isolation:
+    with (
+        contextlib.closing(_Worker(namespaces)) as worker,
+        tempfile.TemporaryDirectory() as directory,
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+    ):
+        udp.bind(("127.0.0.1", 0))
+        os.chmod(directory, 0o777)
+        pathlib.Path(directory, "secret").write_text("secret")
+        ports = (bound.getsockname()[1] for bound in (tcp, udp))
+        ran = worker.run(Job(program=_TRY, calls=(call("attempts", *ports, directory, os.getpid()),)), Limits())
+    if not ran.results or ran.results[0][0] != "returned":
+        raise SandboxError(f"what must not work could not be tried: {ran}")
+    worked = dict(ran.results[0][1][1])
+    return Isolation(
+        namespaces=namespaces, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"],
+        network=not worked["network"], writes=not worked["writes"], files=not worked["files"],
+        processes=not worked["processes"],
+    )  # fmt: skip
+
+
+# Who runs programs ----------------------------------------------------------------------------------
+
+
+def _visible() -> list[str]:
+    """What a program may read of this host: Python's library, and the system's for what that loads."""
+    python = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), f"{sys.base_prefix}/lib"]
+    places = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", *map(os.path.realpath, python)]
+    return sorted(dict.fromkeys(places), key=len)  # what is below another is seen with it
+
+
+class _Worker:
+    """A process that runs a program after the other; of one thread at a time."""
+
+    def __init__(self, namespaces: bool):
+        self._namespaces, module = namespaces, importlib.util.find_spec("pyseccomp")
+        options = {
+            "namespaces": namespaces, "visible": _visible(), "seccomp": module and module.origin,
+            "literals": (_HERE / "literals.py").read_text(),
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
+            [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(_HERE / "confined.py"), json.dumps(options)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", bufsize=0,
+            env={"PYTHONHASHSEED": "0"}, start_new_session=True,  # Ctrl-C is ours
+        )  # fmt: skip
+        self.hello: Mapping[str, Any] = {"scratch": None}
+        try:
+            self.hello = self._read(_START)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, job: Job, limits: Limits) -> Ran:
+        """Runs one program.
+
+        Raises:
+          SandboxError: whoever runs it is gone, or says nothing.
+        """
+        asked = {"program": job.program, "calls": job.calls, "stdin": job.stdin, "limits": dataclasses.asdict(limits)}
+        data = json.dumps(asked).encode()
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(struct.pack(">I", len(data)) + data)
+        except OSError as error:
+            raise SandboxError(f"the sandbox's process has ended: {error}") from error
+        said = self._read(limits.wall_seconds + _GRACE)
+        said["stdout"], lines = base64.b64decode(said["stdout"]), base64.b64decode(said["results"])
+        return Ran(**{**said, "results": tuple(map(_result, lines.split(b"\n")[:-1]))})
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        (size,) = struct.unpack(">I", self._exactly(4, end))
+        if size > _LARGEST:
+            raise SandboxError(f"a reply of {size} bytes")
+        said = json.loads(self._exactly(size, end))
+        if "broken" in said:
+            raise SandboxError(f"the sandbox could not be set up: {said['broken']}")
+        return said
+
+    def _exactly(self, size: int, end: float) -> bytes:
+        assert self._process.stdout is not None
+        fd, data = self._process.stdout.fileno(), bytearray()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while len(data) < size:
+            if not poll.poll(max(0.0, 1000 * (end - time.monotonic()))):
+                raise SandboxError("the sandbox's process says nothing any more")
+            part = os.read(fd, size - len(data))
+            if not part:
+                raise SandboxError("the sandbox's process has ended")
+            data += part
+        return bytes(data)
+
+    def kill(self) -> None:
+        """Ends the process, and with it all that it has started; from any thread, and then `run` fails."""
+        if not self._namespaces:  # it has to end what runs by itself
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+        self._process.kill()
+        self._process.wait()
+        if self.hello["scratch"] is not None:
+            shutil.rmtree(self.hello["scratch"], ignore_errors=True)
+
+    def close(self) -> None:
+        """Ends the process when it has tidied up; only from the thread that runs programs by it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)  # it ends when its input does
+        self.kill()
+
+
+def _result(line: bytes) -> tuple[str, Any]:
+    """A line that a program wrote, or `("failed", ...)` where it is none of ours."""
+    try:
+        kind, content = json.loads(line)
+        if kind in ("returned", "raised", "failed"):
+            return kind, content
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return "failed", "it wrote among its results"
+
+
+class _Crew:
+    """Workers, each used by one thread at a time and replaced when it is broken."""
+
+    def __init__(self, namespaces: bool, size: int):
+        self._namespaces, self._lock, self._stops, self.closed = namespaces, threading.Lock(), 0, False
+        self._busy: set[_Worker] = set()
+        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        for _ in range(size):
+            self._idle.put(None)
+
+    def run(self, job: Job, limits: Limits) -> Ran:
+        """Runs a program by the next free worker, and if that breaks, once more by a new one."""
+        stops, worker = self._stops, self._idle.get()
+        try:
+            try:
+                worker = self._take(worker, stops)
+                return worker.run(job, limits)
+            except SandboxError:
+                worker = self._dropped(worker)
+                worker = self._take(None, stops)
+                return worker.run(job, limits)
+        except BaseException:
+            worker = self._dropped(worker)
+            raise
+        finally:
+            with self._lock:
+                self._busy.discard(worker)  # type: ignore[arg-type]
+                self._idle.put(worker)
+
+    def _take(self, worker: _Worker | None, stops: int) -> _Worker:
+        worker = worker or _Worker(self._namespaces)
+        with self._lock:
+            self._busy.add(worker)
+        if self.closed or stops != self._stops:
+            raise _Stopped("the sandbox is closed." if self.closed else "the sandbox was interrupted.")
+        return worker
+
+    def _dropped(self, worker: _Worker | None) -> None:
+        """Nothing, in the place of a worker that is closed."""
+        with self._lock:
+            self._busy.discard(worker)  # type: ignore[arg-type]
+        if worker is not None:
+            worker.close()
+
+    def stop(self) -> None:
+        """Ends the programs that run, and they fail."""
+        with self._lock:
+            self._stops += 1
+            busy = list(self._busy)
+        for worker in busy:
+            worker.kill()
+
+    def close(self) -> None:
+        """Ends all processes, also where threads wait for them."""
+        self.closed = True
+        self.stop()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if worker := self._idle.get_nowait():
+                    worker.close()
+
+
+class _Stopped(SandboxError):
+    """Somebody has ended this on purpose."""
+
+
+class Sandbox:
+    """Runs programs, up to `workers` at a time, from any thread; processes are started when they are first needed."""
+
+    def __init__(self, limits: Limits | None = None, *, workers: int = 0, allow_weak: bool = False):
+        """`workers`: programs at a time; 0: as many as there are cores for this process.
+
+        Raises:
+          SandboxError: what isolates here is less than no network and no writes outside, and `allow_weak` is not set.
+        """
+        found = isolation()
+        if not found.strong and not allow_weak:
+            raise SandboxError(
+                f"{found.description}. Programs that a model writes would run unconfined: mend it, or accept the risk "
+                "with allow_weak (--code.allow_weak on the command line)."
+            )
+        if workers < 0:
+            raise ValueError(f"workers={workers} must be 1 or more, or 0 for one a core.")
+        self.limits, self.workers = limits or Limits(), workers or len(os.sched_getaffinity(0))
+        self._crew = _Crew(found.namespaces, self.workers)
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
+        self.close = weakref.finalize(self, _close, self._crew, self._threads)  # ends all processes; at exit, too
+
+    def run(self, job: Job) -> Ran:
+        """Runs a program in a fresh process; waits for a free worker first.
+
+        Raises:
+          SandboxError: the sandbox is broken, a second time in a new process too, or it is closed.
+        """
+        if self._crew.closed:
+            raise SandboxError("the sandbox is closed.")
+        return self._crew.run(job, self.limits)
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """`function` of each item, in threads, as many at a time as there are workers.
+
+        Where one raises, or Ctrl-C does, what has not begun is left out and what runs is ended.
+        """
+        futures = [self._threads.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            self._crew.stop()
+            raise
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _close(crew: _Crew, threads: ThreadPoolExecutor) -> None:
+    threads.shutdown(wait=False, cancel_futures=True)
+    crew.close()
