@@ -17,6 +17,7 @@ from jax.stages import Compiled
 from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
+from grpo_jax.memory import most_alive
 from grpo_jax.slots import arrange
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams
 
@@ -89,36 +90,9 @@ def rollout_bytes(
         + cache(prompts, 1, chunks * chunk)
         + refilled * cache(rows, 1, chunks * chunk)
         + cache(rows, width, max_tokens)
-        + max(_most_alive(prefill.jaxpr), choice) // devices
+        + max(most_alive(prefill.jaxpr), choice) // devices
         + 2 * 12 * prompts * group_size * max_tokens // devices  # token and two log-probabilities, twice
     )
-
-
-def _most_alive(jaxpr: Any, given: Sequence[int] = ()) -> int:
-    """Bytes alive at the worst moment of a jaxpr: `given` of its arguments, which it may overwrite, and what it makes.
-
-    As if a compiler made no array of a broadcast or of another shape, and wrote what is elementwise over what it is
-    made of, but no product. Of a loop it sees one round.
-    """
-    is_variable = lambda x: not hasattr(x, "val")
-    last_use = {x: i for i, equation in enumerate(jaxpr.eqns) for x in filter(is_variable, equation.invars)}
-    last_use |= dict.fromkeys(filter(is_variable, jaxpr.outvars), len(jaxpr.eqns))
-    alive = dict(zip(jaxpr.invars, given, strict=False))
-    most = sum(alive.values())
-    for i, equation in enumerate(jaxpr.eqns):
-        name = equation.primitive.name
-        dying = [alive.pop(x, 0) if is_variable(x) and last_use[x] == i else 0 for x in equation.invars]
-        made = [x.aval.size * x.aval.dtype.itemsize for x in equation.outvars]
-        if name in ("broadcast_in_dim", "iota", "dynamic_update_slice"):  # the last writes into an argument
-            made = [0] * len(made)
-        elif name in ("reshape", "squeeze", "expand_dims"):
-            made = [sum(dying)]
-        parts = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
-        inner = [getattr(x, "jaxpr", x) for x in parts if hasattr(getattr(x, "jaxpr", x), "eqns")]
-        both = sum(dying) + sum(made) if name == "dot_general" else max(sum(dying), sum(made))
-        most = max(most, sum(alive.values()) + max([both, *(_most_alive(part, dying) for part in inner)]))
-        alive |= dict(zip(equation.outvars, made, strict=True))
-    return most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
