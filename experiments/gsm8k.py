@@ -12,6 +12,7 @@ GSM8K alone, without the easiest of MATH; the last number is the answer. For ins
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 from typing import Any
@@ -20,12 +21,13 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import runs, tasks
+from experiments import runs, scorers, tasks
 from experiments.flags import section
 from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import abstract_params
 from grpo_jax.sampler import Sampler
 
 # Defaults for pretrained models, where the library's are for any.
@@ -87,6 +89,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
     "reward": tasks.RewardConfig,
+    "reward_model": scorers.RewardModelConfig,
     "rollout": RolloutConfig,
     "advantages": outcomes.AdvantageConfig,
     "loss": LossConfig,
@@ -118,7 +121,12 @@ class Experiment(tasks.Opened):
         self.surplus = rollouts.surplus_of(
             rollout, self.objective, max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens
         )
-        copies = runs.copies_held(config["loss"])
+        self.copies, judge = runs.copies_held(config["loss"]), config["reward_model"]
+        self.scorer = scorers.OpenedScorer(judge, self.mesh) if judge.directory else None
+        shapes, axes = abstract_params(self.model)
+        self.own_bytes = sharding.device_bytes(shapes, axes, self.mesh)
+        # What a reward model takes of the memory, in the sampler's measure.
+        copies = self.copies + (math.ceil(self.scorer.bytes / self.own_bytes) if self.scorer else 0)
         self.evaluator = self.task.evaluator(
             self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop,
             copies=copies,
@@ -132,10 +140,13 @@ class Experiment(tasks.Opened):
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
         rollout = self.config["rollout"]
+        rewards = self.task.rewards(self.config["reward"], rollout.max_tokens)
+        if self.scorer is not None:
+            rewards.append(self.scorer.reward(self.tokenizer, held=self.copies * self.own_bytes))
         return rollouts.GroupRollouts(
             sampler=self.sampler,
             source=sources.shuffled(self.task.train, self.config["train"].seed),
-            rewards=self.task.rewards(self.config["reward"], rollout.max_tokens),
+            rewards=rewards,
             config=rollout,
             advantages=self.config["advantages"],
             objective=self.objective,

@@ -1,9 +1,20 @@
-"""What a function needs of a device's memory, estimated from its jaxpr, so that batches can be cut to what there is."""
+"""How much memory a device has, and how much a function needs, by its jaxpr: batches are cut to what there is."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["most_alive", "parts_that_fit"]
+import jax
+
+__all__ = ["device_memory", "most_alive", "parts_that_fit"]
+
+
+def device_memory() -> int | None:
+    """Bytes of a device, or its part of the host's memory where it is a CPU; None: it does not say."""
+    device, *others = jax.local_devices()
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 + len(others))
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def most_alive(jaxpr: Any, given: Sequence[int] = ()) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.stages import Compiled
 from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
-from grpo_jax.memory import most_alive
+from grpo_jax.memory import device_memory, most_alive
 from grpo_jax.slots import arrange
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams
 
@@ -45,14 +44,6 @@ def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[st
         ids += silent
         strings += [] if silent else [string]
     return ids, strings
-
-
-def device_memory() -> int | None:
-    """Bytes of a device, or its part of the host's memory where it is a CPU; None: it does not say."""
-    device, *others = jax.local_devices()
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 + len(others))
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def rollout_bytes(
