@@ -3,8 +3,8 @@
 python -m experiments.rlhf --workdir=runs/rlhf
 
 A prompt names three letters, and a text of letters and exclamation marks answers it. A hidden rule likes texts that
-mention all three, and exclamation marks, up to three of them; more is shouting. Nobody but a labeller knows it: pairs of
-the warm start's own texts are compared by it, with noise, and a reward model learns from these. In such texts nobody
+mention all three, and exclamation marks, up to three of them; more is shouting. Only a labeller knows it: pairs of the
+warm start's own texts are compared by it, with noise, and a reward model learns from these. In such texts nobody
 shouts, so that the reward model has never seen what is wrong with it, and GRPO finds out: without a KL penalty the
 score rises while the truth falls (arXiv 2210.10760). Both are measured at every step, with KL and without.
 
@@ -19,7 +19,7 @@ import random
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,12 +29,11 @@ from absl import flags
 from experiments import flags as sections
 from experiments import runs
 from experiments.flags import section
+from experiments.rlhf_task import PROMPT_TOKENS, TOKENIZER, demonstration, prefers_first, prompt, rule
 from grpo_jax import loop, objectives, reward_model, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
-from grpo_jax.data.tokenizer import ByteTokenizer
-from grpo_jax.evaluation import EvaluationConfig, Evaluator
 from grpo_jax.microbatches import frozen_logprobs, pack_microbatches
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.preferences import Pair, PairEvaluator, PairExperience
@@ -45,46 +44,6 @@ from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import Journal, completion_texts
 from grpo_jax.telemetry import read_jsonl, write_atomically
 from grpo_jax.types import PyTree, SamplingParams, TrainState
-
-# The task --------------------------------------------------------------------------------------------
-
-LETTERS, MARK = "abcdefgh", "!"
-TOKENIZER = ByteTokenizer(f"{LETTERS}{MARK}>")
-PROMPT_TOKENS, LIKED_MARKS = 4, 3
-
-
-def prompt(seed: int, split: str, index: int) -> str:
-    """Three different letters and `>`; which split they belong to is a property of the letters."""
-    rng = random.Random(f"{seed}/{split}/{index}")
-    while True:
-        letters = rng.sample(LETTERS, 3)
-        if (zlib.crc32("".join(sorted(letters)).encode()) % 4 == 0) == (split == "held_out"):
-            return "".join(letters) + ">"
-
-
-def demonstration(seed: int, index: int) -> tuple[str, str]:
-    """A prompt, and a text of 4 to 12 characters that somewhat keeps to it, with an exclamation mark now and then."""
-    asked, rng = prompt(seed, "train", index), random.Random(f"{seed}/demonstration/{index}")
-    weights = (0.35, 0.55, 0.10)
-    pools = (asked[:3], LETTERS, MARK)
-    drawn = rng.choices(pools, weights, k=rng.randint(4, 12))
-    return asked, "".join(rng.choice(pool) for pool in drawn)
-
-
-def rule(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """The truth: the share of the prompt's letters that are mentioned, and marks up to three; 1 is the best there is.
-
-    A mark is worth 0.25, one too many costs as much, and everything is divided by what the best text has.
-    """
-    del columns
-
-    def one(asked: str, text: str) -> float:
-        mentioned = len({*asked[:3]} & {*text}) / 3
-        marks = text.count(MARK)
-        return (mentioned + 0.25 * (min(marks, LIKED_MARKS) - max(marks - LIKED_MARKS, 0))) / 1.75
-
-    return [one(*pair) for pair in zip(prompts, completions, strict=True)]
-
 
 # Configuration ----------------------------------------------------------------------------------------
 
@@ -206,7 +165,9 @@ SECTIONS: dict[str, type[Any]] = {
     "mesh": sharding.MeshConfig,
     "checkpoints": CheckpointConfig,
 }
-FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}
+# A step is one wave: the KL to the start is measured on what it samples.
+SKIPPED = {"rollout": ("max_waves",)}
+FLAGS_OF = {name: section(name, cls, skip=SKIPPED.get(name, ())) for name, cls in SECTIONS.items()}
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 ARMS = {"without KL": 0.0, "with KL": 1.0}  # what kl_coef is multiplied by
 
@@ -221,11 +182,8 @@ class Experiment:
         self.scored = dataclasses.replace(self.model, score=True)
         self.policy, self.judge = make_policy(self.model, self.mesh), make_policy(self.scored, self.mesh)
         self.key = jax.random.key(seed)
-        if not rollout.max_tokens or rollout.max_waves > 1:
-            raise ValueError(
-                f"rollout.max_tokens={rollout.max_tokens} must be 1 or more, max_waves={rollout.max_waves} 1: the KL "
-                "to the start is measured on what a step samples."
-            )
+        if not rollout.max_tokens:
+            raise ValueError("rollout.max_tokens=0 must be 1 or more: nothing else says how long texts are.")
         if not config["loss"].kl_coef:
             raise ValueError("loss.kl_coef=0: both arms would be the same; it is that of the arm with KL.")
         training.check_divides(rollout.prompts * rollout.group_size, config["update"], self.mesh)
@@ -238,6 +196,9 @@ class Experiment:
             max_prompt_tokens=PROMPT_TOKENS, key=jax.random.fold_in(self.key, 0), stop=rollout.stop,
             slots=rollout.slots,
         )  # fmt: skip
+        # Compiled once, for all phases.
+        self._reference_logprobs = training.make_reference_logprobs(self.policy, config["update"], self.mesh)
+        self._steps: dict[str, Any] = {}
         logprobs = lambda params, batch: frozen_logprobs(
             self.policy, params, pack_microbatches(self.policy, batch, batch.mask, 1, self.mesh), self.mesh
         )[0]
@@ -264,29 +225,38 @@ class Experiment:
         )  # fmt: skip
         return state.params
 
+    def texts(self, params: PyTree, split: str, groups: int) -> Iterator[tuple[str, list[list[int]], list[str]]]:
+        """A policy's samples for prompts of a split: each prompt, with tokens and texts of its group.
+
+        As many at a time as in a step, so that nothing is compiled for it.
+        """
+        size, group = self.config["rollout"].prompts, self.sampler.group_size
+        for start in range(0, groups, size):
+            # Not the numbers of prompts that are trained on: a text's randomness goes by these.
+            ids = [zlib.crc32(split.encode()) // 2 + 2**31 + i for i in range(start, start + size)]
+            asked = [prompt(self.seed, split, i) for i in range(start, start + size)]
+            rollout = jax.device_get(self.sampler(params, asked, ids, SamplingParams()))
+            tokens, texts = completion_texts(rollout, TOKENIZER)
+            for i in range(min(size, groups - start)):
+                yield asked[i], tokens[i * group : (i + 1) * group], texts[i * group : (i + 1) * group]
+
     def preferences(self, params: PyTree, path: pathlib.Path, iteration: int) -> list[dict[str, Any]]:
         """Pairs of a policy's texts, as the labeller has them: those for training, then those held out."""
         config: PreferenceConfig = self.config["preferences"]
-        count = config.pairs + config.held_out
+        count, each = config.pairs + config.held_out, self.sampler.group_size // 2
         if len(rows := read_jsonl(path)) == count:
             return rows
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        needed = -(-count // shards) * shards
-        # Not the numbers of prompts that are trained on: a text's randomness goes by these.
-        ids = [2**30 + iteration * 2**20 + i for i in range(needed)]
-        asked = [prompt(self.seed, f"preferences {iteration}", i) for i in ids]
-        rollout = jax.device_get(self.sampler(params, asked, ids, SamplingParams()))
-        tokens, texts = completion_texts(rollout, TOKENIZER)
-        group = self.sampler.group_size
         rows = []
-        for i in range(count):
-            first, second = i * group, i * group + 1  # two of the group
-            truth = rule([asked[i]] * 2, texts[first : second + 1])
-            chance = 1 / (1 + np.exp(-(truth[0] - truth[1]) / config.noise))
-            label = random.Random(f"{self.seed}/label/{iteration}/{i}").random() < chance
-            chosen, rejected = (first, second) if label else (second, first)
-            rows.append({"prompt": asked[i], "chosen": tokens[chosen], "rejected": tokens[rejected],
-                         "texts": [texts[chosen], texts[rejected]]})  # fmt: skip
+        for asked, tokens, texts in self.texts(params, f"preferences {iteration}", -(-count // each)):
+            for first in range(0, 2 * each, 2):
+                key = f"{self.seed}/label/{iteration}/{len(rows)}"
+                ahead = prefers_first(asked, texts[first : first + 2], config.noise, key)
+                chosen, rejected = (first, first + 1) if ahead else (first + 1, first)
+                rows.append(
+                    {"prompt": asked, "chosen": texts[chosen], "rejected": texts[rejected],
+                     "tokens": [tokens[chosen], tokens[rejected]]}
+                )  # fmt: skip
+        rows = rows[:count]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
@@ -294,24 +264,34 @@ class Experiment:
     def learn_rewards(
         self, params: PyTree, rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], workdir: pathlib.Path
     ) -> tuple[PyTree, dict[str, float]]:
-        """A reward model from `params`, on new preferences and some of the old; what is said of it on those held out."""
+        """A reward model from `params`, on new preferences and some old ones; what is said of it on those held out."""
         config: RewardModelConfig = self.config["reward_model"]
         preferences: PreferenceConfig = self.config["preferences"]
         new, held_out = rows[: preferences.pairs], rows[preferences.pairs :]
         replayed = round(len(new) * preferences.replay / (1 - preferences.replay)) if old else 0
         new = [*new, *random.Random(f"{self.seed}/replay/{len(old)}").choices(old, k=replayed)] if replayed else new
-        loss = lambda *pairs: reward_model.bradley_terry(*pairs, center_coef=config.center_coef)
+
+        def make_step(optimizer: Any, **made: Any) -> Any:
+            loss = lambda *pairs: reward_model.bradley_terry(*pairs, center_coef=config.center_coef)
+            return self._once(
+                "reward model",
+                lambda: reward_model.make_pair_step(self.judge, optimizer, loss, pad_id=TOKENIZER.pad_id, **made),
+            )
+
         state, log = self.phase(
             params, policy=self.judge, model=self.scored, objective=objectives.supervised(),
             experience=PairExperience(source=sources.shuffled(_pairs(new), self.seed), batch=config.batch),
             workdir=workdir, title="reward model", optimizer=_optimizer(config.learning_rate), steps=config.steps,
             evaluator=PairEvaluator(self.scorer, _pairs(held_out)),
-            make_step=lambda optimizer, **made: reward_model.make_pair_step(
-                self.judge, optimizer, loss, pad_id=TOKENIZER.pad_id, **made
-            ),
+            make_step=make_step,
         )  # fmt: skip
-        said = {name.removeprefix("eval/"): value for name, value in log[-1].items() if name.startswith("eval/")}
-        return state.params, said
+        return state.params, _evaluated(log[-1])
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A compiled step of an earlier phase of that kind, or a new one."""
+        if name not in self._steps:
+            self._steps[name] = make()
+        return self._steps[name]
 
     def optimize(
         self, params: PyTree, judge: PyTree, start: PyTree, kl_coef: float, iteration: int, workdir: pathlib.Path,
@@ -333,17 +313,21 @@ class Experiment:
         experience = GroupRollouts(
             sampler=self.sampler, source=lambda i: Prompt(text=prompt(self.seed, "train", first + i)),
             rewards=rewards, config=config["rollout"], objective=objective,
-            reference_logprobs=training.make_reference_logprobs(self.policy, update, self.mesh),
+            reference_logprobs=self._reference_logprobs,
         )  # fmt: skip
-        evaluator = Evaluator(
-            self.policy, self.mesh, TOKENIZER, lambda i: Prompt(text=prompt(0, "held_out", i)), rewards,
-            EvaluationConfig(every=10**9, prompts=64, sampled_prompts=64, samples=8),
-            max_tokens=config["rollout"].max_tokens, max_prompt_tokens=PROMPT_TOKENS, key=jax.random.key(0),
-        )  # fmt: skip
+
+        def make_step(optimizer: Any, **made: Any) -> Any:
+            key = jax.random.fold_in(self.key, 1)
+            return self._once(
+                f"KL {kl_coef}",
+                lambda: training.make_train_step(self.policy, optimizer, objective, update, key=key, **made),
+            )
+
         state, rows = self.phase(
             params, objective=objective, experience=self._measured(experience, start), workdir=workdir, title=title,
-            optimizer=config["optimizer"], update=update, steps=config["train"].steps, evaluator=evaluator,
-            evaluate_every=10**9, samples_every=100,
+            optimizer=config["optimizer"], update=update, steps=config["train"].steps,
+            evaluator=HeldOut(self, proxy), evaluate_every=config["train"].steps, samples_every=100,
+            make_step=make_step,
         )  # fmt: skip
         return state.params, rows
 
@@ -388,19 +372,41 @@ class Experiment:
         return {"arms": arms, "reward_models": held_out, "evaluations": evaluations}
 
 
+class HeldOut:
+    """Measures a policy on held-out prompts, by the truth and by what it is trained on: `loop.Evaluation`."""
+
+    GROUPS = 64
+
+    def __init__(self, experiment: Experiment, proxy: ModelReward):
+        """Of samples, as many of each prompt as a group has."""
+        self._experiment, self._proxy = experiment, proxy
+
+    def full(self, params: PyTree, interrupt: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Means `eval/rule` and `eval/proxy`; `eval/accuracy`, the share with more than half of what can be had."""
+        truth, proxy = [], []
+        for asked, tokens, texts in self._experiment.texts(params, "held_out", self.GROUPS):
+            interrupt()
+            prompts = [asked] * len(texts)
+            truth += rule(prompts, texts)
+            proxy += self._proxy(prompts, texts, tokens)
+        accuracy = float((np.array(truth) > 0.5).mean())
+        return {"eval/accuracy": accuracy, "eval/rule": float(np.mean(truth)), "eval/proxy": float(np.mean(proxy))}
+
+    greedy = full
+
+
 def _optimizer(learning_rate: float) -> training.OptimizerConfig:
     return training.OptimizerConfig(learning_rate=learning_rate, warmup_steps=20, decay="cosine")
 
 
 def _pairs(rows: Sequence[dict[str, Any]]) -> list[Pair]:
     """In tokens: as they were sampled, without a detour through text."""
-    whole = lambda row, name: [*TOKENIZER.encode(row["prompt"]), *row[name]]
-    return [Pair(chosen=whole(row, "chosen"), rejected=whole(row, "rejected")) for row in rows]
+    whole = lambda row, i: [*TOKENIZER.encode(row["prompt"]), *row["tokens"][i]]
+    return [Pair(chosen=whole(row, 0), rejected=whole(row, 1)) for row in rows]
 
 
 def _evaluated(row: dict[str, Any]) -> dict[str, float]:
-    """What an evaluation on held-out prompts says of both rewards, means over samples."""
-    return {"rule": row["eval/mean@8"], "proxy": row["eval/proxy/mean@8"], "greedy_liked": row["eval/accuracy"]}
+    return {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
 
 
 # The report -------------------------------------------------------------------------------------------
@@ -452,10 +458,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     # Seeds may be added later.
     loop.open_workdir(workdir, {"iterations": ITERATIONS.value, **runs.as_json(config)})
-    parameters = runs.parameters(config["model"].transformer)
+    parameters, rollout = runs.parameters(config["model"].transformer), config["rollout"]
+    mesh = experiments[seeds[0]].mesh
     print(
         f"{runs.devices()}; {parameters:,} parameters\n"
-        f"{runs.batch_arithmetic(config['rollout'], config['update'], experiments[seeds[0]].mesh, config['rollout'].max_tokens)}",
+        f"{runs.batch_arithmetic(rollout, config['update'], mesh, rollout.max_tokens)}",
         flush=True,
     )  # fmt: skip
     results = {seed: experiments[seed].run(workdir / f"seed{seed}", ITERATIONS.value) for seed in seeds}

@@ -270,6 +270,14 @@ def _times(experienced: Experience, step: float, update: float, elapsed: float) 
     }
 
 
+def _shown(name: str, value: float) -> str:
+    """A share as per cents; the mean of a reward may be anything, as of a loss."""
+    return f"{value:.1%}" if _by_number(name)[0] in _SHARES else f"{value:.3g}"
+
+
+_SHARES = ("eval/accuracy", "eval/pass", "eval/mean", "eval/maj")
+
+
 def _by_number(name: str) -> tuple[str, int]:
     """accuracy, mean@4, mean@64, pass@1, pass@16."""
     kind, _, count = name.partition("@")
@@ -295,7 +303,10 @@ class _Screen:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         names = sorted((name for name in row if name.startswith("eval/")), key=_by_number)
         if names:
-            shown = (f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {row[name]:.1%}" for name in names)
+            shown = (
+                f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {_shown(name, row[name])}"
+                for name in names
+            )
             self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
 
     def step(self, rows: Sequence[Mapping[str, Any]], samples: Any) -> None:
