@@ -51,7 +51,7 @@ class OpenedScorer:
                 f"{given} holds a language model, which has no score: python -m experiments.reward_model "
                 f"--model={given} makes a reward model of it."
             )
-        if self._workdir is not None and "reward" not in runs.saved_configuration(given):
+        if self._workdir is not None and "center_coef" not in runs.saved_configuration(given).get("reward", {}):
             raise ValueError(f"{given} is the workdir of another experiment: expected one of experiments.reward_model.")
         self.model = dataclasses.replace(model, score=True)
         self.policy, self._given = make_policy(self.model, mesh), given
