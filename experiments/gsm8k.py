@@ -12,6 +12,7 @@ GSM8K alone, without the easiest of MATH; the last number is the answer. For ins
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 from typing import Any
@@ -20,12 +21,13 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import runs, tasks, user_rewards
+from experiments import runs, scorers, tasks, user_rewards
 from experiments.flags import section
 from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import abstract_params
 from grpo_jax.rewards import RewardError
 from grpo_jax.sampler import Sampler
 
@@ -89,6 +91,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
     "reward": tasks.RewardConfig,
+    "reward_model": scorers.RewardModelConfig,
     "rollout": RolloutConfig,
     "advantages": outcomes.AdvantageConfig,
     "loss": LossConfig,
@@ -122,7 +125,12 @@ class Experiment(tasks.Opened):
         )
         users = config["rewards"].rewards if "rewards" in config else ()
         self.rewards = self.task.rewards(config["reward"], rollout.max_tokens, users)
-        copies = runs.copies_held(config["loss"])
+        self.copies, judge = runs.copies_held(config["loss"]), config["reward_model"]
+        self.scorer = scorers.OpenedScorer(judge, self.mesh) if judge.directory else None
+        shapes, axes = abstract_params(self.model)
+        self.own_bytes = sharding.device_bytes(shapes, axes, self.mesh)
+        # What a reward model takes of the memory, in the sampler's measure.
+        copies = self.copies + (math.ceil(self.scorer.bytes / self.own_bytes) if self.scorer else 0)
         self.evaluator = self.task.evaluator(
             self.policy, self.mesh, config["evaluation"], max_tokens=rollout.max_tokens, stop=rollout.stop,
             copies=copies,
@@ -143,10 +151,11 @@ class Experiment(tasks.Opened):
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
         rollout = self.config["rollout"]
+        beside = [self.scorer.reward(self.tokenizer, held=self.copies * self.own_bytes)] if self.scorer else []
         return rollouts.GroupRollouts(
             sampler=self.sampler,
             source=sources.shuffled(self.task.train, self.config["train"].seed),
-            rewards=self.rewards,
+            rewards=[*self.rewards, *beside],
             config=rollout,
             advantages=self.config["advantages"],
             objective=self.objective,

@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, SymmetricalLogLocator
 
-__all__ = ["WIDTH", "comparison", "curve", "interquartile_mean", "learning", "multiples"]
+from grpo_jax.preferences import Bin
+
+__all__ = ["WIDTH", "comparison", "curve", "interquartile_mean", "learning", "multiples", "optimization", "reliability"]
 
 Rows = Sequence[Mapping[str, Any]]
 WIDTH = 20  # steps that a smoothed value is made of
@@ -137,6 +139,49 @@ def learning(logs: Mapping[str, Mapping[int, Rows]], samples: int, path: pathlib
     left.set(xlabel="completions", ylabel="mean reward (train, sampled)")
     right.set(xlabel="seconds of training")
     for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def reliability(bins: Sequence[Bin], path: pathlib.Path) -> None:
+    """How often a reward model is right, beside how sure it is; how many pairs each point stands for is its size."""
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    filled = [b for b in bins if b.count]
+    total = sum(b.count for b in filled)
+    axis.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8, label="calibrated")
+    axis.plot([b.confidence for b in filled], [b.accuracy for b in filled], color="tab:blue", linewidth=0.8)
+    axis.scatter(
+        [b.confidence for b in filled], [b.accuracy for b in filled], s=[20 + 400 * b.count / total for b in filled],
+        color="tab:blue", alpha=0.6, label=f"{total} held-out pairs",
+    )  # fmt: skip
+    axis.set(xlabel="confidence, sigmoid of the difference", ylabel="accuracy", xlim=(0.48, 1.02), ylim=(-0.02, 1.05))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def optimization(arms: Mapping[str, Sequence[Rows]], path: pathlib.Path) -> None:
+    """Proxy and true reward over the square root of the KL to the start: a colour an arm, a thin line a seed.
+
+    As in arXiv 2210.10760, figure 1, and with what the proxy says of the start as its 0. Means over the last steps, up
+    to `WIDTH`; a dot where a seed ends.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for i, (arm, seeds) in enumerate(arms.items()):
+        for j, rows in enumerate(seeds):
+            distance = np.sqrt(np.maximum(_smooth([row["kl_to_start"] for row in rows]), 0))
+            for axis, name in zip(axes, ("rewards/proxy/mean", "rewards/rule/mean"), strict=True):
+                values = np.array(_smooth([row[name] for row in rows]))
+                values = values - rows[0][name] if "proxy" in name else values
+                axis.plot(distance, values, color=f"C{i}", linewidth=1.2, alpha=0.8, label=arm if j == 0 else None)
+                axis.plot(distance[-1], values[-1], "o", color=f"C{i}", markersize=4)
+    axes[0].set(title="the reward model's score, minus the start's", ylabel="proxy reward")
+    axes[1].set(title="the hidden rule", ylabel="true reward")
+    for axis in axes:
+        axis.set(xlabel="sqrt(KL to the warm start), nats a completion")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

@@ -25,12 +25,13 @@ from jax.sharding import Mesh  # noqa: E402
 from grpo_jax import loop, objectives, sharding, training  # noqa: E402
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
 from grpo_jax.logprobs import CHUNK  # noqa: E402
+from grpo_jax.memory import device_memory  # noqa: E402
 from grpo_jax.models import pretrained  # noqa: E402
 from grpo_jax.models.attention import queries_at_a_time  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.rollouts import RolloutConfig  # noqa: E402
-from grpo_jax.sampler import Sampler, device_memory, rollout_bytes  # noqa: E402
+from grpo_jax.sampler import Sampler, rollout_bytes  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 from grpo_jax.types import Policy, Surplus, TrainState  # noqa: E402
 
@@ -67,10 +68,11 @@ def phase(
     params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
     objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
     optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
-    surplus: Surplus | None = None, **options: Any,
+    surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, **options: Any,
 ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
     """One phase of a run: `loop.train` from what `params()` gives, and lets go of it.
 
+    `make_step`: (optimizer, like=, clip_norm=) -> train step; None: `training.make_train_step`, of the objective.
     Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
     """
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
@@ -80,10 +82,12 @@ def phase(
         )
     else:
         state = training.init_train_state(policy, params(), transformation, objective, mesh, surplus)
-    step = training.make_train_step(
-        policy, transformation, objective, update, like=state, key=jax.random.fold_in(key, 1),
-        clip_norm=optimizer.clip_norm,
-    )  # fmt: skip
+    if make_step is None:
+        key = jax.random.fold_in(key, 1)
+        make_step = lambda transformation, **made: training.make_train_step(
+            policy, transformation, objective, update, key=key, **made
+        )
+    step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
     return loop.train(
         state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
         learning_rate=schedule, checkpoints=checkpoints, **options,
@@ -387,11 +391,16 @@ def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
         pretrained.copy_description(model, workdir / "model")
 
 
-def export(workdir: pathlib.Path, params: Any, config: TransformerConfig) -> pathlib.Path:
-    """Writes parameters as a Hugging Face directory into the workdir, as the model that they came from was saved."""
+def export(
+    workdir: pathlib.Path, params: Any, config: TransformerConfig, extra: Mapping[str, Any] | None = None
+) -> pathlib.Path:
+    """Writes parameters as a Hugging Face directory into the workdir, as the model that they came from was saved.
+
+    `extra`: entries of config.json.
+    """
     place, source = workdir / "export", workdir / "model"
     if not place.exists():  # a finished run that is started again has it
-        pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source))
+        pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source), extra=extra)
     return place
 
 

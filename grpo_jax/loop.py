@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -23,14 +23,25 @@ from tqdm import tqdm
 
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.diagnosis import diagnose
-from grpo_jax.evaluation import Evaluator
 from grpo_jax.profiling import Profiler, check_steps
 from grpo_jax.rollouts import Experience
 from grpo_jax.scoring import Journal
 from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
-from grpo_jax.types import TrainBatch, TrainState
+from grpo_jax.types import PyTree, TrainState
 
-__all__ = ["StopSignals", "Stopped", "open_workdir", "train"]
+__all__ = ["Evaluation", "StopSignals", "Stopped", "open_workdir", "train"]
+
+
+class Evaluation(Protocol):
+    """What measures parameters: `evaluation.Evaluator`, or one's own."""
+
+    def greedy(self, params: PyTree, interrupt: Callable[[], None] = ...) -> dict[str, float]:
+        """In between: `eval/accuracy`, by which checkpoints are kept, and what else is quick."""
+        ...
+
+    def full(self, params: PyTree, interrupt: Callable[[], None] = ...) -> dict[str, float]:
+        """Before and after."""
+        ...
 
 
 class Stopped(Exception):
@@ -125,12 +136,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def train(
     state: TrainState,
     *,
-    train_step: Callable[[TrainState, TrainBatch], tuple[TrainState, Mapping[str, jax.Array]]],
+    train_step: Callable[[TrainState, PyTree], tuple[TrainState, Mapping[str, jax.Array]]],
     experience: Callable[[TrainState, Journal, Callable[[], None]], Experience],
     steps: int,
     workdir: pathlib.Path,
     learning_rate: optax.Schedule | None = None,
-    evaluator: Evaluator | None = None,
+    evaluator: Evaluation | None = None,
     evaluate_every: int = 50,
     samples_every: int = 50,
     checkpoints: CheckpointConfig = CheckpointConfig(),
@@ -142,7 +153,7 @@ def train(
     Args:
       state: the state before step 0, which also says where everything lies; its shapes alone
         (`training.abstract_train_state`) where there is a checkpoint.
-      train_step: `(state, batch) -> (state, metrics)`; the state is donated.
+      train_step: `(state, batch) -> (state, metrics)`, of the batches of `experience`; the state is donated.
       experience: `(state, journal, interrupt) -> Experience`: what the step learns from.
       steps: rollout steps in all.
       workdir: gets `checkpoints/`, `metrics.jsonl`, `samples.jsonl`, `rewards.jsonl`, `tensorboard/`.
@@ -260,6 +271,14 @@ def _times(experienced: Experience, step: float, update: float, elapsed: float) 
     }
 
 
+def _shown(name: str, value: float) -> str:
+    """A share as per cents; the mean of a reward may be anything, as of a loss."""
+    return f"{value:.1%}" if _by_number(name)[0] in _SHARES else f"{value:.3g}"
+
+
+_SHARES = ("eval/accuracy", "eval/pass", "eval/mean", "eval/maj")
+
+
 def _by_number(name: str) -> tuple[str, int]:
     """accuracy, mean@4, mean@64, pass@1, pass@16."""
     kind, _, count = name.partition("@")
@@ -285,7 +304,10 @@ class _Screen:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         names = sorted((name for name in row if name.startswith("eval/")), key=_by_number)
         if names:
-            shown = (f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {row[name]:.1%}" for name in names)
+            shown = (
+                f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {_shown(name, row[name])}"
+                for name in names
+            )
             self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
 
     def step(self, rows: Sequence[Mapping[str, Any]], samples: Any) -> None:

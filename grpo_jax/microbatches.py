@@ -18,7 +18,7 @@ from grpo_jax.packing import SLOTS, Rows, pack
 from grpo_jax.sharding import per_device
 from grpo_jax.types import Array, Policy, PyTree, TrainBatch, record
 
-__all__ = ["Microbatches", "frozen_logprobs", "over_data", "pack_microbatches"]
+__all__ = ["Microbatches", "frozen_logprobs", "over_data", "over_parts", "pack_microbatches"]
 
 _T = TypeVar("_T")
 
@@ -79,24 +79,44 @@ def over_data(function: Callable[[PyTree, Microbatches], _T], params: PyTree, mi
     return jax.vmap(of_shard, spmd_axis_name="data")(microbatches.rows, microbatches.of)
 
 
+def over_parts(
+    function: Callable[[Rows, jax.Array], tuple[jax.Array, ...]],
+    shard: Microbatches,
+    mesh: Mesh,
+    out: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+    """`function(rows, i)` of a data shard's microbatches, one after the other, each result put in its place.
+
+    Args:
+      function: the rows of microbatch i -> [r, n] of each row.
+      shard: of the rows R, inside of `over_data`.
+      mesh: fsdp splits rows.
+      out: [R, n] each, what stands where a microbatch holds nothing and is not run.
+    """
+
+    def put(whole, part, i):
+        own, part = (x.reshape(mesh.shape["fsdp"], -1, x.shape[1]) for x in (whole, part))
+        start = i * part.shape[1]
+        return jax.lax.dynamic_update_slice_in_dim(own, part, start, axis=1).reshape(whole.shape)
+
+    def add(i, out):
+        return tuple(put(whole, x, i) for whole, x in zip(out, function(shard.part(i, mesh), i), strict=True))
+
+    return jax.lax.fori_loop(0, shard.count, add, out)
+
+
 def frozen_logprobs(
     policy: Policy, params: PyTree, microbatches: Microbatches, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies [B, T] under fixed parameters; the microbatches are packed with their mask."""
 
     def of_shard(params, shard: Microbatches):
-        def add(i, out):
-            part = row_logprobs(policy, params, shard.part(i, mesh), count=shard.tokens[i], mesh=mesh)
-            return tuple(put(whole, x, i) for whole, x in zip(out, part[:2], strict=True))
-
-        def put(whole, part, i):
-            own, part = (x.reshape(mesh.shape["fsdp"], -1, x.shape[1]) for x in (whole, part))
-            start = i * part.shape[1]
-            return jax.lax.dynamic_update_slice_in_dim(own, part, start, axis=1).reshape(whole.shape)
+        def of_part(rows, i):
+            return row_logprobs(policy, params, rows, count=shard.tokens[i], mesh=mesh)[:2]
 
         zeros = jnp.zeros(shard.rows.mask.shape)
         unpack = functools.partial(per_device(Rows.unpack, mesh), shard.rows)
-        return tuple(unpack(x, shard.of) for x in jax.lax.fori_loop(0, shard.count, add, (zeros, zeros)))
+        return tuple(unpack(x, shard.of) for x in over_parts(of_part, shard, mesh, (zeros, zeros)))
 
     of_all = over_data(of_shard, params, microbatches)
     logprobs, entropies = (jax.lax.stop_gradient(x.reshape(-1, x.shape[-1])) for x in of_all)

@@ -86,7 +86,7 @@ class RolloutConfig:
 class Experience:
     """What a step learns from, and what is worth logging about it."""
 
-    batch: TrainBatch
+    batch: Any  # what the train step takes: a TrainBatch, or of preferences `reward_model.Pairs`
     prompts_consumed: int
     surplus: Surplus | None = None  # for the next step; None: the state has no place for any
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)

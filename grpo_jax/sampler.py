@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,10 +16,11 @@ from jax.stages import Compiled
 from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
+from grpo_jax.memory import device_memory, most_alive
 from grpo_jax.slots import arrange
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams
 
-__all__ = ["Plan", "Sampler", "check_stop", "device_memory", "join", "rollout_bytes"]
+__all__ = ["Plan", "Sampler", "check_stop", "join", "rollout_bytes"]
 
 # A CPU's products of more rows are hardly faster a row, while slots that wait for the longest cost as much as others,
 # and wait the longer the longer completions may be: so many columns of cache, and no fewer slots than these.
@@ -45,22 +44,6 @@ def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[st
         ids += silent
         strings += [] if silent else [string]
     return ids, strings
-
-
-def _container_limits(root: str = "/sys/fs/cgroup") -> list[int]:
-    """Bytes that a container may have, by Linux' control groups of version 2 and 1; none where there is no limit."""
-    paths = [pathlib.Path(root, name) for name in ("memory.max", "memory/memory.limit_in_bytes")]
-    said = [path.read_text().strip() for path in paths if path.exists()]
-    return [int(text) for text in said if text.isdecimal()]
-
-
-def device_memory() -> int | None:
-    """Bytes of a device, or its part of the host's memory where it is a CPU; None: it does not say."""
-    device, *others = jax.local_devices()
-    if device.platform == "cpu":
-        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min([host, *_container_limits()]) // (1 + len(others))
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def rollout_bytes(
@@ -98,36 +81,9 @@ def rollout_bytes(
         + cache(prompts, 1, chunks * chunk)
         + refilled * cache(rows, 1, chunks * chunk)
         + cache(rows, width, max_tokens)
-        + max(_most_alive(prefill.jaxpr), choice) // devices
+        + max(most_alive(prefill.jaxpr), choice) // devices
         + 2 * 12 * prompts * group_size * max_tokens // devices  # token and two log-probabilities, twice
     )
-
-
-def _most_alive(jaxpr: Any, given: Sequence[int] = ()) -> int:
-    """Bytes alive at the worst moment of a jaxpr: `given` of its arguments, which it may overwrite, and what it makes.
-
-    As if a compiler made no array of a broadcast or of another shape, and wrote what is elementwise over what it is
-    made of, but no product. Of a loop it sees one round.
-    """
-    is_variable = lambda x: not hasattr(x, "val")
-    last_use = {x: i for i, equation in enumerate(jaxpr.eqns) for x in filter(is_variable, equation.invars)}
-    last_use |= dict.fromkeys(filter(is_variable, jaxpr.outvars), len(jaxpr.eqns))
-    alive = dict(zip(jaxpr.invars, given, strict=False))
-    most = sum(alive.values())
-    for i, equation in enumerate(jaxpr.eqns):
-        name = equation.primitive.name
-        dying = [alive.pop(x, 0) if is_variable(x) and last_use[x] == i else 0 for x in equation.invars]
-        made = [x.aval.size * x.aval.dtype.itemsize for x in equation.outvars]
-        if name in ("broadcast_in_dim", "iota", "dynamic_update_slice"):  # the last writes into an argument
-            made = [0] * len(made)
-        elif name in ("reshape", "squeeze", "expand_dims"):
-            made = [sum(dying)]
-        parts = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
-        inner = [getattr(x, "jaxpr", x) for x in parts if hasattr(getattr(x, "jaxpr", x), "eqns")]
-        both = sum(dying) + sum(made) if name == "dot_general" else max(sum(dying), sum(made))
-        most = max(most, sum(alive.values()) + max([both, *(_most_alive(part, dying) for part in inner)]))
-        alive |= dict(zip(equation.outvars, made, strict=True))
-    return most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ __all__ = [
     "make_reference_logprobs",
     "make_train_step",
     "state_shardings",
+    "summed_gradients",
     "train_batch",
 ]
 
@@ -256,7 +257,7 @@ def _loss_of(policy: Policy, objective: Objective, mesh: Mesh, params, rows: Row
     }
 
 
-def _gradients(loss_of: Callable, mesh: Mesh, params, shard: Microbatches):
+def summed_gradients(loss_of: Callable, mesh: Mesh, params, shard: Microbatches):
     """((loss, metrics), gradients) of a data shard, summed over its microbatches."""
 
     def of_part(i):
@@ -314,7 +315,7 @@ def make_train_step(
     optimizer_steps = update.epochs * update.minibatches
 
     loss_of = functools.partial(_loss_of, policy, objective, mesh)
-    gradients = functools.partial(_gradients, loss_of, mesh)
+    gradients = functools.partial(summed_gradients, loss_of, mesh)
 
     def optimizer_step(params, opt_state, minibatch: _Minibatch):
         microbatches = pack_microbatches(policy, minibatch.batch, minibatch, update.microbatches, mesh)

@@ -1,4 +1,4 @@
-"""Runs `experiments.countdown` and kills it, with SIGKILL or another signal, at a moment of a step.
+"""Runs `experiments.countdown`, or that of KILL_IN, and kills it, with SIGKILL or another, at a moment of a step.
 
     KILL_AT=rewards:3 KILL_WITH=SIGKILL python -m tests.kill_at --workdir=...
 
@@ -7,10 +7,11 @@ journaled), `journal` (journaled, not used), `update` (updated, not logged), `lo
 the background writer is at work).
 """
 
+import importlib
 import os
 import signal
 
-from experiments import countdown, runs
+from experiments import runs
 from grpo_jax import checkpoints, rollouts, telemetry
 
 MOMENT, _, STEP = os.environ.get("KILL_AT", "").partition(":")
@@ -39,4 +40,4 @@ kill("journal", telemetry.RewardJournal, "write", lambda self, step, *_: step, a
 kill("update", telemetry.RunLog, "write", lambda self, step, *_: step - 1)
 kill("log", telemetry.RunLog, "write", lambda self, step, *_: step - 1, after=True)
 kill("save", checkpoints.Checkpoints, "save", lambda self, state, *_: int(state.step) - 1, after=True)
-runs.command(countdown.main)
+runs.command(importlib.import_module(f"experiments.{os.environ.get('KILL_IN', 'countdown')}").main)

@@ -322,3 +322,17 @@ def rejected(tokens, probabilities):
         counts, expected = counts[:-1], expected[:-1]
     statistic = ((counts - expected) ** 2 / expected).sum()
     return statistic > chi2.isf(LEVEL, len(counts) - 1)
+
+
+def bradley_terry(chosen, rejected, margins, center_coef=0.0):
+    """Loss, and its derivatives by the scores of the chosen and of the rejected."""
+    n, loss, by_chosen, by_rejected = len(chosen), 0.0, [], []
+    for good, bad, margin in zip(chosen, rejected, margins, strict=True):
+        ahead = float(good) - float(bad) - float(margin)
+        loss += math.log1p(math.exp(-ahead)) if ahead > 0 else -ahead + math.log1p(math.exp(ahead))
+        slope = -1 / (1 + math.exp(ahead))
+        center = 2 * center_coef * (float(good) + float(bad))
+        loss += center_coef * (float(good) + float(bad)) ** 2
+        by_chosen.append((slope + center) / n)
+        by_rejected.append((-slope + center) / n)
+    return loss / n, by_chosen, by_rejected

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import sampler, sampling, sharding
+from grpo_jax import sampling, sharding
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, grpo
-from grpo_jax.sampler import Plan, Sampler, device_memory, rollout_bytes
+from grpo_jax.sampler import Plan, Sampler, rollout_bytes
 from grpo_jax.slots import arrange
 from grpo_jax.training import UpdateConfig, init_train_state, make_train_step, train_batch
 from grpo_jax.types import SamplingParams
@@ -115,19 +115,6 @@ def test_what_fits_is_not_cut(params, caplog):
     assert make(slots=5).plan(params, P) == Plan(prompts=P, slots=5)
     assert make(slots=P * G).plan(params, P) == Plan(prompts=P, slots=0)
     assert not caplog.records
-
-
-def test_the_memory_is_what_the_container_may_have(tmp_path, monkeypatch):
-    host = device_memory()
-    assert host > 2**20
-    for name, limits in (("memory.max", [2**28]), ("memory/memory.limit_in_bytes", [2**28, 2**29])):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"{limits[-1]}\n")
-        assert sampler._container_limits(str(tmp_path)) == limits
-    (tmp_path / "memory.max").write_text("max\n")
-    assert sampler._container_limits(str(tmp_path)) == [2**29]
-    monkeypatch.setattr(sampler, "_container_limits", lambda: [2**28])
-    assert device_memory() == 2**28 // len(jax.local_devices())
 
 
 def test_where_nothing_is_trained_there_is_more_room(params):

@@ -207,7 +207,7 @@ def drop_long(
 # Orders ---------------------------------------------------------------------------------------------
 
 
-def in_order(prompts: Sequence[Prompt]) -> Source:
+def in_order(prompts: Sequence[_T]) -> Callable[[int], _T]:
     """The prompts as they stand, over and over; for evaluation.
 
     Raises:
@@ -217,8 +217,8 @@ def in_order(prompts: Sequence[Prompt]) -> Source:
     return lambda cursor: prompts[cursor % count]
 
 
-def shuffled(prompts: Sequence[Prompt], seed: int) -> Source:
-    """Epochs, each a new permutation of the prompts, each prompt once.
+def shuffled(prompts: Sequence[_T], seed: int) -> Callable[[int], _T]:
+    """Epochs, each a new permutation of the prompts, each prompt once; of preference pairs, or whatever else.
 
     The order of an epoch sorts raw 64-bit numbers of the counter-based generator Philox, whose key is made of (seed,
     epoch): it depends on seed, epoch and the number of prompts, and on no version of NumPy, machine or batch size.
@@ -236,14 +236,14 @@ def shuffled(prompts: Sequence[Prompt], seed: int) -> Source:
         raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
         return np.argsort(raw, kind="stable")
 
-    def source(cursor: int) -> Prompt:
+    def source(cursor: int) -> _T:
         epoch, place = divmod(cursor, count)
         return prompts[int(order(epoch)[place])]
 
     return source
 
 
-def _count(prompts: Sequence[Prompt]) -> int:
+def _count(prompts: Sequence[Any]) -> int:
     if not len(prompts):
         raise ValueError("a source needs at least one prompt; there is none.")
     return len(prompts)

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_jax.models.transformer import TransformerConfig
 
-__all__ = ["PretrainedError", "differences", "parse_config", "write_config"]
+__all__ = ["PretrainedError", "as_score", "differences", "parse_config", "write_config"]
 
 Raw = Mapping[str, Any]
 
@@ -24,7 +24,8 @@ class PretrainedError(ValueError):
 class _Family:
     """What the models of an architecture have in common."""
 
-    architecture: str
+    architecture: str  # that of a language model
+    score: str  # that of a reward model: a linear layer of one output, and no bias, in the head's place
     fixed: Mapping[str, Any]  # fields of TransformerConfig
     defaults: Mapping[str, Any]  # entries of config.json, where they are not the ones below
 
@@ -40,15 +41,27 @@ _GEMMA_DEFAULTS = {
     "query_pre_attn_scalar": 256,
 }  # fmt: skip
 FAMILIES = {
-    "llama": _Family(architecture="LlamaForCausalLM", fixed={"scale_embedding": False}, defaults={}),
-    "qwen2": _Family(architecture="Qwen2ForCausalLM", fixed={"scale_embedding": False, "qkv_bias": True}, defaults={}),
+    "llama": _Family(
+        architecture="LlamaForCausalLM",
+        score="LlamaForSequenceClassification",
+        fixed={"scale_embedding": False},
+        defaults={},
+    ),
+    "qwen2": _Family(
+        architecture="Qwen2ForCausalLM",
+        score="Qwen2ForSequenceClassification",
+        fixed={"scale_embedding": False, "qkv_bias": True},
+        defaults={},
+    ),
     "qwen3": _Family(
         architecture="Qwen3ForCausalLM",
+        score="Qwen3ForSequenceClassification",
         fixed={"scale_embedding": False, "qk_norm": True},
         defaults={"head_dim": 128},
     ),
     "gemma2": _Family(
         architecture="Gemma2ForCausalLM",
+        score="Gemma2ForSequenceClassification",
         fixed=_GEMMA,
         defaults={
             **_GEMMA_DEFAULTS, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0,
@@ -57,6 +70,7 @@ FAMILIES = {
     ),
     "gemma3_text": _Family(
         architecture="Gemma3ForCausalLM",
+        score="Gemma3TextForSequenceClassification",
         fixed={**_GEMMA, "qk_norm": True},
         defaults={
             **_GEMMA_DEFAULTS, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 10_000.0,
@@ -65,14 +79,18 @@ FAMILIES = {
 }  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
-def _family(raw: Raw) -> str:
+def _family(raw: Raw) -> tuple[str, bool]:
+    """Of which family it is, and whether it is a reward model."""
     architectures = raw.get("architectures") or []
     for name, family in FAMILIES.items():
+        if family.score in architectures:
+            return name, True
         if family.architecture in architectures or (not architectures and raw.get("model_type") == name):
-            return name
-    known = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
+            return name, False
+    known = ", ".join(f"{family.architecture} and {family.score} ({name})" for name, family in FAMILIES.items())
     raise PretrainedError(
         f"architectures={architectures} of model_type={raw.get('model_type')!r} is not among those that there are: "
         f"{known}."
@@ -85,8 +103,13 @@ def parse_config(raw: Raw) -> TransformerConfig:
     Raises:
       PretrainedError: another architecture, a size that is missing, or a feature that the decoder lacks.
     """
-    name = _family(raw)
+    name, score = _family(raw)
     family = FAMILIES[name]
+    if score and (labels := _labels(raw)) != 1:
+        raise PretrainedError(
+            f"num_labels={labels}: a reward model has one output, and this is a classifier. (transformers counts "
+            "id2label, and takes 2 where there is none: save the model with num_labels=1.)"
+        )
     defaults: dict[str, Any] = {**_DEFAULTS, **family.defaults}
 
     def get(key: str) -> Any:  # null means the default, but for what may be off
@@ -123,6 +146,7 @@ def parse_config(raw: Raw) -> TransformerConfig:
             mlp_width=raw["intermediate_size"],
             norm_epsilon=float(get("rms_norm_eps")),
             tied=get("tie_word_embeddings"),
+            score=score,
             activation=next(ours for ours, theirs in _ACTIVATIONS.items() if theirs == activation),
             query_scale=int(query_scale),
             attention_cap=cap("attn_logit_softcapping"),
@@ -133,6 +157,17 @@ def parse_config(raw: Raw) -> TransformerConfig:
         )
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, PretrainedError) else PretrainedError(str(error)) from error
+
+
+def _labels(raw: Raw) -> int:
+    """Outputs of a classifier, as transformers counts them."""
+    return len(raw["id2label"]) if raw.get("id2label") is not None else raw.get("num_labels", 2)
+
+
+def as_score(raw: Raw) -> dict[str, Any]:
+    """config.json of a language model as that of the reward model which has its layers."""
+    name, _ = _family(raw)
+    return {**raw, "architectures": [FAMILIES[name].score], "model_type": name, **_ONE_LABEL}
 
 
 def _windows(raw: Raw, get: Callable[[str], Any], gemma: bool) -> tuple[int, ...]:
@@ -188,7 +223,7 @@ def differences(ours: TransformerConfig, theirs: TransformerConfig) -> list[str]
 
     def model(config: TransformerConfig) -> dict[str, Any]:
         fields = dataclasses.asdict(config)
-        for name in ("compute_dtype", "attention", "remat"):
+        for name in ("compute_dtype", "sampler_dtype", "attention", "remat"):
             del fields[name]
         windows = tuple(config.windows[i % len(config.windows)] for i in range(config.layers))
         return {**fields, "windows": windows, "query_scale": config.query_scale or config.head_width}
@@ -264,4 +299,4 @@ def _write(config: TransformerConfig, name: str) -> dict[str, Any]:
     if name == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": config.window_rope_base}
         raw |= {"rope_parameters": {_FULL: rope, _SLIDING: local}, "rope_local_base_freq": config.window_rope_base}
-    return raw
+    return as_score(raw) if config.score else raw

@@ -41,6 +41,7 @@ _OUTER_NAMES = {
     "embedding": ("model.embed_tokens.weight", (0, 1)),
     "norm": ("model.norm.weight", (0,)),
     "head": ("lm_head.weight", (0, 1)),
+    "score": ("score.weight", (0, 1)),
 }
 HEAD, EMBEDDING = _OUTER_NAMES["head"][0], _OUTER_NAMES["embedding"][0]
 
@@ -52,7 +53,7 @@ class Tensor:
     name: str
     order: tuple[int, ...]  # our axes in theirs
     shape: tuple[int, ...]  # ours
-    axes: tuple[str, ...]  # ours, logical names
+    axes: tuple[str | None, ...]  # ours, logical names
 
     @property
     def apart(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax import sharding
-from grpo_jax.models.families import PretrainedError, differences, parse_config, write_config
+from grpo_jax.models.families import PretrainedError, as_score, differences, parse_config, write_config
 from grpo_jax.models.layout import EMBEDDING, HEAD, Tensor, flat, layout
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.types import PyTree
@@ -64,7 +64,7 @@ def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
     Args:
       directory: as downloaded from the hub.
       **overrides: fields of TransformerConfig that are not the model's but the run's: compute_dtype, sampler_dtype,
-        attention, remat.
+        attention, remat; `score=True` makes a reward model of a language model, as `load` does.
 
     Raises:
       PretrainedError: there is no such file, or it describes something that this decoder is not.
@@ -190,6 +190,8 @@ def load(
     mesh: Mesh,
     rules: sharding.Rules = sharding.RULES,
     dtype: str | None = "float32",
+    *,
+    score: bool = False,
 ) -> dict[str, Any]:
     """Parameters from a Hugging Face directory, each slice straight to its place on the mesh.
 
@@ -200,9 +202,10 @@ def load(
       mesh: where the parameters go.
       rules: logical axis -> mesh axes.
       dtype: of the parameters; float32 to train them, None for what config.json says.
+      score: a reward model of whatever is there: of a language model all but its head, and a score that begins at 0.
 
     Returns:
-      Parameters for `make_policy(read_config(directory))`.
+      Parameters for `make_policy(read_config(directory))`; with `score`, for `read_config(directory, score=True)`.
 
     Raises:
       PretrainedError: an architecture we do not have, a tensor missing, unexpected or of another shape, a
@@ -210,9 +213,13 @@ def load(
     """
     directory = pathlib.Path(directory)
     config, to = read_config(directory), _dtype(dtype or saved_dtype(directory))
+    begins, config = score and not config.score, dataclasses.replace(config, score=score or config.score)
     files, (tree, shapes, axes) = _Files(directory), layout(config)
+    if begins:
+        del tree["score"]
+        files.file_of.pop(HEAD, None)  # what nobody asks for is not read
     wanted = flat(tree)
-    if config.tied and {HEAD, EMBEDDING} <= files.file_of.keys():  # some write it all the same
+    if config.tied and not config.score and {HEAD, EMBEDDING} <= files.file_of.keys():  # some write it all the same
         _check_tied(files)
         del files.file_of[HEAD]
     files.check(wanted)
@@ -242,7 +249,11 @@ def load(
         return stack
 
     is_leaf = lambda x: isinstance(x, Tensor) or (isinstance(x, list) and isinstance(x[0], Tensor))
-    return jax.tree.map(leaf, tree, shapes, where, is_leaf=is_leaf)
+    those = lambda full: {name: full[name] for name in tree}
+    params = jax.tree.map(leaf, tree, those(shapes), those(where), is_leaf=is_leaf)
+    if begins:
+        params["score"] = jax.device_put(jnp.zeros(shapes["score"].shape, to), where["score"])
+    return params
 
 
 @functools.cache
@@ -289,7 +300,7 @@ def save(
       params: of `make_policy(config)`.
       config: their configuration.
       source: a directory whose config.json, tokenizer and template files are carried along; it may also hold a
-        tokenizer alone.
+        tokenizer alone. Of a reward model, that of the language model from which it was made will do.
       dtype: of the tensors written; None for the parameters' own.
       extra: entries of config.json beyond the decoder's, such as eos_token_id and max_position_embeddings.
       shard_bytes: weights above this are split over several files with an index; the host holds this much.
@@ -369,9 +380,11 @@ def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[s
         raise PretrainedError(f"source {source} is not a directory: expected one with a tokenizer to carry along.")
     if source is None or not (source / "config.json").exists():
         return write_config(config)
-    if differ := differences(config, read_config(source)):
+    raw = _read_json(source / "config.json")
+    raw = as_score(raw) if config.score and not read_config(source).score else raw
+    if differ := differences(config, parse_config(raw)):
         raise PretrainedError(f"{source / 'config.json'} is of another model: {'; '.join(differ)}.")
-    return _read_json(source / "config.json")
+    return raw
 
 
 def _named(params: PyTree, config: TransformerConfig, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,6 +6,7 @@ the functions of the `Policy` below run it. Parameters are a plain tree,
 
     {'embedding': [V, D], 'norm': [D], 'head': [V, D] where untied, 'layers': [stack, ...], 'tail': [layer, ...]}
 
+(a reward model has a `score` [1, D] in the head's place)
 with a stack for each place in the pattern of windows, leaves [N // places, ...], so that training scans over
 the pattern, and the layers that are left over in `tail`. `prepare` takes the stacks apart for decoding, because
 indexing a stack inside the decode loop makes XLA copy all of it at every token.
@@ -49,6 +50,7 @@ class TransformerConfig:
     remat: bool = False  # compute a layer's activations again in the backward pass; saves memory for a third more work
     # In what families differ.
     tied: bool = True  # the unembedding is the embedding
+    score: bool = False  # the head is one row, a score, in place of the vocabulary's: a reward model
     scale_embedding: bool = True  # embeddings are multiplied by sqrt(width)
     qkv_bias: bool = False  # queries, keys and values have biases
     qk_norm: bool = False  # queries and keys go through an RMSNorm per head, before the rotary positions
@@ -242,7 +244,9 @@ def _init_boxed(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
     }
     if whole < config.layers:
         boxed["tail"] = [of(lambda box, i=i: box.replace(value=box.value[i])) for i in range(whole, config.layers)]
-    if not config.tied:
+    if config.score:
+        boxed["score"] = nn.Partitioned(jnp.zeros((1, config.width)), (None, "embed"))
+    elif not config.tied:
         boxed["head"] = nn.Partitioned(embedding, ("vocab", "embed"))
     return boxed
 
@@ -323,6 +327,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return final_norm(params, x), {}
 
     def head(params):
+        if config.score:
+            return params["score"], None, None
         return params["embedding" if config.tied else "head"], None, config.logit_cap or None
 
     def unstacked(layers, tail, take):
