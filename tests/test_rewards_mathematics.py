@@ -31,6 +31,14 @@ def judge(pool):
     )
 
 
+SMALL = st.integers(0, 12) | st.integers(0, 10**9 - 1)
+NUMBERS = st.one_of(
+    SMALL.map(str),
+    st.tuples(SMALL, st.integers(1, 6), SMALL).map(lambda x: f"{x[0]}.{x[2] % 10 ** x[1]:0{x[1]}}"),
+    st.tuples(SMALL, SMALL).map(lambda x: rf"\frac{{{x[0]}}}{{{x[1] or 1}}}"),
+).flatmap(lambda text: st.sampled_from([text, f"-{text}"]))
+
+
 # Verdicts --------------------------------------------------------------------------------------------
 
 VERDICTS = [
@@ -102,33 +110,57 @@ def test_known_answers_cost_nothing(pool):
 
     reward._pool = Counting()  # pyright: ignore[reportAttributeAccessIssue]
     call = lambda texts, gold: reward([""] * len(texts), texts, [[]] * len(texts), answer=[gold] * len(texts))
-    texts = [rf"{i} ways to \boxed{{\frac{{1}}{{2}}}}" for i in range(5)] + [r"\boxed{2}", r"\boxed{9^{9^{9^9}}}"] * 2
-    judged = call(texts, "1/2")
+    texts = [rf"{i} ways to \boxed{{x + x}}" for i in range(5)] + [r"\boxed{2}", r"\boxed{9^{9^{9^9}}}"] * 2
+    judged = call(texts, "2x")
     assert judged == [1, 1, 1, 1, 1, 0, None, 0, None]
     assert judged.failed == [False] * 6 + [True, False, True]
     assert [second > 0 for second in judged.seconds] == [True, False, False, False, False, True, True, False, False]
-    again = call(texts, "1/2")
+    again = call(texts, "2x")
     assert again == judged
     assert asked == [3, 1]  # what had no verdict may have one another time
-    call(texts[:1], "1/3")
+    call(texts[:1], "3x")
     assert asked == [3, 1, 1]  # another gold answer is another question
 
 
-def test_integers_are_judged_as_math_verify_judges_them():
+def test_numbers_are_judged_as_math_verify_judges_them():
     """The way around the workers changes no verdict: all pairs of a corpus, and a negative control."""
     from grpo_jax.rewards.math_judge import equal
     from grpo_jax.rewards.mathematics import _at_once
 
-    integers = ["0", "-0", "7", "007", "-7", "10", "100", "1000", "-1000", "123456789012345", "999999999999999", "-1"]
-    others = ["7.0", "1,000", "+7", "7/1", "7\\%", "1234567890123456", "٣", "7 ", "x", "−7", "10^2", "1e3"]
-    for inside, gold in itertools.product(integers, integers):
+    numbers = [
+        "0", "-0", "7", "007", "-7", "100", "999999999", "-1000", "7.0", "-7.00", "0.5", "0.50", "0.500001", "-0.5",
+        "0.000001", "0.0", "123456789.123456", "123456789.123457", "999999999.999999", r"\frac{1}{2}", r"-\frac{1}{2}",
+        r"\dfrac{2}{4}", r"\frac{7}{1}", r"\frac{14}{2}", r"\frac{0}{5}", r"\frac{999999999}{999999998}",
+    ]  # fmt: skip
+    at_once = 0
+    for inside, gold in itertools.product(numbers, numbers):
         answer = rf"\boxed{{{inside}}}"
-        assert _at_once(answer, (gold,)) == equal(answer=answer, golds=(gold,)), (inside, gold)
+        verdict = _at_once(answer, (gold,))
+        assert verdict in (None, equal(answer=answer, golds=(gold,))), (inside, gold)
+        at_once += verdict is not None
+    assert at_once == 26**2 - 2 * 11 * 7  # all but decimals with fractions
     assert _at_once(r"\boxed{7}", ("1", "7")) == equal(answer=r"\boxed{7}", golds=("1", "7")) == 1
+    others = [
+        "1,000", "+7", "7/1", "7\\%", "1234567890", "0.1234567", "٣", "7 ", "x", "−7", "10^2", "1e3", ".5", "7.", "--7",
+        r"\frac{1}{0}", r"\frac12", r"\frac{-1}{2}", r"\frac{1}{2}\pi", r"2\frac{1}{2}",
+    ]  # fmt: skip
     for inside in others:
         assert _at_once(rf"\boxed{{{inside}}}", ("7",)) is None  # all else is for math-verify
-        assert _at_once(r"\boxed{7}", (inside,)) is None
-    assert equal(answer=r"\boxed{7.0}", golds=("7",)) == 1  # which strict equality would not have said
+        assert _at_once(r"\boxed{7}", ("7", inside)) is None
+    for text in ("7", "#### 7", r"\boxed{7} and \boxed{7}", r"\boxed {7}"):
+        assert _at_once(text, ("7",)) is None
+    assert equal(answer=r"\boxed{0.3333333}", golds=(r"\frac{1}{3}",)) == 1  # exact values would not have said so
+
+
+@settings(max_examples=300)
+@given(st.tuples(NUMBERS, NUMBERS))
+def test_of_any_two_numbers_it_says_the_same(pair):
+    from grpo_jax.rewards.math_judge import equal
+    from grpo_jax.rewards.mathematics import _at_once
+
+    answer = rf"\boxed{{{pair[0]}}}"
+    verdict = _at_once(answer, pair[1:])
+    assert verdict is None or verdict == equal(answer=answer, golds=pair[1:])
 
 
 def test_of_whole_completions_math_verify_says_the_same():

@@ -2,10 +2,10 @@
 
 python -m experiments.benchmarks.rewards [--items=2000] [--group=8] [--workers=2]
 
-Short items of mathematics, whose answers are all distinct, each gold answer for a group of them: `integers`, which
-need no worker; `numbers`, decimals and fractions, and `expressions` (roots and polynomials), which math-verify judges
-in workers; `repeated` are numbers of which a group has one answer, `known` those of a second call. `empty` items do
-nothing: what the pool itself costs. Needs `.[math]`.
+Short items of mathematics, whose answers are all distinct, each gold answer for a group of them: `numbers`, plain
+ones, which need no worker; `short` ones that do (1,234; x=5; 10 cm; 2.5%), `expressions` (roots and polynomials),
+which SymPy simplifies; `repeated` are short ones of which a group has one answer, `known` those of a second call.
+`empty` items do nothing: what the pool itself costs. Needs `.[math]`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from grpo_jax.rewards.mathematics import MathVerify
 from grpo_jax.rewards.pool import Pool, pooled
 
 MODULE = "experiments.benchmarks.rewards"
-KINDS = ("integers", "numbers", "expressions", "repeated")
+KINDS = ("numbers", "short", "expressions", "repeated")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,25 +47,25 @@ def _in_process(
     return [empty(**item) for item in arguments_of_each(prompts, completions, completion_ids, {})]
 
 
-def _text(kind: str, rng: random.Random) -> str:
+def _text(kind: str, form: int, rng: random.Random) -> str:
     """An answer that nobody has given before, most likely."""
     a, b, c = (rng.randrange(1, 10**6) for _ in range(3))
-    choices = {
-        "integers": (f"{a}{b % 1000}",),
-        "numbers": (rf"\frac{{{a}}}{{{b}}}", f"{a}.{b}", rf"-\frac{{{b}}}{{{c}}}"),
+    forms = {
+        "numbers": (f"{a}{b % 1000}", f"{a}.{b}", rf"-\frac{{{b}}}{{{c}}}"),
+        "short": (f"{a},{100 + b % 900}", f"x={a}", rf"{a}\text{{ cm}}", rf"{a}.{b}\%"),
         "expressions": (rf"{a}\sqrt{{{b}}}", f"x^2+{a}x-{b}"),
-    }
-    return rng.choice(choices[kind])
+    }[kind]
+    return forms[form % len(forms)]
 
 
 def problems(kind: str, options: Options, seed: int) -> tuple[list[str], list[str]]:
-    """Completions and gold answers; of a group one is right, or all where they are `repeated`."""
+    """Completions and gold answers, of one form in a group, of which one is right, or all where they are `repeated`."""
     rng, repeated = random.Random(f"{kind} {seed}"), kind == "repeated"
-    kind = "numbers" if repeated else kind
-    groups = [_text(kind, rng) for _ in range(-(-options.items // options.group))]
+    kind = "short" if repeated else kind
+    groups = [_text(kind, group, rng) for group in range(-(-options.items // options.group))]
     golds = [groups[i // options.group] for i in range(options.items)]
     right = lambda i: repeated or i % options.group == 0
-    answers = [gold if right(i) else _text(kind, rng) for i, gold in enumerate(golds)]
+    answers = [gold if right(i) else _text(kind, i // options.group, rng) for i, gold in enumerate(golds)]
     return [rf"So it is $\boxed{{{answer}}}$." for answer in answers], golds
 
 

@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from grpo_jax.rewards import Judged
 from grpo_jax.rewards.pool import Limits, Pool
@@ -30,8 +31,10 @@ _CACHED = 2**16  # verdicts that are kept
 _NEAR = 70  # characters between two boxes that may be one answer, as in math-verify, which decides
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
-_INTEGER = re.compile(r"-?[0-9]{1,15}")
-_BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,15})\}")
+# Numbers that are compared here: integers, fractions of them, and decimals of 6 places, to which math-verify rounds.
+_NUMBER = re.compile(
+    r"(?P<sign>-?)(?:(?P<whole>[0-9]{1,9})(?:\.(?P<places>[0-9]{1,6}))?|\\d?frac\{(?P<above>[0-9]{1,9})\}\{(?P<below>[0-9]{1,9})\})"
+)
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _EXPRESSION = re.compile(r"[0-9$\\]")
 
@@ -103,14 +106,27 @@ def _golds(gold: object) -> tuple[str, ...] | None:
 _Key = tuple[str | None, tuple[str, ...]]
 
 
+def _number(text: str) -> tuple[Fraction, bool, bool] | None:
+    """The value, whether it is written as a decimal, and whether as a fraction; None where it is no such number."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or int(match["below"] or 1) == 0:
+        return None
+    value = Fraction(int(match["above"]), int(match["below"])) if match["above"] else Fraction(text.lstrip("-"))
+    return -value if match["sign"] else value, bool(match["places"]), bool(match["above"])
+
+
 def _at_once(answer: str | None, golds: tuple[str, ...]) -> float | None:
-    """The verdict where none needs mathematics: no answer, or integers alone, which are equal as such."""
+    """The verdict where none needs mathematics: no answer, or plain numbers alone, but for decimals with fractions."""
     if answer is None:
         return 0.0
-    box = _BOXED_INTEGER.fullmatch(answer)
-    if box is None or not all(map(_INTEGER.fullmatch, golds)):
+    numbers = [_number(text) for text in (answer.removeprefix("\\boxed{").removesuffix("}"), *golds)]
+    known = [number for number in numbers if number is not None]
+    if not answer.startswith("\\boxed{") or len(known) < len(numbers):
         return None
-    return float(int(box[1]) in map(int, golds))
+    if any(decimal for _, decimal, _ in known) and any(fraction for *_, fraction in known):
+        return None
+    (found, *_), *right = known
+    return float(found in [value for value, *_ in right])
 
 
 class MathVerify:
