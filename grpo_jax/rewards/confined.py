@@ -421,6 +421,8 @@ def _watched(job: dict, state: dict) -> dict:
         os.kill(program, signal.SIGKILL)
     _, status, usage = os.wait4(program, 0)
     _drain(texts, job["limits"])
+    if ended == "exit" and any(len(text) > job["limits"]["output_kib"] << 10 for text in texts.values()):
+        ended = "output"  # it was quicker than whoever reads
     if broken:
         return {"broken": broken.decode(errors="replace")}
     as_text = lambda fd: base64.b64encode(texts[fd]).decode()
