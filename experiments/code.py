@@ -33,7 +33,7 @@ from grpo_jax.rollouts import RolloutConfig
 class WarmStartConfig(games.WarmStartConfig):
     """Supervision on imperfect programs, before GRPO."""
 
-    steps: int = 1200  # optimizer steps
+    steps: int = 400  # optimizer steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,14 @@ def test_the_rewards_are_of_the_puzzles_own_solutions(strong):
 
 def test_too_weak_isolation_stops_before_anything_starts(monkeypatch):
     weak = Isolation(
-        namespaces=False, seccomp=False, landlock=False, network=False, writes=False, files=False, processes=False
+        mechanism="limits",
+        seccomp=False,
+        landlock=False,
+        network=False,
+        writes=False,
+        signals=False,
+        files=False,
+        processes=False,
     )
     monkeypatch.setattr(sandbox, "isolation", lambda: weak)
     with pytest.raises(RewardError, match="NOT isolated: network, writes outside"):

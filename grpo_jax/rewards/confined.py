@@ -38,7 +38,7 @@ _NOBODY = 65534
 _CLONE = {"mount": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
           "pid": 0x20000000, "net": 0x40000000}  # fmt: skip
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
-_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 24, 36, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
 _PARKED, _READY = 60, 80  # free file descriptors
 _TICK = 0.02  # seconds between looks at a program's clock
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -383,6 +383,7 @@ def watch(state: dict) -> None:
         reply(_watched(job, state))
         return
     _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parents comes here
+    _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program has the same user, and may not look into this process
     state["directory"], state["others"] = tempfile.mkdtemp(dir=state["scratch"]), _processes_of_user()
     try:
         message = _watched(job, state)
@@ -510,7 +511,7 @@ def main(options: dict) -> None:
         file.write("1000")  # where memory runs out, the kernel takes this first, and not the training
     state = {"namespaces": False, "nobody": False, "landlock": False, "directory": "/tmp", "scratch": None, "others": 0}
     state["seccomp"] = seccomp_filter(options["seccomp"])
-    if options["namespaces"]:
+    if options["mechanism"] == "namespaces":
         state["nobody"] = enter_namespaces(options["visible"])
         # A user namespace counts its own processes: of root's, nobody else is nobody; else three come before a program.
         state["namespaces"], state["others"] = True, 0 if state["nobody"] else 3

@@ -25,6 +25,7 @@ import pathlib
 import queue
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -112,49 +113,54 @@ def call(function: str, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
 class Isolation:
     """What keeps programs from everything else on this host, as tried."""
 
-    namespaces: bool  # user, process, mount, network, IPC and host name
+    mechanism: str  # namespaces, bubblewrap (which makes them too), or limits
     seccomp: bool
     landlock: bool
     network: bool  # nothing is reached, not even this host
     writes: bool  # nothing is written outside the temporary directory
+    signals: bool  # no other process is signalled
     files: bool  # what is not Python's or the system's libraries cannot be read
-    processes: bool  # no other process is seen, and none survives
-    why: str = ""  # namespaces are missing
+    processes: bool  # no other process is seen
+    why: str = ""  # there are no namespaces
 
     @property
     def strong(self) -> bool:
-        """No network and no writes outside: what a reward needs to start."""
-        return self.network and self.writes
+        """No network, and nothing outside is written or signalled: what a reward needs to start."""
+        return self.network and self.writes and self.signals
+
+    @property
+    def complete(self) -> bool:
+        """Strong, and nothing outside is seen."""
+        return self.strong and self.files and self.processes
 
     @property
     def description(self) -> str:
         """In one line."""
-        parts = {
-            "namespaces": "namespaces (user, pid, mount, net, ipc, uts)",
-            "seccomp": "seccomp",
-            "landlock": "Landlock",
-        }
-        by = " + ".join(text for name, text in parts.items() if getattr(self, name)) or "limits alone"
+        by = [_MECHANISMS[self.mechanism], "seccomp" if self.seccomp else "", "Landlock" if self.landlock else ""]
         kept = {
-            "network": "network",
-            "writes": "writes outside",
-            "files": "files of the host",
-            "processes": "processes",
-        }
-        open_ = [text for name, text in kept.items() if not getattr(self, name)]
-        return f"sandbox: {by}; " + (f"NOT isolated: {', '.join(open_)}{self.advice}" if open_ else "all is isolated")
+            "network": self.network, "writes outside": self.writes, "signals": self.signals,
+            "files of the host": self.files, "other processes": self.processes,
+        }  # fmt: skip
+        open_ = ", ".join(what for what, isolated in kept.items() if not isolated)
+        said = f"NOT isolated: {open_}{self._advice}" if open_ else "all is isolated"
+        return f"sandbox: {' + '.join(filter(None, by))}; {said}"
 
     @property
-    def advice(self) -> str:
-        """What to do about what is missing; empty where nothing is."""
-        if self.namespaces:
-            return ""
+    def _advice(self) -> str:
         seccomp = "" if self.seccomp else "; else `pip install pyseccomp` and libseccomp for a network filter"
         return (
             f" (namespaces: {self.why}; allow user namespaces: sysctl user.max_user_namespaces above 0, "
             "kernel.apparmor_restrict_unprivileged_userns=0, and in a container a seccomp profile that lets unshare "
-            f"through{seccomp})"
+            f"through; or install bubblewrap{seccomp})"
         )
+
+
+# In this order: the second needs a program that may be allowed more than we are, and counts files less exactly.
+_MECHANISMS = {
+    "namespaces": "namespaces (user, pid, mount, net, ipc, uts)",
+    "bubblewrap": "bubblewrap (the same namespaces)",
+    "limits": "limits",
+}
 
 
 # Tries everything that must not work; says what did.
@@ -168,11 +174,12 @@ def attempts(tcp, udp, path, pid):
             return False
         return True
     return {
-        "network": works(lambda: socket.create_connection(("127.0.0.1", tcp), timeout=5))
-        or works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"!", ("127.0.0.1", udp))),
+        "connected": works(lambda: socket.create_connection(("127.0.0.1", tcp), timeout=5)),
+        "sent": works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"!", ("127.0.0.1", udp))),
         "writes": works(lambda: open(path + "/written", "w")) or works(lambda: os.chmod(path + "/secret", 0)),
         "files": works(lambda: open(path + "/secret").read()),
-        "processes": works(lambda: os.kill(pid, 0)) or works(lambda: open(f"/proc/{pid}/stat").read()),
+        "signals": works(lambda: os.kill(pid, 0)),
+        "processes": works(lambda: open(f"/proc/{pid}/stat").read()),
     }
 """
 
@@ -186,15 +193,24 @@ def isolation() -> Isolation:
     """
     if sys.platform != "linux":
         raise SandboxError(f"the sandbox needs Linux, and this is {sys.platform}: judge code on another machine.")
-    try:
-        return _tried(namespaces=True)
-    except SandboxError as error:
-        return dataclasses.replace(_tried(namespaces=False), why=str(error).strip().splitlines()[-1])
+    found, why = [], []
+    for mechanism in _MECHANISMS:
+        try:
+            found.append(_tried(mechanism))
+        except SandboxError as error:
+            why.append(str(error).strip().splitlines()[-1])
+        if found and found[0].complete:
+            break
+    if not found:
+        raise SandboxError(f"no sandbox can be started: {'; '.join(why)}")
+    best = max(found, key=lambda one: (one.complete, one.strong))  # the first of equals
+    return dataclasses.replace(best, why="; ".join(why))
 
 
-def _tried(namespaces: bool) -> Isolation:
+def _tried(mechanism: str) -> Isolation:
+    arrived = False
     with (
-        contextlib.closing(_Worker(namespaces)) as worker,
+        contextlib.closing(_Worker(mechanism)) as worker,
         tempfile.TemporaryDirectory() as directory,
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
@@ -204,13 +220,16 @@ def _tried(namespaces: bool) -> Isolation:
         pathlib.Path(directory, "secret").write_text("secret")
         ports = (bound.getsockname()[1] for bound in (tcp, udp))
         ran = worker.run(Job(program=_TRY, calls=(call("attempts", *ports, directory, os.getpid()),)), Limits())
+        with contextlib.suppress(BlockingIOError):  # what is sent may go to a network of the sandbox's own
+            udp.setblocking(False)
+            arrived = bool(udp.recv(1))
     if not ran.results or ran.results[0][0] != "returned":
         raise SandboxError(f"what must not work could not be tried: {ran}")
     worked = dict(ran.results[0][1][1])
     return Isolation(
-        namespaces=namespaces, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"],
-        network=not worked["network"], writes=not worked["writes"], files=not worked["files"],
-        processes=not worked["processes"],
+        mechanism=mechanism, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"],
+        network=not worked["connected"] and not arrived, writes=not worked["writes"], signals=not worked["signals"],
+        files=not worked["files"], processes=not worked["processes"],
     )  # fmt: skip
 
 
@@ -219,23 +238,39 @@ def _tried(namespaces: bool) -> Isolation:
 
 def _visible() -> list[str]:
     """What a program may read of this host: Python's library, and the system's for what that loads."""
-    python = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), f"{sys.base_prefix}/lib"]
+    python = [sysconfig.get_path("stdlib"), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib"]
     places = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", *map(os.path.realpath, python)]
     return sorted(dict.fromkeys(places), key=len)  # what is below another is seen with it
+
+
+def _in_bubblewrap(seccomp: str | None) -> list[str]:
+    """The interpreter, where nothing but what is visible can be seen; a temporary directory as large as a program's."""
+    bwrap, python = shutil.which("bwrap"), os.path.realpath(sys.executable)
+    if bwrap is None:
+        raise SandboxError("bwrap is not installed")
+    shown = [*_visible(), python, str(_HERE / "confined.py"), *([seccomp] if seccomp else [])]
+    binds = [word for path in shown for word in ("--ro-bind-try", path, path)]
+    return [
+        bwrap, "--unshare-all", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox", "--proc", "/proc",
+        "--dev", "/dev", "--tmpfs", "/tmp", *binds, "--chdir", "/tmp", "--setenv", "TMPDIR", "/tmp", python,
+    ]  # fmt: skip
 
 
 class _Worker:
     """A process that runs a program after the other; of one thread at a time."""
 
-    def __init__(self, namespaces: bool):
-        self._namespaces, module = namespaces, importlib.util.find_spec("pyseccomp")
+    def __init__(self, mechanism: str):
+        """Raises SandboxError where this one does not work here."""
+        self._mechanism, module = mechanism, importlib.util.find_spec("pyseccomp")
         options = {
-            "namespaces": namespaces, "visible": _visible(), "seccomp": module and module.origin,
+            "mechanism": mechanism, "visible": _visible(), "seccomp": module and module.origin,
             "literals": (_HERE / "literals.py").read_text(),
         }  # fmt: skip
+        # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
+        flags = ["-P", "-s", "-S", "-B", "-X", "utf8", str(_HERE / "confined.py"), json.dumps(options)]
+        command = _in_bubblewrap(options["seccomp"]) if mechanism == "bubblewrap" else [sys.executable]
         self._process = subprocess.Popen(
-            # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
-            [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(_HERE / "confined.py"), json.dumps(options)],
+            [*command, *flags],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", bufsize=0,
             env={"PYTHONHASHSEED": "0"}, start_new_session=True,  # Ctrl-C is ours
         )  # fmt: skip
@@ -289,10 +324,15 @@ class _Worker:
 
     def kill(self) -> None:
         """Ends the process, and with it all that it has started; from any thread, and then `run` fails."""
-        if not self._namespaces:  # it has to end what runs by itself
+        if self._mechanism == "limits":  # it has to end what runs by itself
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
+        if self._mechanism == "bubblewrap":  # whose child is the first process of the namespace
+            with contextlib.suppress(OSError, ValueError):
+                pid = self._process.pid
+                for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
         self._process.kill()
         self._process.wait()
         if self.hello["scratch"] is not None:
@@ -323,8 +363,8 @@ def _result(line: bytes) -> tuple[str, Any]:
 class _Crew:
     """Workers, each used by one thread at a time and replaced when it is broken."""
 
-    def __init__(self, namespaces: bool, size: int):
-        self._namespaces, self._lock, self._stops, self.closed = namespaces, threading.Lock(), 0, False
+    def __init__(self, mechanism: str, size: int):
+        self._mechanism, self._lock, self._stops, self.closed = mechanism, threading.Lock(), 0, False
         self._busy: set[_Worker] = set()
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         for _ in range(size):
@@ -350,7 +390,7 @@ class _Crew:
                 self._idle.put(worker)
 
     def _take(self, worker: _Worker | None, stops: int) -> _Worker:
-        worker = worker or _Worker(self._namespaces)
+        worker = worker or _Worker(self._mechanism)
         with self._lock:
             self._busy.add(worker)
         if self.closed or stops != self._stops:
@@ -404,7 +444,7 @@ class Sandbox:
         if workers < 0:
             raise ValueError(f"workers={workers} must be 1 or more, or 0 for one a core.")
         self.limits, self.workers = limits or Limits(), workers or len(os.sched_getaffinity(0))
-        self._crew = _Crew(found.namespaces, self.workers)
+        self._crew = _Crew(found.mechanism, self.workers)
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         self.close = weakref.finalize(self, _close, self._crew, self._threads)  # ends all processes; at exit, too
 
