@@ -1,6 +1,6 @@
 """The other side of the sandbox: a script that `sandbox.py` starts, with the standard library and nothing else.
 
-    python confined.py OPTIONS    OPTIONS in JSON; jobs come in at stdin, replies go out at stdout
+    python -c THIS OPTIONS    OPTIONS in JSON; jobs come in at stdin, replies go out at stdout
 
 Three processes stand between the parent and a program. The first enters namespaces and waits; the second, the
 first process of a process namespace, takes a job after the other; the third watches one program, which is the first

@@ -43,7 +43,8 @@ from grpo_jax.rewards.literals import encode
 
 __all__ = ["Isolation", "Job", "Limits", "Ran", "Sandbox", "SandboxError", "call", "isolation"]
 
-_HERE = pathlib.Path(__file__).parent
+# Read once: a worker that is replaced after hours is what the first one was, whatever has become of the files.
+_CONFINED, _LITERALS = (pathlib.Path(__file__).with_name(name).read_text() for name in ("confined.py", "literals.py"))
 _GRACE = 30.0  # seconds beyond a program's wall time, after which the sandbox itself is broken
 _START = 60.0  # seconds it may take to start
 _LARGEST = 64 << 20  # bytes of a reply; limits of output keep it far below
@@ -248,7 +249,7 @@ def _in_bubblewrap(seccomp: str | None) -> list[str]:
     bwrap, python = shutil.which("bwrap"), os.path.realpath(sys.executable)
     if bwrap is None:
         raise SandboxError("bwrap is not installed")
-    shown = [*_visible(), python, str(_HERE / "confined.py"), *([seccomp] if seccomp else [])]
+    shown = [*_visible(), python, *([seccomp] if seccomp else [])]
     binds = [word for path in shown for word in ("--ro-bind-try", path, path)]
     return [
         bwrap, "--unshare-all", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox", "--proc", "/proc",
@@ -264,10 +265,10 @@ class _Worker:
         self._mechanism, module = mechanism, importlib.util.find_spec("pyseccomp")
         options = {
             "mechanism": mechanism, "visible": _visible(), "seccomp": module and module.origin,
-            "literals": (_HERE / "literals.py").read_text(),
+            "literals": _LITERALS,
         }  # fmt: skip
         # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
-        flags = ["-P", "-s", "-S", "-B", "-X", "utf8", str(_HERE / "confined.py"), json.dumps(options)]
+        flags = ["-P", "-s", "-S", "-B", "-X", "utf8", "-c", _CONFINED, json.dumps(options)]
         command = _in_bubblewrap(options["seccomp"]) if mechanism == "bubblewrap" else [sys.executable]
         self._process = subprocess.Popen(
             [*command, *flags],
