@@ -12,7 +12,7 @@ from experiments import code
 from experiments.flags import field_comments
 from grpo_jax import loop
 from grpo_jax.data.puzzles import Puzzles
-from grpo_jax.rewards import RewardError, sandbox
+from grpo_jax.rewards import RewardError, programs, sandbox
 from grpo_jax.rewards.code import CodeReward
 from grpo_jax.rewards.sandbox import Isolation, isolation
 
@@ -148,7 +148,7 @@ def observe_code(made, field):
             return reward._sandbox.workers
         if field == "failure":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sandbox._Worker, "run", fails)
+                patch.setattr(programs.Worker, "run", fails)
                 return list(reward(["p"], ["x"], [[1]], tests=[["assert f() == True"]]))
         tests = ["assert f() == True"]
         if field == "score":

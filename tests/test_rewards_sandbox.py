@@ -11,7 +11,7 @@ import uuid
 
 import pytest
 
-from grpo_jax.rewards import sandbox
+from grpo_jax.rewards import programs, sandbox
 from grpo_jax.rewards.sandbox import Isolation, Job, Limits, Sandbox, SandboxError, call, isolation
 from tests.test_rewards_code import settled
 
@@ -47,9 +47,10 @@ def test_descriptions(found, said):
 
 def test_what_is_said_of_isolation_is_what_is_tried(monkeypatch):
     """A sandbox that lets everything through is found out: namespaces and Landlock are told to do nothing."""
-    assert 'if state["landlock"]:' in sandbox._CONFINED
-    monkeypatch.setattr(sandbox, "_CONFINED", sandbox._CONFINED.replace('if state["landlock"]:', "if False:"))
-    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
+    name, line = "grpo_jax.rewards.confined", 'if state["landlock"]:'
+    assert line in programs._MODULES[name]
+    monkeypatch.setitem(programs._MODULES, name, programs._MODULES[name].replace(line, "if False:"))
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
     found = sandbox._tried("limits")
     assert (found.network, found.writes, found.files, found.processes) == (False, False, False, False)
     assert not found.strong
@@ -200,7 +201,7 @@ def test_wall_time():
 def plain(monkeypatch):
     """A sandbox with the limits alone, which knows what to look for in the table of processes."""
     mark = f"/mark-{uuid.uuid4().hex}"
-    monkeypatch.setattr(sandbox, "_visible", lambda: [mark])
+    monkeypatch.setattr(programs, "_visible", lambda: [mark])
     monkeypatch.setattr(sandbox, "isolation", lambda: sandbox.Isolation(**{**vars(STRONG), "mechanism": "limits"}))
     box = Sandbox(Limits(cpu_seconds=1, wall_seconds=30), workers=1)
     yield box, mark
@@ -236,9 +237,9 @@ def f(): return os.getcwd()
 PARENT = """
 import os, sys, threading, time
 sys.path.insert(0, {root!r})
-from grpo_jax.rewards import sandbox
-visible = sandbox._visible
-sandbox._visible = lambda: [*visible(), {mark!r}]
+from grpo_jax.rewards import programs, sandbox
+visible = programs._visible
+programs._visible = lambda: [*visible(), {mark!r}]
 if {plain}:
     sandbox.isolation = lambda: sandbox.Isolation(mechanism="limits", seccomp=False, landlock=True, network=True,
         writes=True, signals=True, files=True, processes=True)
