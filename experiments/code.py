@@ -6,6 +6,7 @@ A warm start by supervision on imperfect programs, made in the run, and then GRP
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -15,7 +16,6 @@ from absl import app, flags
 
 from experiments import flags as sections
 from experiments import games, runs
-from experiments.flags import section
 from grpo_jax import evaluation, loop, profiling, sharding
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.puzzles import PuzzleConfig, Puzzles
@@ -33,7 +33,7 @@ from grpo_jax.rollouts import RolloutConfig
 class WarmStartConfig(games.WarmStartConfig):
     """Supervision on imperfect programs, before GRPO."""
 
-    steps: int = 1200  # optimizer steps
+    steps: int = 400  # optimizer steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,6 @@ class TrainConfig:
             raise ValueError(f"{self}: steps and samples_every must be 1 or more.")
 
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
-)
-EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the workdir and stop.")
-EVAL_STEP = flags.DEFINE_integer("eval_step", None, "The checkpoint that --eval_only takes; the latest by default.")
-PROFILE = sections.profile()
-CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
     "task": PuzzleConfig,
     "code": CodeConfig,
@@ -87,8 +80,6 @@ SECTIONS: dict[str, type[Any]] = {
     "evaluation": EvaluationConfig,
     "checkpoints": CheckpointConfig,
 }
-FLAGS_OF = {name: section(name, cls, skip=games.SKIPPED if name == "model" else ()) for name, cls in SECTIONS.items()}
-flags.adopt_module_key_flags(sections)  # so that --help shows them
 
 
 class Experiment(games.Experiment):
@@ -101,23 +92,23 @@ class Experiment(games.Experiment):
         super().__init__(config, Puzzles, strict, (Reward(name="tests", function=self.judge),))
 
 
-def main(argv: list[str]) -> None:
+def main(given: games.Given, argv: list[str]) -> None:
     """Runs, goes on with, or evaluates the run in --workdir."""
-    workdir = runs.directory_of(argv, WORKDIR)
-    if EVAL_STEP.value is not None and not EVAL_ONLY.value:
+    workdir = runs.directory_of(argv, given.workdir)
+    if given.eval_step.value is not None and not given.eval_only.value:
         raise app.UsageError("--eval_step needs --eval_only.")
     try:
-        makers = {name: flag.value for name, flag in FLAGS_OF.items()}
-        config = games.configuration(makers, Puzzles.tokenizer, workdir if EVAL_ONLY.value else None)
-        profile = profiling.steps_of(PROFILE.value, config["train"].steps)
-        print(runs.cache_compilations(CACHE.value), flush=True)
+        makers = {name: flag.value for name, flag in given.sections.items()}
+        config = games.configuration(makers, Puzzles.tokenizer, workdir if given.eval_only.value else None)
+        profile = profiling.steps_of(given.profile.value, config["train"].steps)
+        print(runs.cache_compilations(given.cache.value), flush=True)
         print(isolation().description, flush=True)
         experiment = Experiment(config)
         experiment.check()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if EVAL_ONLY.value:
-        games.evaluate_only(experiment, workdir, EVAL_STEP.value)
+    if given.eval_only.value:
+        games.evaluate_only(experiment, workdir, given.eval_step.value)
         return
     loop.open_workdir(workdir, runs.as_json(config))
     run(experiment, workdir, profile)
@@ -125,9 +116,9 @@ def main(argv: list[str]) -> None:
 
 def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)) -> None:
     """A warm start, GRPO, and what came of it."""
-    config, started = experiment.config, config_line(experiment)
+    config = experiment.config
     params = games.warmed(experiment, workdir)
-    print(started, flush=True)
+    print(description(experiment), flush=True)
     rows = experiment.train(params, workdir, config["loss"].objective, profile)
     summary = runs.summary(workdir, rows, config["train"].seed, runs.parameters(config["model"]))
     runs.finish(workdir, rows, summary, "Programming puzzles")
@@ -137,7 +128,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)
     )
 
 
-def config_line(experiment: Experiment) -> str:
+def description(experiment: Experiment) -> str:
     """What runs, in words."""
     config = experiment.config
     return (
@@ -149,4 +140,7 @@ def config_line(experiment: Experiment) -> str:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    GIVEN = games.define_flags(SECTIONS)
+    for module in (games, sections):
+        flags.adopt_module_key_flags(module)  # so that --help shows them
+    runs.command(functools.partial(main, GIVEN))

@@ -18,7 +18,6 @@ from absl import app, flags
 
 from experiments import flags as sections
 from experiments import games, runs, user_rewards
-from experiments.flags import section
 from grpo_jax import loop, objectives, profiling, sharding
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
@@ -45,18 +44,11 @@ class TrainConfig:
             raise ValueError(f"{self}: steps and samples_every must be 1 or more.")
 
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
-)
-EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the workdir and stop.")
-EVAL_STEP = flags.DEFINE_integer("eval_step", None, "The checkpoint that --eval_only takes; the latest by default.")
 BASELINES = flags.DEFINE_bool(
     "baselines", False, "Then also run continued supervision, and supervision on own samples."
 )
 WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Make the warm start, write it to the workdir and stop.")
 REWARD = sections.rewards()
-PROFILE = sections.profile()
-CACHE = sections.compilation_cache()
 SECTIONS: dict[str, type[Any]] = {
     "task": CountdownConfig,
     "model": TransformerConfig,
@@ -72,8 +64,12 @@ SECTIONS: dict[str, type[Any]] = {
     "checkpoints": CheckpointConfig,
 }
 SKIPPED = games.SKIPPED
-FLAGS_OF = {name: section(name, cls, skip=SKIPPED if name == "model" else ()) for name, cls in SECTIONS.items()}
-flags.adopt_module_key_flags(sections)  # so that --help shows them
+GIVEN = games.define_flags(SECTIONS)
+WORKDIR, EVAL_ONLY, EVAL_STEP, PROFILE, CACHE = (
+    GIVEN.workdir, GIVEN.eval_only, GIVEN.eval_step, GIVEN.profile, GIVEN.cache,
+)  # fmt: skip
+for module in (games, sections):
+    flags.adopt_module_key_flags(module)  # so that --help shows them
 SHIPPED_WARM_START = pathlib.Path(__file__).with_name("countdown_warm_start.msgpack")
 
 TRIAL_STEPS = 20  # of a baseline, to see how many fit into a time
@@ -82,7 +78,7 @@ ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
 
 def configuration(workdir: pathlib.Path) -> dict[str, Any]:
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated."""
-    makers = {name: flag.value for name, flag in FLAGS_OF.items()}
+    makers = {name: flag.value for name, flag in GIVEN.sections.items()}
     made = games.configuration(makers, Countdown.tokenizer, workdir if EVAL_ONLY.value else None)
     return made if EVAL_ONLY.value else made | user_rewards.named(REWARD.value)
 

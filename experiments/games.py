@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+from absl import flags
 
+from experiments import flags as experiment_flags
 from experiments import runs, user_rewards
 from grpo_jax import objectives, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -23,8 +25,21 @@ from grpo_jax.sampler import Sampler
 from grpo_jax.types import TrainState
 
 __all__ = [
-    "MODEL", "SKIPPED", "Experiment", "LossConfig", "OptimizerConfig", "Task", "UpdateConfig", "WarmStartConfig",
-    "configuration", "demonstrations", "evaluate_only", "supervised_optimizer", "warmed",
+    "MODEL",
+    "SKIPPED",
+    "Experiment",
+    "Given",
+    "LossConfig",
+    "OptimizerConfig",
+    "Task",
+    "UpdateConfig",
+    "WarmStartConfig",
+    "configuration",
+    "define_flags",
+    "demonstrations",
+    "evaluate_only",
+    "supervised_optimizer",
+    "warmed",
 ]  # fmt: skip
 
 
@@ -198,6 +213,37 @@ def configuration(
         return runs.configured(makers)
     kept = runs.saved_configuration(saved)
     return runs.configured(makers, {name: kept[name] for name in kept if name not in ("evaluation", "mesh")})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+    """The flags of an experiment, before and after the command line is read."""
+
+    workdir: "flags.FlagHolder[str]"
+    eval_only: "flags.FlagHolder[bool]"
+    eval_step: "flags.FlagHolder[int | None]"
+    profile: "flags.FlagHolder[str | None]"
+    cache: "flags.FlagHolder[str | None]"
+    sections: Mapping[str, "flags.FlagHolder[Any]"]  # by name
+
+
+def define_flags(sections: Mapping[str, type[Any]]) -> Given:
+    """Flags for what every experiment takes, and `--section.field` for each field of its sections."""
+    return Given(
+        workdir=flags.DEFINE_string(
+            "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
+        ),
+        eval_only=flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the workdir and stop."),
+        eval_step=flags.DEFINE_integer(
+            "eval_step", None, "The checkpoint that --eval_only takes; the latest by default."
+        ),
+        profile=experiment_flags.profile(),
+        cache=experiment_flags.compilation_cache(),
+        sections={
+            name: experiment_flags.section(name, cls, skip=SKIPPED if name == "model" else ())
+            for name, cls in sections.items()
+        },
+    )
 
 
 def demonstrations(task: Task, batch: int) -> Demonstrations:

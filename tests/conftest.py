@@ -41,3 +41,13 @@ def params(config):
         return jnp.asarray(rng.normal(1.0 * is_scale, 0.25, leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Under which isolation hostile programs ran: what their tests say holds for it alone."""
+    from grpo_jax.rewards.sandbox import SandboxError, isolation
+
+    try:
+        terminalreporter.write_line(isolation().description)
+    except SandboxError as error:
+        terminalreporter.write_line(f"sandbox: none ({error})")

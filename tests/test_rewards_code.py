@@ -11,7 +11,7 @@ import uuid
 import pytest
 
 from grpo_jax.data.benchmarks import humaneval, mbpp
-from grpo_jax.rewards import RewardError, sandbox
+from grpo_jax.rewards import RewardError, programs, sandbox
 from grpo_jax.rewards.code import CodeConfig, CodeReward, extract_code
 from grpo_jax.rewards.sandbox import Job, SandboxError, call, isolation
 from tests.hostile import CHEATS, HARMS
@@ -26,16 +26,16 @@ def level():
     """What follows is about namespaces: where there are none, nothing of it says anything."""
     found = isolation()
     print(found.description)
-    if not (found.strong and found.files and found.processes):
+    if not found.complete:
         (pytest.fail if os.environ.get("CI", "").lower() in ("true", "1") else pytest.skip)(found.description)
 
 
 @pytest.fixture(scope="module")
 def marked():
     """A text in the command line of every process of this module's sandboxes, and of all that are forked of them."""
-    visible, mark = sandbox._visible, f"/mark-{uuid.uuid4().hex}"
+    visible, mark = programs._visible, f"/mark-{uuid.uuid4().hex}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "_visible", lambda: [*visible(), mark])
+        patch.setattr(programs, "_visible", lambda: [*visible(), mark])
         yield mark
 
 
@@ -450,9 +450,8 @@ def test_descriptors_of_the_host_are_not_there(attempt, tmp_path):
 
 def test_a_program_may_start_few_processes_and_threads(attempt):
     count = (
-        "import threading; e = threading.Event(); n = 0\n    try:\n        while n < 100: "
-        "threading.Thread(target=e.wait, daemon=True).start(); n += 1\n"
-        "    except RuntimeError: pass\n    e.set(); return n"
+        "import os, signal; n = 0\n    try:\n        while n < 100:\n            if os.fork() == 0: signal.pause()\n"
+        "            n += 1\n    except BlockingIOError: pass\n    return n"
     )
     assert attempt(count) == ["int", f"{LIMITS['processes'] - 1:x}"]
 
@@ -463,7 +462,7 @@ def test_a_program_may_start_few_processes_and_threads(attempt):
 def broken(monkeypatch, reward, times):
     """A worker that dies at its next jobs."""
     left = [times]
-    run = sandbox._Worker.run
+    run = programs.Worker.run
 
     def dies(worker, job, limits):
         if left[0]:
@@ -472,7 +471,7 @@ def broken(monkeypatch, reward, times):
             worker._process.wait()
         return run(worker, job, limits)
 
-    monkeypatch.setattr(sandbox._Worker, "run", dies)
+    monkeypatch.setattr(programs.Worker, "run", dies)
 
 
 def test_a_worker_that_dies_is_replaced(reward, marked, monkeypatch):
@@ -510,7 +509,8 @@ def test_from_many_threads(marked):
 
 def test_too_weak_isolation_is_refused(monkeypatch):
     weak = sandbox.Isolation(
-        namespaces=False, seccomp=False, landlock=True, network=False, writes=True, files=False, processes=False,
+        mechanism="limits", seccomp=False, landlock=True, network=False, writes=True, signals=True, files=False,
+        processes=False,
         why="unshare: Operation not permitted",
     )  # fmt: skip
     monkeypatch.setattr(sandbox, "isolation", lambda: weak)

@@ -2,22 +2,23 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 
 import pytest
 
-from grpo_jax.rewards import sandbox
+from grpo_jax.rewards import programs, sandbox
 from grpo_jax.rewards.sandbox import Isolation, Job, Limits, Sandbox, SandboxError, call, isolation
 from tests.test_rewards_code import settled
 
 ROOT = pathlib.Path(__file__).parent.parent
 STRONG = Isolation(
-    namespaces=True, seccomp=False, landlock=True, network=True, writes=True, files=True, processes=True
+    mechanism="namespaces", seccomp=False, landlock=True, network=True, writes=True, signals=True, files=True,
+    processes=True,
 )  # fmt: skip
 
 
@@ -33,10 +34,10 @@ def test_isolation_is_found_out_and_said_in_a_line():
     ("found", "said"),
     [
         (STRONG, "sandbox: namespaces (user, pid, mount, net, ipc, uts) + Landlock; all is isolated"),
-        (Isolation(**{**vars(STRONG), "namespaces": False, "network": False, "landlock": False, "why": "no unshare"}),
-         "sandbox: limits alone; NOT isolated: network (namespaces: no unshare; allow user namespaces"),
-        (Isolation(**{**vars(STRONG), "namespaces": False, "seccomp": True, "files": False}),
-         "sandbox: seccomp + Landlock; NOT isolated: files of the host"),
+        (Isolation(**{**vars(STRONG), "mechanism": "limits", "network": False, "landlock": False, "why": "no unshare"}),
+         "sandbox: limits; NOT isolated: network (namespaces: no unshare; allow user namespaces"),
+        (Isolation(**{**vars(STRONG), "mechanism": "limits", "seccomp": True, "files": False}),
+         "sandbox: limits + seccomp + Landlock; NOT isolated: files of the host"),
     ],
 )  # fmt: skip
 def test_descriptions(found, said):
@@ -46,38 +47,92 @@ def test_descriptions(found, said):
 
 def test_what_is_said_of_isolation_is_what_is_tried(monkeypatch):
     """A sandbox that lets everything through is found out: namespaces and Landlock are told to do nothing."""
-    source = (ROOT / "grpo_jax/rewards/confined.py").read_text()
-    source = source.replace('if state["landlock"]:', "if False:")
-    with tempfile.TemporaryDirectory() as directory:
-        pathlib.Path(directory, "confined.py").write_text(source)
-        pathlib.Path(directory, "literals.py").write_text((ROOT / "grpo_jax/rewards/literals.py").read_text())
-        os.chmod(directory, 0o755)
-        monkeypatch.setattr(sandbox, "_HERE", pathlib.Path(directory))
-        monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
-        found = sandbox._tried(namespaces=False)
+    name, line = "grpo_jax.rewards.confined", 'if state["landlock"]:'
+    assert line in programs._MODULES[name]
+    monkeypatch.setitem(programs._MODULES, name, programs._MODULES[name].replace(line, "if False:"))
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    found = sandbox._tried("limits")
     assert (found.network, found.writes, found.files, found.processes) == (False, False, False, False)
     assert not found.strong
 
 
-def test_where_namespaces_are_refused_it_says_why_and_goes_on_with_less(monkeypatch):
-    tried = sandbox._tried
+@pytest.fixture
+def refused(monkeypatch):
+    """A host that refuses some mechanisms; what is found there is forgotten again."""
+    tried, asked = sandbox._tried, []
 
-    def refuses(namespaces):
-        if namespaces:
-            raise SandboxError("Traceback\nOSError: [Errno 1] unshare: Operation not permitted")
-        return tried(namespaces)
+    def only(*works):
+        def attempt(mechanism):
+            asked.append(mechanism)
+            if mechanism not in works:
+                raise SandboxError(f"Traceback\nOSError: [Errno 1] {mechanism}: Operation not permitted")
+            return tried(mechanism)
 
-    monkeypatch.setattr(sandbox, "_tried", refuses)
-    isolation.cache_clear()
-    try:
-        found = isolation()
-        assert found.why == "OSError: [Errno 1] unshare: Operation not permitted"
-        assert (found.namespaces, found.processes) == (False, False)
-        if not found.strong:
-            with pytest.raises(SandboxError, match=r"NOT isolated: .*unshare: Operation not permitted.*allow_weak"):
-                Sandbox()
-    finally:
+        monkeypatch.setattr(sandbox, "_tried", attempt)
         isolation.cache_clear()
+        return asked
+
+    yield only
+    isolation.cache_clear()
+
+
+def test_where_namespaces_are_refused_it_says_why_and_goes_on_with_less(refused):
+    asked = refused("limits")
+    found = isolation()
+    assert asked == ["namespaces", "bubblewrap", "limits"]
+    assert found.why.startswith("OSError: [Errno 1] namespaces: Operation not permitted; OSError: [Errno 1] bubble")
+    assert (found.mechanism, found.processes, found.complete) == ("limits", False, False)
+    if not found.strong:
+        with pytest.raises(SandboxError, match=r"NOT isolated: .*Operation not permitted.*allow_weak"):
+            Sandbox()
+
+
+def test_the_first_that_isolates_everything_is_taken(refused):
+    asked = refused("namespaces", "bubblewrap", "limits")
+    if isolation().complete:
+        assert asked == [isolation().mechanism] or asked[0] == "namespaces"
+        assert isolation().mechanism == asked[-1]
+
+
+def test_nothing_at_all(refused):
+    refused()
+    with pytest.raises(SandboxError, match=r"no sandbox can be started: OSError.* namespaces: .* limits: "):
+        isolation()
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_bubblewrap(refused):
+    refused("bubblewrap", "limits")
+    found = isolation()
+    if found.mechanism == "limits":
+        pytest.skip(f"bubblewrap does not work here: {found.why}")
+    assert found.network
+    assert found.writes
+    assert found.files
+    assert found.processes
+    secret = (
+        "import os\ndef f(path): return os.path.exists(path), os.listdir('.'), os.getuid() == 0 and os.listdir('/etc')"
+    )
+    with Sandbox(Limits(cpu_seconds=1), workers=1) as box:
+        ran = box.run(Job(program=secret, calls=(call("f", "/etc/passwd"),)))
+        assert ran.results[0][1][1][:2] == [False, ["list", []]]
+        assert box.run(Job(program="while True: pass", calls=())).ended == "cpu"
+        left = box.run(Job(program="import os, time\nif os.fork() == 0: time.sleep(1000)", calls=()))
+        assert left.ended == "exit"
+        worker = box._crew._idle.get()
+        end = time.monotonic() + 30  # whoever has watched the last program is about to end
+        while len(children := descendants(worker._process.pid)) > 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        box._crew._idle.put(worker)
+    assert len(children) == 2, "bubblewrap's first process, and ours"
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def descendants(pid):
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [*children, *(each for child in children for each in descendants(child))]
 
 
 def test_other_systems_are_refused(monkeypatch):
@@ -146,8 +201,8 @@ def test_wall_time():
 def plain(monkeypatch):
     """A sandbox with the limits alone, which knows what to look for in the table of processes."""
     mark = f"/mark-{uuid.uuid4().hex}"
-    monkeypatch.setattr(sandbox, "_visible", lambda: [mark])
-    monkeypatch.setattr(sandbox, "isolation", lambda: sandbox.Isolation(**{**vars(STRONG), "namespaces": False}))
+    monkeypatch.setattr(programs, "_visible", lambda: [mark])
+    monkeypatch.setattr(sandbox, "isolation", lambda: sandbox.Isolation(**{**vars(STRONG), "mechanism": "limits"}))
     box = Sandbox(Limits(cpu_seconds=1, wall_seconds=30), workers=1)
     yield box, mark
     box.close()
@@ -182,12 +237,12 @@ def f(): return os.getcwd()
 PARENT = """
 import os, sys, threading, time
 sys.path.insert(0, {root!r})
-from grpo_jax.rewards import sandbox
-visible = sandbox._visible
-sandbox._visible = lambda: [*visible(), {mark!r}]
+from grpo_jax.rewards import programs, sandbox
+visible = programs._visible
+programs._visible = lambda: [*visible(), {mark!r}]
 if {plain}:
-    sandbox.isolation = lambda: sandbox.Isolation(namespaces=False, seccomp=False, landlock=True, network=True,
-                                                  writes=True, files=True, processes=True)
+    sandbox.isolation = lambda: sandbox.Isolation(mechanism="limits", seccomp=False, landlock=True, network=True,
+        writes=True, signals=True, files=True, processes=True)
 box = sandbox.Sandbox(sandbox.Limits(wall_seconds=1000, cpu_seconds=1000), workers=2)
 program = "import ctypes, os, time\\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\\nif os.fork() == 0: os.setsid()\\n"
 program += "time.sleep(1000)"
@@ -200,7 +255,7 @@ time.sleep(1000)
 @pytest.mark.parametrize("without", [False, True], ids=["namespaces", "without"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_nothing_outlives_the_parent(how, without, tmp_path):
-    if not without and not isolation().namespaces:
+    if not without and isolation().mechanism != "namespaces":
         (pytest.fail if os.environ.get("CI") else pytest.skip)(isolation().description)
     mark = f"/mark-{uuid.uuid4().hex}"
     script = PARENT.format(root=str(ROOT), mark=mark, plain=without)
@@ -225,7 +280,7 @@ def test_a_parent_that_forks_does_not_keep_them(tmp_path):
     script = PARENT.format(root=str(ROOT), mark=mark, plain=False).replace(
         "time.sleep(1000)\n", "time.sleep(3)\nif os.fork() == 0: time.sleep(20)\nelse: os.kill(os.getpid(), 9)\n"
     )
-    if not isolation().namespaces:
+    if isolation().mechanism != "namespaces":
         pytest.skip(isolation().description)
     parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)})
     parent.wait()

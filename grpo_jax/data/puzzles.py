@@ -131,14 +131,16 @@ class Puzzles:
                 return [y for x, y in pairs if keep.does(y if changes_first else x, kept)]  # noqa: B023
 
             lists = [items for items in (_list(rng) for _ in range(8 * self.config.tests)) if len(reference(items)) > 1]
-            if len(lists) >= self.config.tests:  # else hardly a list has what is asked for: of 0 to 3, those over 9
+            tests = [{"call": "f", "args": [a], "result": fold.does(reference(a))} for a in lists[: self.config.tests]]
+            # Hardly a list may have what is asked for (of 0 to 3, those over 9), or a constant may be right for all.
+            varied = len(tests) == 1 or any(test["result"] != tests[0]["result"] for test in tests)
+            if len(tests) == self.config.tests and varied:
                 break
-        arguments = lists[: self.config.tests]
         return Puzzle(
             description=description,
             solution=_solution(keep, change, fold, kept, changed, changes_first),
             lazy=fold.text.format(x=f"{change.text.format(k=changed)} for x in a"),
-            tests=tuple({"call": "f", "args": [a], "result": fold.does(reference(a))} for a in arguments),
+            tests=tuple(tests),
         )
 
     def demonstration(self, index: int) -> tuple[Puzzle, str]:

@@ -14,96 +14,24 @@ Limits are of CPU time first, so that a busy machine changes no verdict, with wa
 time are each process's own: a program has up to `processes` times as much.
 """
 
-import base64
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-import json
 import os
 import pathlib
 import queue
-import select
-import shutil
 import socket
-import struct
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from grpo_jax.rewards.literals import encode
+from grpo_jax.rewards.programs import Job, Limits, Ran, SandboxError, Worker, call
 
 __all__ = ["Isolation", "Job", "Limits", "Ran", "Sandbox", "SandboxError", "call", "isolation"]
-
-_HERE = pathlib.Path(__file__).parent
-_GRACE = 30.0  # seconds beyond a program's wall time, after which the sandbox itself is broken
-_START = 60.0  # seconds it may take to start
-_LARGEST = 64 << 20  # bytes of a reply; limits of output keep it far below
-
-
-class SandboxError(RuntimeError):
-    """The sandbox itself is broken, or isolates less than was asked for; never what a program did."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one program may use."""
-
-    cpu_seconds: float = 2.0  # CPU time of a program, whatever else the machine does
-    wall_seconds: float = 20.0  # a backstop: of programs that sleep
-    memory_mib: int = 256  # address space
-    file_mib: int = 16  # the temporary directory, and each file
-    output_kib: int = 256  # of standard output, and of what calls return
-    processes: int = 8  # processes and threads
-
-    def __post_init__(self) -> None:
-        if min(self.cpu_seconds, self.wall_seconds) <= 0:
-            raise ValueError(f"cpu_seconds={self.cpu_seconds} and wall_seconds={self.wall_seconds} must be above 0.")
-        if self.memory_mib < 64:
-            raise ValueError(f"memory_mib={self.memory_mib} must be 64 or more: Python itself needs some 40.")
-        if min(self.file_mib, self.output_kib, self.processes) < 1:
-            raise ValueError(
-                f"file_mib={self.file_mib}, output_kib={self.output_kib} and processes={self.processes} must be 1 or "
-                "more."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """A program, and what it is asked: calls of its functions, or standard input."""
-
-    program: str
-    calls: tuple[Mapping[str, Any], ...] | None = None  # each by `call`; None: it runs to its end, as a main program
-    stdin: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ran:
-    """What came of a program; all of it but `ended` and the times is what the program says."""
-
-    ended: str  # exit: by itself or by a signal; else the limit that it has used up: cpu, wall or output
-    code: int  # its exit code, or minus the signal
-    cpu_seconds: float
-    seconds: float
-    stdout: bytes
-    results: tuple[tuple[str, Any], ...]  # of each call ("returned", JSON of `literals`) or ("raised", text)
-
-
-def call(function: str, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-    """A call of a program's function with literals.
-
-    Raises:
-      Unsendable: an argument is no literal.
-    """
-    return {"call": function, "args": encode(list(args)), "kwargs": encode(kwargs)}
-
 
 # What isolates --------------------------------------------------------------------------------------
 
@@ -112,49 +40,54 @@ def call(function: str, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
 class Isolation:
     """What keeps programs from everything else on this host, as tried."""
 
-    namespaces: bool  # user, process, mount, network, IPC and host name
+    mechanism: str  # namespaces, bubblewrap (which makes them too), or limits
     seccomp: bool
     landlock: bool
     network: bool  # nothing is reached, not even this host
     writes: bool  # nothing is written outside the temporary directory
+    signals: bool  # no other process is signalled
     files: bool  # what is not Python's or the system's libraries cannot be read
-    processes: bool  # no other process is seen, and none survives
-    why: str = ""  # namespaces are missing
+    processes: bool  # no other process is seen
+    why: str = ""  # there are no namespaces
 
     @property
     def strong(self) -> bool:
-        """No network and no writes outside: what a reward needs to start."""
-        return self.network and self.writes
+        """No network, and nothing outside is written or signalled: what a reward needs to start."""
+        return self.network and self.writes and self.signals
+
+    @property
+    def complete(self) -> bool:
+        """Strong, and nothing outside is seen."""
+        return self.strong and self.files and self.processes
 
     @property
     def description(self) -> str:
         """In one line."""
-        parts = {
-            "namespaces": "namespaces (user, pid, mount, net, ipc, uts)",
-            "seccomp": "seccomp",
-            "landlock": "Landlock",
-        }
-        by = " + ".join(text for name, text in parts.items() if getattr(self, name)) or "limits alone"
+        by = [_MECHANISMS[self.mechanism], "seccomp" if self.seccomp else "", "Landlock" if self.landlock else ""]
         kept = {
-            "network": "network",
-            "writes": "writes outside",
-            "files": "files of the host",
-            "processes": "processes",
-        }
-        open_ = [text for name, text in kept.items() if not getattr(self, name)]
-        return f"sandbox: {by}; " + (f"NOT isolated: {', '.join(open_)}{self.advice}" if open_ else "all is isolated")
+            "network": self.network, "writes outside": self.writes, "signals": self.signals,
+            "files of the host": self.files, "other processes": self.processes,
+        }  # fmt: skip
+        open_ = ", ".join(what for what, isolated in kept.items() if not isolated)
+        said = f"NOT isolated: {open_}{self._advice}" if open_ else "all is isolated"
+        return f"sandbox: {' + '.join(filter(None, by))}; {said}"
 
     @property
-    def advice(self) -> str:
-        """What to do about what is missing; empty where nothing is."""
-        if self.namespaces:
-            return ""
+    def _advice(self) -> str:
         seccomp = "" if self.seccomp else "; else `pip install pyseccomp` and libseccomp for a network filter"
         return (
             f" (namespaces: {self.why}; allow user namespaces: sysctl user.max_user_namespaces above 0, "
             "kernel.apparmor_restrict_unprivileged_userns=0, and in a container a seccomp profile that lets unshare "
-            f"through{seccomp})"
+            f"through; or install bubblewrap{seccomp})"
         )
+
+
+# In this order: the second needs a program that may be allowed more than we are, and counts files less exactly.
+_MECHANISMS = {
+    "namespaces": "namespaces (user, pid, mount, net, ipc, uts)",
+    "bubblewrap": "bubblewrap (the same namespaces)",
+    "limits": "limits",
+}
 
 
 # Tries everything that must not work; says what did.
@@ -168,11 +101,12 @@ def attempts(tcp, udp, path, pid):
             return False
         return True
     return {
-        "network": works(lambda: socket.create_connection(("127.0.0.1", tcp), timeout=5))
-        or works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"!", ("127.0.0.1", udp))),
+        "connected": works(lambda: socket.create_connection(("127.0.0.1", tcp), timeout=5)),
+        "sent": works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"!", ("127.0.0.1", udp))),
         "writes": works(lambda: open(path + "/written", "w")) or works(lambda: os.chmod(path + "/secret", 0)),
         "files": works(lambda: open(path + "/secret").read()),
-        "processes": works(lambda: os.kill(pid, 0)) or works(lambda: open(f"/proc/{pid}/stat").read()),
+        "signals": works(lambda: os.kill(pid, 0)),
+        "processes": works(lambda: open(f"/proc/{pid}/stat").read()),
     }
 """
 
@@ -186,15 +120,24 @@ def isolation() -> Isolation:
     """
     if sys.platform != "linux":
         raise SandboxError(f"the sandbox needs Linux, and this is {sys.platform}: judge code on another machine.")
-    try:
-        return _tried(namespaces=True)
-    except SandboxError as error:
-        return dataclasses.replace(_tried(namespaces=False), why=str(error).strip().splitlines()[-1])
+    found, why = [], []
+    for mechanism in _MECHANISMS:
+        try:
+            found.append(_tried(mechanism))
+        except SandboxError as error:
+            why.append(str(error).strip().splitlines()[-1])
+        if found and found[0].complete:
+            break
+    if not found:
+        raise SandboxError(f"no sandbox can be started: {'; '.join(why)}")
+    best = max(found, key=lambda one: (one.complete, one.strong))  # the first of equals
+    return dataclasses.replace(best, why="; ".join(why))
 
 
-def _tried(namespaces: bool) -> Isolation:
+def _tried(mechanism: str) -> Isolation:
+    arrived = False
     with (
-        contextlib.closing(_Worker(namespaces)) as worker,
+        contextlib.closing(Worker(mechanism)) as worker,
         tempfile.TemporaryDirectory() as directory,
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
@@ -204,129 +147,29 @@ def _tried(namespaces: bool) -> Isolation:
         pathlib.Path(directory, "secret").write_text("secret")
         ports = (bound.getsockname()[1] for bound in (tcp, udp))
         ran = worker.run(Job(program=_TRY, calls=(call("attempts", *ports, directory, os.getpid()),)), Limits())
+        with contextlib.suppress(BlockingIOError):  # what is sent may go to a network of the sandbox's own
+            udp.setblocking(False)
+            arrived = bool(udp.recv(1))
     if not ran.results or ran.results[0][0] != "returned":
         raise SandboxError(f"what must not work could not be tried: {ran}")
     worked = dict(ran.results[0][1][1])
     return Isolation(
-        namespaces=namespaces, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"],
-        network=not worked["network"], writes=not worked["writes"], files=not worked["files"],
-        processes=not worked["processes"],
+        mechanism=mechanism, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"],
+        network=not worked["connected"] and not arrived, writes=not worked["writes"], signals=not worked["signals"],
+        files=not worked["files"], processes=not worked["processes"],
     )  # fmt: skip
 
 
 # Who runs programs ----------------------------------------------------------------------------------
 
 
-def _visible() -> list[str]:
-    """What a program may read of this host: Python's library, and the system's for what that loads."""
-    python = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), f"{sys.base_prefix}/lib"]
-    places = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", *map(os.path.realpath, python)]
-    return sorted(dict.fromkeys(places), key=len)  # what is below another is seen with it
-
-
-class _Worker:
-    """A process that runs a program after the other; of one thread at a time."""
-
-    def __init__(self, namespaces: bool):
-        self._namespaces, module = namespaces, importlib.util.find_spec("pyseccomp")
-        options = {
-            "namespaces": namespaces, "visible": _visible(), "seccomp": module and module.origin,
-            "literals": (_HERE / "literals.py").read_text(),
-        }  # fmt: skip
-        self._process = subprocess.Popen(
-            # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
-            [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(_HERE / "confined.py"), json.dumps(options)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", bufsize=0,
-            env={"PYTHONHASHSEED": "0"}, start_new_session=True,  # Ctrl-C is ours
-        )  # fmt: skip
-        self.hello: Mapping[str, Any] = {"scratch": None}
-        try:
-            self.hello = self._read(_START)
-        except BaseException:
-            self.close()
-            raise
-
-    def run(self, job: Job, limits: Limits) -> Ran:
-        """Runs one program.
-
-        Raises:
-          SandboxError: whoever runs it is gone, or says nothing.
-        """
-        asked = {"program": job.program, "calls": job.calls, "stdin": job.stdin, "limits": dataclasses.asdict(limits)}
-        data = json.dumps(asked).encode()
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(struct.pack(">I", len(data)) + data)
-        except OSError as error:
-            raise SandboxError(f"the sandbox's process has ended: {error}") from error
-        said = self._read(limits.wall_seconds + _GRACE)
-        said["stdout"], lines = base64.b64decode(said["stdout"]), base64.b64decode(said["results"])
-        return Ran(**{**said, "results": tuple(map(_result, lines.split(b"\n")[:-1]))})
-
-    def _read(self, seconds: float) -> dict[str, Any]:
-        end = time.monotonic() + seconds
-        (size,) = struct.unpack(">I", self._exactly(4, end))
-        if size > _LARGEST:
-            raise SandboxError(f"a reply of {size} bytes")
-        said = json.loads(self._exactly(size, end))
-        if "broken" in said:
-            raise SandboxError(f"the sandbox could not be set up: {said['broken']}")
-        return said
-
-    def _exactly(self, size: int, end: float) -> bytes:
-        assert self._process.stdout is not None
-        fd, data = self._process.stdout.fileno(), bytearray()
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        while len(data) < size:
-            if not poll.poll(max(0.0, 1000 * (end - time.monotonic()))):
-                raise SandboxError("the sandbox's process says nothing any more")
-            part = os.read(fd, size - len(data))
-            if not part:
-                raise SandboxError("the sandbox's process has ended")
-            data += part
-        return bytes(data)
-
-    def kill(self) -> None:
-        """Ends the process, and with it all that it has started; from any thread, and then `run` fails."""
-        if not self._namespaces:  # it has to end what runs by itself
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-        self._process.kill()
-        self._process.wait()
-        if self.hello["scratch"] is not None:
-            shutil.rmtree(self.hello["scratch"], ignore_errors=True)
-
-    def close(self) -> None:
-        """Ends the process when it has tidied up; only from the thread that runs programs by it."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)  # it ends when its input does
-        self.kill()
-
-
-def _result(line: bytes) -> tuple[str, Any]:
-    """A line that a program wrote, or `("failed", ...)` where it is none of ours."""
-    try:
-        kind, content = json.loads(line)
-        if kind in ("returned", "raised", "failed"):
-            return kind, content
-    except (ValueError, TypeError, RecursionError):
-        pass
-    return "failed", "it wrote among its results"
-
-
 class _Crew:
     """Workers, each used by one thread at a time and replaced when it is broken."""
 
-    def __init__(self, namespaces: bool, size: int):
-        self._namespaces, self._lock, self._stops, self.closed = namespaces, threading.Lock(), 0, False
-        self._busy: set[_Worker] = set()
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+    def __init__(self, mechanism: str, size: int):
+        self._mechanism, self._lock, self._stops, self.closed = mechanism, threading.Lock(), 0, False
+        self._busy: set[Worker] = set()
+        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
         for _ in range(size):
             self._idle.put(None)
 
@@ -345,19 +188,29 @@ class _Crew:
             worker = self._dropped(worker)
             raise
         finally:
+            if self.closed:
+                worker = self._dropped(worker)
             with self._lock:
                 self._busy.discard(worker)  # type: ignore[arg-type]
-                self._idle.put(worker)
+            self._idle.put(worker)
 
-    def _take(self, worker: _Worker | None, stops: int) -> _Worker:
-        worker = worker or _Worker(self._namespaces)
+    def _take(self, worker: Worker | None, stops: int) -> Worker:
+        self._check(stops)
+        worker = worker or Worker(self._mechanism)
         with self._lock:
             self._busy.add(worker)
-        if self.closed or stops != self._stops:
-            raise _Stopped("the sandbox is closed." if self.closed else "the sandbox was interrupted.")
+        try:
+            self._check(stops)
+        except SandboxError:  # nobody has seen it yet
+            self._dropped(worker)
+            raise
         return worker
 
-    def _dropped(self, worker: _Worker | None) -> None:
+    def _check(self, stops: int) -> None:
+        if self.closed or stops != self._stops:
+            raise SandboxError("the sandbox is closed." if self.closed else "the sandbox was interrupted.")
+
+    def _dropped(self, worker: Worker | None) -> None:
         """Nothing, in the place of a worker that is closed."""
         with self._lock:
             self._busy.discard(worker)  # type: ignore[arg-type]
@@ -382,10 +235,6 @@ class _Crew:
                     worker.close()
 
 
-class _Stopped(SandboxError):
-    """Somebody has ended this on purpose."""
-
-
 class Sandbox:
     """Runs programs, up to `workers` at a time, from any thread; processes are started when they are first needed."""
 
@@ -404,7 +253,7 @@ class Sandbox:
         if workers < 0:
             raise ValueError(f"workers={workers} must be 1 or more, or 0 for one a core.")
         self.limits, self.workers = limits or Limits(), workers or len(os.sched_getaffinity(0))
-        self._crew = _Crew(found.namespaces, self.workers)
+        self._crew = _Crew(found.mechanism, self.workers)
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         self.close = weakref.finalize(self, _close, self._crew, self._threads)  # ends all processes; at exit, too
 

@@ -1,0 +1,224 @@
+"""Programs, their limits, and the process at the other side of the sandbox that runs one after the other."""
+
+import base64
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.rewards.literals import encode
+
+__all__ = ["Job", "Limits", "Ran", "SandboxError", "Worker", "call"]
+
+# Read once: a worker that is replaced after hours is what the first one was, whatever has become of the files.
+_MODULES = {
+    f"grpo_jax.rewards.{name}": pathlib.Path(__file__).with_name(f"{name}.py").read_text()
+    for name in ("literals", "fences", "confined")
+}
+_BOOTSTRAP = """
+import json, sys, types
+options = json.loads(sys.argv[1])
+for name, text in {"grpo_jax": "", "grpo_jax.rewards": "", **options["modules"]}.items():
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, "exec"), module.__dict__)
+module.start(options)
+"""
+_GRACE = 30.0  # seconds beyond a program's wall time, after which the sandbox itself is broken
+_START = 60.0  # seconds it may take to start
+_LARGEST = 64 << 20  # bytes of a reply; limits of output keep it far below
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself is broken, or isolates less than was asked for; never what a program did."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one program may use."""
+
+    cpu_seconds: float = 2.0  # CPU time of a program, whatever else the machine does
+    wall_seconds: float = 20.0  # a backstop: of programs that sleep
+    memory_mib: int = 256  # address space
+    file_mib: int = 16  # the temporary directory, and each file
+    output_kib: int = 256  # of standard output, and of what calls return
+    processes: int = 8  # processes and threads
+
+    def __post_init__(self) -> None:
+        if min(self.cpu_seconds, self.wall_seconds) <= 0:
+            raise ValueError(f"cpu_seconds={self.cpu_seconds} and wall_seconds={self.wall_seconds} must be above 0.")
+        if self.memory_mib < 64:
+            raise ValueError(f"memory_mib={self.memory_mib} must be 64 or more: Python itself needs some 40.")
+        if min(self.file_mib, self.output_kib, self.processes) < 1:
+            raise ValueError(
+                f"file_mib={self.file_mib}, output_kib={self.output_kib} and processes={self.processes} must be 1 or "
+                "more."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A program, and what it is asked: calls of its functions, or standard input."""
+
+    program: str
+    calls: tuple[Mapping[str, Any], ...] | None = None  # each by `call`; None: it runs to its end, as a main program
+    stdin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What came of a program; all of it but `ended` and the times is what the program says."""
+
+    ended: str  # exit: by itself or by a signal; else the limit that it has used up: cpu, wall or output
+    code: int  # its exit code, or minus the signal
+    cpu_seconds: float
+    seconds: float
+    stdout: bytes
+    results: tuple[tuple[str, Any], ...]  # of each call ("returned", JSON of `literals`) or ("raised", text)
+
+
+def call(function: str, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """A call of a program's function with literals.
+
+    Raises:
+      Unsendable: an argument is no literal.
+    """
+    return {"call": function, "args": encode(list(args)), "kwargs": encode(kwargs)}
+
+
+# A worker -------------------------------------------------------------------------------------------
+
+
+def _visible() -> list[str]:
+    """What a program may read of this host: Python's library, and the system's for what that loads."""
+    python = [sysconfig.get_path("stdlib"), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib"]
+    places = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", *map(os.path.realpath, python)]
+    return sorted(dict.fromkeys(places), key=len)  # what is below another is seen with it
+
+
+def _in_bubblewrap(seccomp: str | None) -> list[str]:
+    """The interpreter, where nothing but what is visible can be seen; a temporary directory as large as a program's."""
+    bwrap, python = shutil.which("bwrap"), os.path.realpath(sys.executable)
+    if bwrap is None:
+        raise SandboxError("bwrap is not installed")
+    shown = [*_visible(), python, *([seccomp] if seccomp else [])]
+    binds = [word for path in shown for word in ("--ro-bind-try", path, path)]
+    return [
+        bwrap, "--unshare-all", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox", "--proc", "/proc",
+        "--dev", "/dev", "--tmpfs", "/tmp", *binds, "--chdir", "/tmp", python,
+    ]  # fmt: skip
+
+
+class Worker:
+    """A process that runs a program after the other; of one thread at a time."""
+
+    def __init__(self, mechanism: str):
+        """Raises SandboxError where this one does not work here."""
+        self._mechanism, module = mechanism, importlib.util.find_spec("pyseccomp")
+        options = {
+            "mechanism": mechanism, "visible": _visible(), "seccomp": module and module.origin,
+            "modules": _MODULES,
+        }  # fmt: skip
+        # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
+        flags = ["-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP, json.dumps(options)]
+        command = _in_bubblewrap(options["seccomp"]) if mechanism == "bubblewrap" else [sys.executable]
+        self._process = subprocess.Popen(
+            [*command, *flags],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", bufsize=0,
+            env={"PYTHONHASHSEED": "0"}, start_new_session=True,  # Ctrl-C is ours
+        )  # fmt: skip
+        self.hello: Mapping[str, Any] = {"scratch": None}
+        try:
+            self.hello = self._read(_START)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, job: Job, limits: Limits) -> Ran:
+        """Runs one program.
+
+        Raises:
+          SandboxError: whoever runs it is gone, or says nothing.
+        """
+        asked = {"program": job.program, "calls": job.calls, "stdin": job.stdin, "limits": dataclasses.asdict(limits)}
+        data = json.dumps(asked).encode()
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(struct.pack(">I", len(data)) + data)
+        except OSError as error:
+            raise SandboxError(f"the sandbox's process has ended: {error}") from error
+        said = self._read(limits.wall_seconds + _GRACE)
+        said["stdout"], lines = base64.b64decode(said["stdout"]), base64.b64decode(said["results"])
+        return Ran(**{**said, "results": tuple(map(_result, lines.split(b"\n")[:-1]))})
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        (size,) = struct.unpack(">I", self._exactly(4, end))
+        if size > _LARGEST:
+            raise SandboxError(f"a reply of {size} bytes")
+        said = json.loads(self._exactly(size, end))
+        if "broken" in said:
+            raise SandboxError(f"the sandbox could not be set up: {said['broken']}")
+        return said
+
+    def _exactly(self, size: int, end: float) -> bytes:
+        assert self._process.stdout is not None
+        fd, data = self._process.stdout.fileno(), bytearray()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while len(data) < size:
+            if not poll.poll(max(0.0, 1000 * (end - time.monotonic()))):
+                raise SandboxError("the sandbox's process says nothing any more")
+            part = os.read(fd, size - len(data))
+            if not part:
+                raise SandboxError("the sandbox's process has ended")
+            data += part
+        return bytes(data)
+
+    def kill(self) -> None:
+        """Ends the process, and with it all that it has started; from any thread, and then `run` fails."""
+        if self._mechanism == "limits":  # it has to end what runs by itself
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+        if self._mechanism == "bubblewrap":  # whose child is the first process of the namespace
+            with contextlib.suppress(OSError, ValueError):
+                pid = self._process.pid
+                for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        if self.hello["scratch"] is not None:
+            shutil.rmtree(self.hello["scratch"], ignore_errors=True)
+
+    def close(self) -> None:
+        """Ends the process when it has tidied up; only from the thread that runs programs by it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)  # it ends when its input does
+        self.kill()
+
+
+def _result(line: bytes) -> tuple[str, Any]:
+    """A line that a program wrote, or `("failed", ...)` where it is none of ours."""
+    try:
+        kind, content = json.loads(line)
+        if kind in ("returned", "raised", "failed"):
+            return kind, content
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return "failed", "it wrote among its results"
