@@ -224,7 +224,7 @@ class Given:
     eval_step: "flags.FlagHolder[int | None]"
     profile: "flags.FlagHolder[str | None]"
     cache: "flags.FlagHolder[str | None]"
-    sections: Mapping[str, "flags.FlagHolder[Any]"]  # by name
+    sections: Mapping[str, experiment_flags.Section[Any]]  # by name
 
 
 def define_flags(sections: Mapping[str, type[Any]]) -> Given:
