@@ -179,3 +179,25 @@ def test_a_boxed_integer(box, answer):
     assert extract_boxed_integer(box) is None  # a box is needed
     if answer is not None:
         assert call(boxed_integer, [text, text], [answer.zfill(3), "8"]) == [1, 0]
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        [*"0123456789.,$%-# {}\\xab=", "#### ", r"\boxed{", r"\frac", r"\text{ ", "\n", "٣", "\x00", "\ud800"]
+    ),
+    max_size=40,
+).map("".join)
+
+
+@pytest.mark.parametrize("reward", [gsm8k_strict, gsm8k_flexible, boxed, boxed_integer])
+@given(st.text() | PIECES)
+def test_any_text_is_right_or_wrong(reward, text):
+    assert call(reward, [text, text], ["1", None]) in ([0, None], [1, None])
+
+
+@pytest.mark.parametrize("extract", [extract_strict, extract_flexible, extract_boxed_integer])
+@given(st.text() | PIECES)
+def test_what_is_extracted_of_any_text_is_canonical(extract, text):
+    found = extract(text)
+    assert found is None or re.fullmatch(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]*[1-9])?", found)
+    assert found != "-0"

@@ -34,6 +34,7 @@ def judge(pool):
 SMALL = st.integers(0, 12) | st.integers(0, 10**9 - 1)
 NUMBERS = st.one_of(
     SMALL.map(str),
+    SMALL.map("{:,}".format),
     st.tuples(SMALL, st.integers(1, 6), SMALL).map(lambda x: f"{x[0]}.{x[2] % 10 ** x[1]:0{x[1]}}"),
     st.tuples(SMALL, SMALL).map(lambda x: rf"\frac{{{x[0]}}}{{{x[1] or 1}}}"),
 ).flatmap(lambda text: st.sampled_from([text, f"-{text}"]))
@@ -131,6 +132,7 @@ def test_numbers_are_judged_as_math_verify_judges_them():
         "0", "-0", "7", "007", "-7", "100", "999999999", "-1000", "7.0", "-7.00", "0.5", "0.50", "0.500001", "-0.5",
         "0.000001", "0.0", "123456789.123456", "123456789.123457", "999999999.999999", r"\frac{1}{2}", r"-\frac{1}{2}",
         r"\dfrac{2}{4}", r"\frac{7}{1}", r"\frac{14}{2}", r"\frac{0}{5}", r"\frac{999999999}{999999998}",
+        "1,000", "-1,000,000", "1000000", "1,000.50", "1000.5",
     ]  # fmt: skip
     at_once = 0
     for inside, gold in itertools.product(numbers, numbers):
@@ -138,10 +140,11 @@ def test_numbers_are_judged_as_math_verify_judges_them():
         verdict = _at_once(answer, (gold,))
         assert verdict in (None, equal(answer=answer, golds=(gold,))), (inside, gold)
         at_once += verdict is not None
-    assert at_once == 26**2 - 2 * 11 * 7  # all but decimals with fractions
+    assert at_once == 31**2 - 2 * 13 * 7  # all but decimals with fractions
     assert _at_once(r"\boxed{7}", ("1", "7")) == equal(answer=r"\boxed{7}", golds=("1", "7")) == 1
     others = [
-        "1,000", "+7", "7/1", "7\\%", "1234567890", "0.1234567", "٣", "7 ", "x", "−7", "10^2", "1e3", ".5", "7.", "--7",
+        "1,00", "0,123", "1,000,000,000", "1,2345", "1, 000", "+7",
+        "7/1", "7\\%", "1234567890", "0.1234567", "٣", "7 ", "x", "−7", "10^2", "1e3", ".5", "7.", "--7",
         r"\frac{1}{0}", r"\frac12", r"\frac{-1}{2}", r"\frac{1}{2}\pi", r"2\frac{1}{2}",
     ]  # fmt: skip
     for inside in others:

@@ -1,4 +1,8 @@
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grpo_jax.rewards.style import repetition, soft_overlong, think_answer_format
 
@@ -57,3 +61,20 @@ def test_repetition():
 def test_repetition_with_bad_numbers(n, max_penalty):
     with pytest.raises(ValueError, match=f"n={n} must be 1 or more, max_penalty={max_penalty} below 0"):
         repetition(n, max_penalty)
+
+
+TAGS = st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "a", "A", "\ud800"])).map(
+    "".join
+)
+
+
+@given(st.text() | TAGS, st.text() | TAGS, st.integers(0, 30))
+def test_any_text_has_a_finite_reward_within_its_bounds(prompt, completion, tokens):
+    def one(reward):
+        (value,) = call(reward, [completion], [prompt], [[1] * tokens])
+        assert math.isfinite(value)
+        return value
+
+    assert one(think_answer_format) in (0, 1)
+    assert -1 <= one(soft_overlong(20, 7)) <= 0
+    assert -0.5 < one(repetition(2, -0.5)) <= 0

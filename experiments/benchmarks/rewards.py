@@ -3,7 +3,7 @@
 python -m experiments.benchmarks.rewards [--items=2000] [--group=8] [--workers=2]
 
 Short items of mathematics, whose answers are all distinct, each gold answer for a group of them: `numbers`, plain
-ones, which need no worker; `short` ones that do (1,234; x=5; 10 cm; 2.5%), `expressions` (roots and polynomials),
+ones, which need no worker; `short` ones that do (x=5; 10 cm; 2.5%), `expressions` (roots and polynomials),
 which SymPy simplifies; `repeated` are short ones of which a group has one answer, `known` those of a second call.
 `empty` items do nothing: what the pool itself costs. Needs `.[math]`.
 """
@@ -51,8 +51,8 @@ def _text(kind: str, form: int, rng: random.Random) -> str:
     """An answer that nobody has given before, most likely."""
     a, b, c = (rng.randrange(1, 10**6) for _ in range(3))
     forms = {
-        "numbers": (f"{a}{b % 1000}", f"{a}.{b}", rf"-\frac{{{b}}}{{{c}}}"),
-        "short": (f"{a},{100 + b % 900}", f"x={a}", rf"{a}\text{{ cm}}", rf"{a}.{b}\%"),
+        "numbers": (f"{a * 1000 + b % 1000:,}", f"{a}.{b}", rf"-\frac{{{b}}}{{{c}}}"),
+        "short": (f"x={a}", rf"{a}\text{{ cm}}", rf"{a}.{b}\%"),
         "expressions": (rf"{a}\sqrt{{{b}}}", f"x^2+{a}x-{b}"),
     }[kind]
     return forms[form % len(forms)]

@@ -33,7 +33,8 @@ _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 # Numbers that are compared here: integers, fractions of them, and decimals of 6 places, to which math-verify rounds.
 _NUMBER = re.compile(
-    r"(?P<sign>-?)(?:(?P<whole>[0-9]{1,9})(?:\.(?P<places>[0-9]{1,6}))?|\\d?frac\{(?P<above>[0-9]{1,9})\}\{(?P<below>[0-9]{1,9})\})"
+    r"(?P<sign>-?)(?:(?P<whole>[0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?:\.(?P<places>[0-9]{1,6}))?"
+    r"|\\d?frac\{(?P<above>[0-9]{1,9})\}\{(?P<below>[0-9]{1,9})\})"
 )
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _EXPRESSION = re.compile(r"[0-9$\\]")
@@ -111,7 +112,11 @@ def _number(text: str) -> tuple[Fraction, bool, bool] | None:
     match = _NUMBER.fullmatch(text)
     if match is None or int(match["below"] or 1) == 0:
         return None
-    value = Fraction(int(match["above"]), int(match["below"])) if match["above"] else Fraction(text.lstrip("-"))
+    value = (
+        Fraction(int(match["above"]), int(match["below"]))
+        if match["above"]
+        else Fraction(text.lstrip("-").replace(",", ""))
+    )
     return -value if match["sign"] else value, bool(match["places"]), bool(match["above"])
 
 
