@@ -64,14 +64,15 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def summarize(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Of each arm: proxy and truth at its first and last steps, and the best that the truth has been in between."""
+    """Of each arm: proxy and truth at first and last; the best that the truth has been, and the worst since then."""
     made = {}
     for arm, rows in arms.items():
         truth = [
             _mean(rows[max(0, i - LAST) : i], "rewards/rule/mean") for i in range(min(LAST, len(rows)), len(rows) + 1)
         ]
         made[arm] = {
-            "truth_first": rows[0]["rewards/rule/mean"], "truth_best": max(truth), "truth_last": truth[-1],
+            "truth_first": rows[0]["rewards/rule/mean"], "truth_best": max(truth),
+            "truth_worst": min(truth[int(np.argmax(truth)) :]), "truth_last": truth[-1],
             "proxy_first": rows[0]["rewards/proxy/mean"],
             "proxy_last": _mean(rows[-LAST:], "rewards/proxy/mean"),
             "kl_last": _mean(rows[-LAST:], "kl_to_start"),
@@ -81,12 +82,15 @@ def summarize(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, floa
 
 def table(summaries: dict[int, dict[str, dict[str, float]]]) -> str:
     """Of every seed and arm a line."""
-    lines = ["| seed | arm | KL to the start | proxy | truth: start | best | end |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| seed | arm | KL to the start | proxy | truth: start | best | worst since | end |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for seed, arms in summaries.items():
         for arm, of in arms.items():
             lines.append(
                 f"| {seed} | {arm} | {of['kl_last']:.1f} | {of['proxy_first']:.2f} -> {of['proxy_last']:.2f} | "
-                f"{of['truth_first']:.2f} | {of['truth_best']:.2f} | {of['truth_last']:.2f} |"
+                f"{of['truth_first']:.2f} | {of['truth_best']:.2f} | {of['truth_worst']:.2f} | {of['truth_last']:.2f} |"
             )
     return "\n".join(lines)
 

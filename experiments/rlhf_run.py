@@ -118,7 +118,7 @@ class GroupConfig(RolloutConfig):
 class LossConfig(objectives.LossConfig):
     """The objective of GRPO; of the arm without KL, all but `kl_coef`."""
 
-    kl_coef: float = 0.1  # beta of the arm with KL
+    kl_coef: float = 0.3  # beta of the arm with KL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

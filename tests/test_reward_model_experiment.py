@@ -16,7 +16,7 @@ from grpo_jax.data.tokenizer import PretrainedTokenizer
 from tests.test_gsm8k import ROOT, run
 from tests.test_resume import last_state, untimed
 
-# Two devices. Tests compile much and run little.
+# Two devices, for bad meshes; other tests have scores and steps on all kinds. Tests compile much and run little.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
 
 
@@ -49,7 +49,7 @@ def flags_of(place: pathlib.Path) -> list[str]:
         f"--model={place / 'model'}", f"--data.train_file={place / 'train_pairs.jsonl'}",
         f"--data.test_file={place / 'test_pairs.jsonl'}", "--data.template=qa", "--policy.compute_dtype=float32",
         "--policy.remat=False", "--train.steps=4", "--train.batch=8", "--optimizer.learning_rate=1e-2",
-        "--optimizer.warmup_steps=0", "--evaluation.every=2", "--checkpoints.every=1", "--mesh.fsdp=2",
+        "--optimizer.warmup_steps=0", "--evaluation.every=2", "--checkpoints.every=1",
     ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_grpo_with_it_as_a_reward(made):
         f"--data.test_file={made / 'test.jsonl'}", "--rollout.prompts=2", "--rollout.group_size=2",
         "--rollout.max_tokens=8", "--update.microbatches=1", "--train.steps=1", "--policy.compute_dtype=float32",
         "--policy.remat=False", "--evaluation.prompts=2", "--evaluation.sampled_prompts=2", "--evaluation.samples=2",
-        "--mesh.fsdp=2", "--loss.kl_coef=0", f"--reward_model.directory={made / 'reward_model'}",
+        "--loss.kl_coef=0", f"--reward_model.directory={made / 'reward_model'}",
         "--reward_model.weight=0.5",
     )  # fmt: skip
     assert f"reward model: {made / 'reward_model'}, " in done.stdout
@@ -171,7 +171,7 @@ def test_what_is_no_reward_model_is_said(made, tmp_path):
     ("flags", "message"),
     [
         (["--data.train_file=DIR/none.jsonl"], "--data.train_file=DIR/none.jsonl is not a file"),
-        (["--train.batch=3"], "--train.batch=3 does not divide over 2 devices"),
+        (["--train.batch=3", "--mesh.fsdp=2"], "--train.batch=3 does not divide over 2 devices"),
     ],
 )
 def test_bad_flags_are_one_clear_line_before_anything_is_written(tiny, tmp_path, flags, message):
