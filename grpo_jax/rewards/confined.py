@@ -290,8 +290,8 @@ def main(options: dict) -> None:
         state["namespaces"], state["others"] = True, 0 if state["nobody"] else 3
     else:
         fences.adopt_orphans()
+        signal.signal(signal.SIGTERM, lambda *_: _tidy_up(state["scratch"]))  # before there is anything to leave
         state["scratch"] = tempfile.mkdtemp(prefix="grpo-sandbox-")
-        signal.signal(signal.SIGTERM, lambda *_: _tidy_up(state["scratch"]))
     state["landlock"] = fences.landlock_version() > 0
     fences.one_arena()
     gc.collect()
@@ -306,10 +306,11 @@ def main(options: dict) -> None:
         _tidy_up(state["scratch"])
 
 
-def _tidy_up(scratch: str) -> None:
+def _tidy_up(scratch: str | None) -> None:
     """What the kernel does where there are namespaces."""
     end_children()
-    shutil.rmtree(scratch, ignore_errors=True)
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
     os._exit(0)
 
 

@@ -199,7 +199,7 @@ class Worker:
                     os.kill(int(child), signal.SIGKILL)
         self._process.kill()
         self._process.wait()
-        if self.hello["scratch"] is not None:
+        if self._mechanism == "limits" and self.hello["scratch"] is not None:
             shutil.rmtree(self.hello["scratch"], ignore_errors=True)
 
     def close(self) -> None:
