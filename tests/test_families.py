@@ -153,8 +153,8 @@ LAYER_TYPES = ["full_attention"] * 24
 @pytest.mark.parametrize(
     ("raw", "changes", "match"),
     [
-        (QWEN, {"architectures": ["Qwen2ForSequenceClassification"]},
-         r"architectures=\['Qwen2ForSequenceClassification'\] of model_type='qwen2' .*Qwen2ForCausalLM \(qwen2\)"),
+        (QWEN, {"architectures": ["Qwen2ForTokenClassification"]},
+         r"architectures=\['Qwen2ForTokenClassification'\] of model_type='qwen2' .*Qwen2ForSequenceClassification \(qwen2\)"),
         (QWEN, {"architectures": None, "model_type": "gpt2"}, r"architectures=\[\] of model_type='gpt2'"),
         (QWEN, {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
         (QWEN, {"hidden_size": None, "vocab_size": "many"}, "vocab_size, hidden_size missing: expected whole numbers"),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -151,9 +151,12 @@ class LimitedSampler(Sampler):
 
     limits: np.ndarray  # [P, G] int32
 
-    def __call__(self, *args: Any, **options: Any) -> Rollout:
+    def waves(
+        self, params: Any, prompts: Any, prompt_ids: Any, sampling_params: Any, interrupt: Any = lambda: None,
+        limits: Any = None,
+    ) -> Iterator[Rollout]:  # fmt: skip
         """As the sampler's."""
-        return super().__call__(*args, **options, limits=self.limits)
+        return super().waves(params, prompts, prompt_ids, sampling_params, interrupt, self.limits)
 
 
 class Ours:
