@@ -204,8 +204,8 @@ def combine_rewards(
 
     .. math:: r_i = \sum_{k:\ r_{k,i}\ \mathrm{applies}} w_k\, f(r_{k,i})
 
-    with :math:`f` the identity (as `rewards.Scores.total` of what is known) or `each`. Summed first, rewards of different
-    combinations collapse to the same advantage, and the one of the largest spread decides. GDPO (arXiv
+    with :math:`f` the identity (as `rewards.Scores.total` of what is known) or `each`. Summed first, rewards of
+    different combinations collapse to the same advantage, and the one of the largest spread decides. GDPO (arXiv
     2601.05242) is `each=group_advantages`, and then the advantages of the sum over the batch:
     `group_advantages(combined, baseline=batch_mean, scale=batch_std)`.
 
