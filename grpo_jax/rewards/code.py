@@ -168,8 +168,8 @@ class CodeReward:
     """The reward function; processes are started at its first call and end with it.
 
     With columns `tests` (a list; None: does not apply) and, where there are such, `prefix` (text before the
-    completion) and `setup` (imports that come after it, or HumanEval's `check`). A limit that a program exceeds, or
-    whatever else it does, is a verdict; only what the sandbox itself gets wrong is a failure.
+    completion) and `setup` (imports that come after it, or HumanEval's `check`). Whatever a program does is a verdict,
+    and one that exceeds a limit passes none of its calls; only what the sandbox itself gets wrong is a failure.
     """
 
     def __init__(self, config: CodeConfig | None = None, sandbox: Sandbox | None = None):
@@ -286,8 +286,6 @@ def _passed(ran: Ran, tests: Sequence[_Test]) -> list[bool]:
     """Whether each test of a job passed; all that a program says is hostile."""
     if tests[0].call is None:
         return [ran.ended == "exit" and ran.code == 0 and _lines(ran.stdout) == tests[0].expected]
-    if ran.ended == "output":
-        return [False] * len(tests)
     said = [*ran.results[: len(tests)], *[("missing", None)] * (len(tests) - len(ran.results))]
     return [
         kind == "returned" and (test.claims or matches(test.expected, value))

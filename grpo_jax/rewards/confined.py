@@ -204,12 +204,12 @@ def _watched(job: dict, state: dict) -> dict:
     _, status, usage = os.wait4(program, 0)
     _drain(texts, job["limits"])
     used = usage.ru_utime + usage.ru_stime
-    if used > job["limits"]["cpu_seconds"] and ended in ("exit", "wall"):
-        ended = "cpu"  # it is that, however late a busy machine has let us look
+    if used > job["limits"]["cpu_seconds"]:
+        ended = "cpu"  # however late a busy machine has let us look
     elif ended == "exit" and any(len(text) > job["limits"]["output_kib"] << 10 for text in texts.values()):
         ended = "output"  # it was quicker than whoever reads
-    if ended == "cpu":
-        texts[said] = bytearray()  # what it said until then depends on when we looked
+    if ended != "exit":
+        texts[said] = bytearray()  # how far it got depends on when we looked
     if broken:
         return {"broken": broken.decode(errors="replace")}
     as_text = lambda fd: base64.b64encode(texts[fd]).decode()

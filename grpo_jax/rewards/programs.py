@@ -89,7 +89,8 @@ class Ran:
     cpu_seconds: float  # its own, and of those of its processes that it has waited for
     seconds: float
     stdout: bytes
-    results: tuple[tuple[str, Any], ...]  # of each call ("returned", JSON of `literals`) or ("raised", text); cpu: none
+    # Of each call ("returned", JSON of `literals`) or ("raised", text); none where a limit has ended it.
+    results: tuple[tuple[str, Any], ...]
 
 
 def call(function: str, /, *args: Any, **kwargs: Any) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ class Isolation:
     writes: bool  # nothing is written outside the temporary directory
     signals: bool  # no other process is signalled, or given other limits or priorities
     files: bool  # what is not Python's or the system's libraries cannot be read: no file, no environment, no key
-    memory: bool  # there is none that the limit does not count
+    memory: bool  # there is none that no limit counts, and processes have a limit, too
     processes: bool  # no other process is seen
     why: str = ""  # there are no namespaces
 
@@ -90,7 +90,8 @@ class Isolation:
         return "; and ".join([namespaces] * (self.mechanism == "limits") + [seccomp] * (not self.seccomp))
 
 
-# In this order: the second needs a program that may be allowed more than we are, and counts files less exactly.
+# In this order: the second needs a program that may be allowed more than we are, counts files less exactly, and bounds
+# no processes of root, for whom it has no other user.
 _MECHANISMS = {
     "namespaces": "namespaces (user, pid, mount, net, ipc, uts)",
     "bubblewrap": "bubblewrap (the same namespaces)",
@@ -100,8 +101,19 @@ _MECHANISMS = {
 
 # Tries everything that must not work; says what did.
 _TRY = """
-import ctypes, os, resource, socket
+import ctypes, os, resource, signal, socket
 from grpo_jax.rewards import fences
+def forks(many):
+    made = []
+    try:
+        while len(made) < many:
+            made.append(os.fork())
+            if not made[-1]:
+                signal.pause()
+    finally:
+        for pid in made:
+            os.kill(pid, signal.SIGKILL)
+            os.wait()
 def attempts(tcp, udp, path, pid, secret):
     def works(attempt):
         try:
@@ -123,6 +135,7 @@ def attempts(tcp, udp, path, pid, secret):
         "affinity": other(lambda pid: os.sched_setaffinity(pid, os.sched_getaffinity(0))),
         "shared": works(lambda: ctypes.CDLL(None).shmget(0, 1, 0o600) >= 0),
         "memfd": works(lambda: os.memfd_create("x")),
+        "forks": works(lambda: forks(100)),
         "processes": other(lambda pid: os.stat(f"/proc/{pid}")),
     }
 """
@@ -179,7 +192,7 @@ def _tried(mechanism: str) -> Isolation:
         network=none("connected") and not arrived, writes=none("writes"),
         signals=none("signals", "limits", "priority", "affinity") and apart,
         files=none("files", "environment") and len(set(keyrings)) == len(keyrings),
-        memory=none("shared", "memfd"), processes=none("processes"),
+        memory=none("shared", "memfd", "forks"), processes=none("processes"),
     )  # fmt: skip
 
 
