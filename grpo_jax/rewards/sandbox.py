@@ -276,10 +276,11 @@ class _Crew:
             busy = list(self._busy.values())
         for worker in busy:
             worker.kill()
-        with contextlib.suppress(queue.Empty):
-            while True:
+        for _ in range(self._idle.qsize()):
+            with contextlib.suppress(queue.Empty):
                 if worker := self._idle.get_nowait():
                     worker.close()
+                self._idle.put(None)  # who still comes hears that it is closed
 
 
 class _Call:
