@@ -62,6 +62,21 @@ def judged_and_gone(reward, marked, program):
     assert settled(marked, idle, mechanism=mechanism) == idle
 
 
+def test_what_honest_programs_use_is_there(either):
+    """Files, threads, event loops, what a library in C calls back: however tightly they are held."""
+    program = """
+import asyncio, concurrent.futures, ctypes, os, sqlite3, tempfile, zoneinfo
+def f():
+    with tempfile.TemporaryFile() as file, concurrent.futures.ThreadPoolExecutor(3) as threads:
+        file.write(b'x')
+        back = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(lambda x: x + 1)
+        (row,) = sqlite3.connect(':memory:').execute('select 4').fetchall()
+        return [sum(threads.map(abs, [1, -2])), asyncio.run(asyncio.sleep(0, 2)), back(2), *row, len(os.urandom(9))]
+"""
+    tests = [{"call": "f", "args": [], "result": [3, 2, 3, 4, 9]}]
+    assert judge(either, program, tests=tests) == [1]
+
+
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_claim_scores(either, marked, name):
     judged_and_gone(either, marked, CHEATS[name])

@@ -92,6 +92,7 @@ def _set_up(job: dict, state: dict, files: list[int]) -> None:
         os.dup2(_PARKED + place, place)
     os.closerange(len(files), _READY)
     os.chdir(state["directory"])
+    tempfile.tempdir = state["directory"]  # it has looked for one already, as who we were
     os.umask(0o077)
     fences.drop_privileges(state["nobody"], reads_all=state["nobody"] and state["reads"] is not None)
     try:

@@ -116,7 +116,7 @@ def _hidden() -> list[str]:
     """What is installed beside Python's library: a program has that library alone."""
     found = [
         os.path.realpath(path) for place in _visible() for name in ("site-packages", "dist-packages")
-        for path in glob.glob(f"{place}/python3*/{name}")
+        for path in glob.glob(f"{place}/python*/{name}")
     ]  # fmt: skip
     return sorted(set(found))
 
