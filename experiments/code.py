@@ -23,7 +23,6 @@ from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards import code as judges
-from grpo_jax.rewards.sandbox import isolation
 from grpo_jax.rollouts import RolloutConfig
 
 # Defaults for a task of this size, where the library's and Countdown's are for others.
@@ -102,7 +101,6 @@ def main(given: games.Given, argv: list[str]) -> None:
         config = games.configuration(makers, Puzzles.tokenizer, workdir if given.eval_only.value else None)
         profile = profiling.steps_of(given.profile.value, config["train"].steps)
         print(runs.cache_compilations(given.cache.value), flush=True)
-        print(isolation().description, flush=True)
         experiment = Experiment(config)
         experiment.check()
     except ValueError as error:

@@ -1,6 +1,9 @@
 """Tests, and what several of them share."""
 
 import os
+from typing import NoReturn
+
+import pytest
 
 # Of a process that compiles for TPUs where there are none.
 TPU_COMPILER = {
@@ -12,3 +15,10 @@ TPU_COMPILER = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+
+
+def unavailable(what: str) -> NoReturn:
+    """Skips a test of what this machine has not got; in CI, where everything has to run, it fails."""
+    if os.environ.get("CI", "").lower() in ("true", "1"):
+        pytest.fail(f"not to be missing in CI: {what}")
+    pytest.skip(what)

@@ -1,4 +1,4 @@
-"""Programs that a model might write instead of a solution: what `tests/test_rewards_code.py` gives to the sandbox."""
+"""Programs that a model might write instead of a solution, for `tests/test_rewards_hostile.py`."""
 
 # Each would score if the checker believed a program in anything. None computes `k * sum(numbers)`.
 CHEATS = {
@@ -223,6 +223,20 @@ for _ in range(3): os.fork()
 x = []
 while True: x.append(bytearray(1 << 20))
 """,
+    "memory in shared segments": """
+import ctypes
+c = ctypes.CDLL(None)
+c.shmat.restype, c.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+while True:
+    place = c.shmat(c.shmget(0, 1 << 24, 0o600), None, 0)
+    ctypes.memset(place, 1, 1 << 24)
+    c.shmdt(place)
+""",
+    "memory in files of memory": """
+import os
+while True:
+    for _ in range(8): os.write(os.memfd_create('x'), b'x' * (1 << 20))
+""",
     "endless output": """
 while True: print('x' * 10000)
 """,
@@ -341,3 +355,6 @@ x = []
 while True: x.append(bytearray(1 << 20))
 """,
 }
+
+# Limits alone bound each file, and neither their number nor all of them together.
+NOT_BY_LIMITS = ("a full disk", "many files")

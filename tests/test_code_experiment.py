@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from grpo_jax.data.puzzles import Puzzles
 from grpo_jax.rewards import RewardError, programs, sandbox
 from grpo_jax.rewards.code import CodeReward
 from grpo_jax.rewards.sandbox import Isolation, isolation
+from tests import unavailable
 
 SMALL = {
     "model": {"vocab_size": Puzzles.tokenizer.vocab_size, "layers": 1, "width": 16, "heads": 2, "kv_heads": 1,
@@ -30,7 +30,7 @@ SMALL = {
 # Fields of the sections that are this experiment's own; tests/test_flags.py has the others.
 OTHER = {
     "task": {"max_constant": 5, "tests": 2, "effort": 0.9},
-    "code": {"score": "fraction", "failure": "none", "workers": 2, "allow_asserts": True, "allow_weak": True,
+    "code": {"score": "fraction", "on_failure": "none", "workers": 2, "allow_asserts": True, "allow_weak": True,
              "cpu_seconds": 1.0, "wall_seconds": 1.0, "memory_mib": 64, "file_mib": 1, "output_kib": 1, "processes": 1},
 }  # fmt: skip
 FIELDS = [(section, field) for section, fields in OTHER.items() for field in fields]
@@ -43,7 +43,7 @@ def config(**changes):
 @pytest.fixture
 def strong():
     if not isolation().strong:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(isolation().description)
+        unavailable(isolation().description)
 
 
 def test_a_run_from_start_to_end(strong, tmp_path, capsys):
@@ -87,6 +87,7 @@ def test_too_weak_isolation_stops_before_anything_starts(monkeypatch):
         writes=False,
         signals=False,
         files=False,
+        memory=False,
         processes=False,
     )
     monkeypatch.setattr(sandbox, "isolation", lambda: weak)
@@ -146,7 +147,7 @@ def observe_code(made, field):
     try:
         if field == "workers":
             return reward._sandbox.workers
-        if field == "failure":
+        if field == "on_failure":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(programs.Worker, "run", fails)
                 return list(reward(["p"], ["x"], [[1]], tests=[["assert f() == True"]]))

@@ -19,16 +19,18 @@ import ast
 import dataclasses
 import functools
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.rewards import Item, Judged, RewardError
 from grpo_jax.rewards.literals import Unsendable, encode, matches
-from grpo_jax.rewards.sandbox import Job, Limits, Ran, Sandbox, SandboxError, call
+from grpo_jax.rewards.sandbox import Job, ProgramLimits, Ran, Sandbox, SandboxError, call
 
 __all__ = ["CodeConfig", "CodeReward", "extract_code"]
 
+_LOG = logging.getLogger(__name__)
 _FENCE = re.compile(
     r"^[ ]{0,3}```[ ]*(?:python|py)[0-9]*[ ]*\n(.*?)(?:^[ ]{0,3}```|\Z)", re.DOTALL | re.MULTILINE | re.I
 )
@@ -39,11 +41,11 @@ _SHAPES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodeConfig(Limits):
+class CodeConfig(ProgramLimits):
     """How programs are judged, and what each may use."""
 
     score: str = "all"  # all: 1 where every test passes, else 0; fraction: the share of tests that pass
-    failure: str = "error"  # where the sandbox itself fails twice: error (the run stops) or none (no reward, counted)
+    on_failure: str = "error"  # if the sandbox itself fails twice: error (the run stops) or none (no reward; counted)
     workers: int = 0  # programs at a time; 0: one a core
     allow_asserts: bool = False  # run assertions of other shapes beside the program, which can then cheat
     allow_weak: bool = False  # go on where the sandbox cannot keep programs from network or files
@@ -52,15 +54,15 @@ class CodeConfig(Limits):
         super().__post_init__()
         if self.score not in _SCORES:
             raise ValueError(f"score={self.score!r} must be one of {', '.join(_SCORES)}.")
-        if self.failure not in ("error", "none"):
-            raise ValueError(f"failure={self.failure!r} must be error or none.")
+        if self.on_failure not in ("error", "none"):
+            raise ValueError(f"on_failure={self.on_failure!r} must be one of error, none.")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must be 1 or more, or 0 for one a core.")
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ProgramLimits:
         """Of each program."""
-        return Limits(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Limits)})
+        return ProgramLimits(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ProgramLimits)})
 
 
 _SCORES: Mapping[str, Callable[[Sequence[bool]], float]] = {
@@ -166,8 +168,8 @@ class CodeReward:
     """The reward function; processes are started at its first call and end with it.
 
     With columns `tests` (a list; None: does not apply) and, where there are such, `prefix` (text before the
-    completion) and `setup` (imports that come after it, or HumanEval's `check`). A limit that a program exceeds, or
-    whatever else it does, is a verdict; only what the sandbox itself gets wrong is a failure.
+    completion) and `setup` (imports that come after it, or HumanEval's `check`). Whatever a program does is a verdict,
+    and one that exceeds a limit passes none of its calls; only what the sandbox itself gets wrong is a failure.
     """
 
     def __init__(self, config: CodeConfig | None = None, sandbox: Sandbox | None = None):
@@ -264,9 +266,9 @@ class CodeReward:
             try:
                 ran = self._sandbox.run(job)
             except SandboxError as error:
-                if self.config.failure == "error":
+                if self.config.on_failure == "error":
                     raise
-                print(f"the sandbox failed, and a program has no verdict: {str(error).strip()[-300:]}", flush=True)
+                _LOG.warning("the sandbox failed, and a program has no verdict: %s", str(error).strip()[-300:])
                 return None, True, seconds
             passed += _passed(ran, tests)
             seconds += ran.seconds
@@ -284,8 +286,6 @@ def _passed(ran: Ran, tests: Sequence[_Test]) -> list[bool]:
     """Whether each test of a job passed; all that a program says is hostile."""
     if tests[0].call is None:
         return [ran.ended == "exit" and ran.code == 0 and _lines(ran.stdout) == tests[0].expected]
-    if ran.ended == "output":
-        return [False] * len(tests)
     said = [*ran.results[: len(tests)], *[("missing", None)] * (len(tests) - len(ran.results))]
     return [
         kind == "returned" and (test.claims or matches(test.expected, value))

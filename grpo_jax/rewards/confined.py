@@ -67,7 +67,7 @@ def reply(message: dict) -> None:
 
 
 def _limit(limits: dict, others: int) -> None:
-    mib, cpu = 1 << 20, int(limits["cpu_seconds"]) + 2  # whoever watches is more exact; this is each process's own
+    mib, cpu = 1 << 20, int(limits["cpu_seconds"]) + 2  # a backstop: whoever watches is more exact; each process's own
     for name, value in (
         ("CPU", cpu), ("AS", limits["memory_mib"] * mib), ("FSIZE", limits["file_mib"] * mib), ("CORE", 0),
         ("NPROC", limits["processes"] + others), ("NOFILE", 64), ("MEMLOCK", 0), ("MSGQUEUE", 0),
@@ -82,20 +82,26 @@ def _limit(limits: dict, others: int) -> None:
 def _set_up(job: dict, state: dict, files: list[int]) -> None:
     """Everything between a fork and the first line of a program, which finds these files at 0, 1, 2 and 3."""
     os.setsid()
+    fences.no_new_privileges()
+    fences.new_session_keyring()
+    if state["landlock"]:  # as root yet, where nobody may not see the way to what may be read
+        fences.landlock(state["directory"], state["reads"])
     for place, fd in enumerate(files):
         os.dup2(fd, _PARKED + place)
     for place in range(len(files)):
         os.dup2(_PARKED + place, place)
     os.closerange(len(files), _READY)
     os.chdir(state["directory"])
+    tempfile.tempdir = state["directory"]  # it has looked for one already, as who we were
     os.umask(0o077)
-    if state["namespaces"]:
-        fences.drop_privileges(state["nobody"])
-    else:
-        fences.no_new_privileges()
-        fences.dies_with_parent()
-    if state["landlock"]:
-        fences.landlock(state["directory"])
+    fences.drop_privileges(state["nobody"], reads_all=state["nobody"] and state["reads"] is not None)
+    try:
+        os.scandir(os.path.dirname(os.__file__)).close()
+    except PermissionError as error:
+        raise RuntimeError(
+            f"root's programs run as nobody, who may not read Python's library ({error}): make it readable for all, or "
+            "run as an ordinary user"
+        ) from None
     _limit(job["limits"], state["others"])
     if state["seccomp"] is not None:
         state["seccomp"].load()
@@ -157,7 +163,10 @@ def watch(state: dict) -> None:
         return
     fences.adopt_orphans()
     fences.hide_memory()  # the program has the same user, and may not look into this process
-    state["directory"], state["others"] = tempfile.mkdtemp(dir=state["scratch"]), _processes_of_user()
+    state["directory"] = tempfile.mkdtemp(dir=state["scratch"])
+    if state["nobody"]:
+        os.chown(state["directory"], fences.NOBODY, fences.NOBODY)
+    state["others"] = _processes_of(fences.NOBODY if state["nobody"] else os.geteuid())
     try:
         message = _watched(job, state)
     finally:
@@ -195,13 +204,18 @@ def _watched(job: dict, state: dict) -> dict:
         os.kill(program, signal.SIGKILL)
     _, status, usage = os.wait4(program, 0)
     _drain(texts, job["limits"])
-    if ended == "exit" and any(len(text) > job["limits"]["output_kib"] << 10 for text in texts.values()):
+    used = usage.ru_utime + usage.ru_stime
+    if used > job["limits"]["cpu_seconds"]:
+        ended = "cpu"  # however late a busy machine has let us look
+    elif ended == "exit" and any(len(text) > job["limits"]["output_kib"] << 10 for text in texts.values()):
         ended = "output"  # it was quicker than whoever reads
+    if ended != "exit":
+        texts[said] = bytearray()  # how far it got depends on when we looked
     if broken:
         return {"broken": broken.decode(errors="replace")}
     as_text = lambda fd: base64.b64encode(texts[fd]).decode()
     return {
-        "ended": ended, "code": os.waitstatus_to_exitcode(status), "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "ended": ended, "code": os.waitstatus_to_exitcode(status), "cpu_seconds": used,
         "seconds": time.monotonic() - started, "stdout": as_text(out), "results": as_text(said),
     }  # fmt: skip
 
@@ -246,12 +260,12 @@ def _drain(texts: dict, limits: dict) -> None:
 # Without a process namespace ------------------------------------------------------------------------
 
 
-def _processes_of_user() -> int:
-    """Processes and threads there are of this user: a limit on their number counts all."""
-    count, me = 0, os.geteuid()
+def _processes_of(user: int) -> int:
+    """Processes and threads there are of a user: a limit on their number counts all."""
+    count = 0
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError):
-            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == me:
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == user:
                 count += len(os.listdir(f"/proc/{name}/task"))
     return count
 
@@ -282,17 +296,23 @@ def main(options: dict) -> None:
         importlib.import_module(name)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, the kernel takes this first, and not the training
-    state = {"namespaces": False, "nobody": False, "landlock": False, "directory": "/tmp", "scratch": None, "others": 0}
+    state = {"namespaces": False, "nobody": False, "directory": "/tmp", "scratch": None, "others": 0, "reads": None}
     state["seccomp"] = fences.seccomp_filter(options["seccomp"])
     if options["mechanism"] == "namespaces":
-        state["nobody"] = fences.enter_namespaces(options["visible"])
+        state["nobody"] = fences.enter_namespaces(options["visible"], options["hidden"])
         # A user namespace counts its own processes: of root's, nobody else is nobody; else three come before a program.
         state["namespaces"], state["others"] = True, 0 if state["nobody"] else 3
     else:
         fences.adopt_orphans()
         signal.signal(signal.SIGTERM, lambda *_: _tidy_up(state["scratch"]))  # before there is anything to leave
         state["scratch"] = tempfile.mkdtemp(prefix="grpo-sandbox-")
-    state["landlock"] = fences.landlock_version() > 0
+        # In bubblewrap's namespace there is no other user.
+        state["nobody"] = options["mechanism"] == "limits" and os.geteuid() == 0
+        if state["nobody"]:
+            os.chmod(state["scratch"], 0o711)
+    state["landlock"] = fences.landlock_version()
+    if state["landlock"] and not state["namespaces"]:
+        state["reads"] = fences.readable(options["visible"], options["hidden"], state["scratch"])
     fences.one_arena()
     gc.collect()
     gc.freeze()  # forks share this memory as long as nobody writes to it

@@ -7,23 +7,31 @@ counts its own processes, which is what bounds a program's.
 import contextlib
 import ctypes
 import ctypes.util
+import errno
 import importlib.util
 import os
+import platform
 import select
 import signal
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
-    "adopt_orphans", "dies_with_parent", "drop_privileges", "enter_namespaces", "hide_memory", "landlock",
-    "landlock_version", "no_new_privileges", "one_arena", "seccomp_filter", "separate", "write_all",
+    "NOBODY", "adopt_orphans", "dies_with_parent", "drop_privileges", "enter_namespaces", "hide_memory", "landlock",
+    "landlock_version", "new_session_keyring", "no_new_privileges", "one_arena", "readable", "seccomp_filter",
+    "separate", "session_keyring", "write_all",
 ]  # fmt: skip
 
-_NOBODY = 65534
+NOBODY = 65534
 _CLONE = {"mount": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
           "pid": 0x20000000, "net": 0x40000000}  # fmt: skip
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP = 1, 4, 8, 24
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_CAP_DAC_READ_SEARCH = 2
+_KEYCTL = {"x86_64": 250, "aarch64": 219}  # this call's number; those below are the same everywhere
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -60,6 +68,28 @@ def no_new_privileges() -> None:
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def _keyctl(*arguments: object) -> int | None:
+    """keyctl(2); None where there are no keys, or whoever started us refuses the call, to programs too."""
+    if (machine := platform.machine()) not in _KEYCTL:
+        raise OSError(errno.ENOSYS, f"the number of the system call keyctl on {machine} is not known")
+    try:
+        return _syscall(_KEYCTL[machine], *arguments)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+            return None
+        raise
+
+
+def session_keyring() -> int | None:
+    """The number of the session's keyring; None: this process can have no keys."""
+    return _keyctl(0, -3, 0)
+
+
+def new_session_keyring() -> None:
+    """Neither keys of the host nor those that a program has left are found from here on."""
+    _keyctl(1, None)
+
+
 def one_arena() -> None:
     """Threads share a heap: the address space that glibc sets aside for each would count as memory."""
     with contextlib.suppress(AttributeError):  # another C library
@@ -83,7 +113,7 @@ def _map_ids(pid: int, root: bool) -> None:
             file.write("deny")
     for name, own in (("gid_map", os.getegid()), ("uid_map", os.geteuid())):
         with open(f"/proc/{pid}/{name}", "w") as file:
-            file.write(f"0 0 1\n{_NOBODY} {_NOBODY} 1\n" if root else f"{_NOBODY} {own} 1\n")
+            file.write(f"0 0 1\n{NOBODY} {NOBODY} 1\n" if root else f"{NOBODY} {own} 1\n")
 
 
 def _unshare_all(root: bool) -> None:
@@ -115,7 +145,7 @@ def _unshare_all(root: bool) -> None:
         raise OSError("the ids of root and nobody cannot be mapped into a user namespace")
 
 
-def enter_namespaces(visible: list[str]) -> bool:
+def enter_namespaces(visible: list[str], hidden: list[str]) -> bool:
     """Becomes the first process of namespaces of all kinds, with a file tree of its own; the process before waits.
 
     Returns:
@@ -136,7 +166,7 @@ def enter_namespaces(visible: list[str]) -> bool:
     with contextlib.suppress(OSError):
         name = b"sandbox"
         _call("sethostname", name, len(name))
-    _own_tree(visible)
+    _own_tree(visible, hidden)
     return root
 
 
@@ -151,7 +181,7 @@ def _set_read_only(path: str, flags: int, recursive: bool) -> None:
     _syscall(442, -100, path.encode(), 0x8000 if recursive else 0, attributes, len(attributes))
 
 
-def _own_tree(visible: list[str]) -> None:
+def _own_tree(visible: list[str], hidden: list[str]) -> None:
     """A file tree of Python, system libraries and /dev/null and its like, read-only; the host's is gone."""
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
@@ -163,10 +193,13 @@ def _own_tree(visible: list[str]) -> None:
     _mount("/new", "/new", None, _MS_BIND | _MS_REC)
     for path in visible:
         _show(path)
+    for path in hidden:
+        if os.path.isdir(f"/new{path}"):
+            _mount("tmpfs", f"/new{path}", "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, "size=4k,mode=755")
     os.makedirs("/new/dev", exist_ok=True)
-    for name in ("null", "zero", "random", "urandom"):
-        open(f"/new/dev/{name}", "w").close()
-        _mount(f"/old/dev/{name}", f"/new/dev/{name}", None, _MS_BIND)
+    for path in _DEVICES:
+        open(f"/new{path}", "w").close()
+        _mount(f"/old{path}", f"/new{path}", None, _MS_BIND)
     os.makedirs("/new/tmp", exist_ok=True)
     os.chdir("/new")
     _call("pivot_root", b".", b".")
@@ -198,7 +231,7 @@ def separate(mib: int) -> None:
     It is gone with the mount namespace, which ends with its last process.
     """
     _call("unshare", _CLONE["pid"] | _CLONE["mount"] | _CLONE["ipc"])
-    options = f"size={mib}m,nr_inodes=1000,mode=700,uid={_NOBODY},gid={_NOBODY}"
+    options = f"size={mib}m,nr_inodes=1000,mode=700,uid={NOBODY},gid={NOBODY}"
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, options)
 
 
@@ -213,8 +246,53 @@ def landlock_version() -> int:
         return 0
 
 
-def landlock(writable: str) -> None:
-    """From here on nothing is written but below one directory (Landlock, Linux 5.13); reading is not restricted.
+def readable(visible: list[str], hidden: list[str], scratch: str) -> int:
+    """A set of rules for `landlock`: what may be read where there is no file tree of our own, and nothing is executed.
+
+    Names of files may be listed also where they are hidden: importing lists directories.
+    """
+    execute, file, names = 1 << 0, 1 << 2, 1 << 3
+    rules = _rules(struct.pack("=Q", execute | file | names))
+    places = sorted({os.path.realpath(path) for path in visible if os.path.exists(path)})
+    for path in places:
+        if os.path.isdir(path):
+            _allow(rules, path, names)
+        for part in _without(path, hidden):
+            _allow(rules, part, file)
+    for path in _DEVICES:
+        _allow(rules, path, file)
+    _allow(rules, scratch, file | names)
+    return rules
+
+
+def _without(path: str, hidden: list[str]) -> Iterator[str]:
+    """A path, or where something below it is hidden, all the rest: rules can only add."""
+    if path in hidden:
+        return
+    if not any(other.startswith(f"{path}/") for other in hidden):
+        yield path
+        return
+    for entry in os.scandir(path):
+        if not entry.is_symlink():  # what it leads to is visible itself, or is not to be
+            yield from _without(entry.path, hidden)
+
+
+def _rules(attributes: bytes) -> int:
+    return _syscall(444, attributes, len(attributes), 0)
+
+
+def _allow(rules: int, path: str, allowed: int) -> None:
+    place = os.open(path, os.O_PATH)
+    try:
+        _syscall(445, rules, 1, struct.pack("=Qi", allowed, place), 0)
+    finally:
+        os.close(place)
+
+
+def landlock(writable: str, reads: int | None) -> None:
+    """From here on nothing is written but below one directory, and by `readable`'s rules, if any, little is read.
+
+    Landlock, Linux 5.13. It needs `no_new_privileges`.
 
     Raises:
       OSError: the kernel has no Landlock.
@@ -227,13 +305,12 @@ def landlock(writable: str) -> None:
         attributes += struct.pack("=Q", 0b11)  # no TCP
     if version >= 6:
         attributes += struct.pack("=Q", 0b11)  # neither abstract sockets nor signals to others
-    rules = _syscall(444, attributes, len(attributes), 0)
-    for path, allowed in ((writable, file | other), ("/dev/null", file)):
-        place = os.open(path, os.O_PATH)
-        _syscall(445, rules, 1, struct.pack("=Qi", allowed, place), 0)
-        os.close(place)
-    _syscall(446, rules, 0)
-    os.close(rules)
+    writes = _rules(attributes)
+    _allow(writes, writable, file | other)
+    _allow(writes, "/dev/null", file)
+    for rules in (writes, *([] if reads is None else [reads])):
+        _syscall(446, rules, 0)
+        os.close(rules)
 
 
 # Nothing of these is needed to compute, and each has been a way out of a sandbox, or into the kernel.
@@ -243,7 +320,12 @@ _REFUSED = (
     "add_key", "request_key", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter",
     "io_uring_register", "kexec_load", "init_module", "finit_module", "delete_module", "open_by_handle_at",
     "name_to_handle_at", "quotactl", "swapon", "swapoff", "reboot", "acct", "syslog", "personality", "fanotify_init",
-    "memfd_secret", "vmsplice", "sched_setattr", "sched_setscheduler", "migrate_pages", "move_pages", "lookup_dcookie",
+    "memfd_secret", "vmsplice", "migrate_pages", "move_pages", "lookup_dcookie",
+    # Memory that no limit counts, or that is the host's where it shares an IPC namespace with programs.
+    "memfd_create", "shmget", "shmat", "msgget", "msgsnd", "msgrcv", "semget", "semop", "semtimedop", "mq_open",
+    # Of other processes of the same user, or of the host.
+    "setpriority", "ioprio_set", "sched_setaffinity", "sched_setattr", "sched_setparam", "sched_setscheduler",
+    "process_madvise", "process_mrelease", "sethostname", "setdomainname",
     # Landlock does not know these; where there are namespaces there is nothing to use them on.
     "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat", "utime", "utimes", "utimensat",
     "futimesat", "setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr",
@@ -263,6 +345,7 @@ def seccomp_filter(module: str | None) -> Any:
         for name in _REFUSED:
             with contextlib.suppress(OSError, ValueError):  # a call that this kernel or library does not know
                 made.add_rule(seccomp.ERRNO(1), name)
+        made.add_rule(seccomp.ERRNO(1), "prlimit64", seccomp.Arg(0, seccomp.NE, 0))  # limits of another process
         made.add_rule(seccomp.ERRNO(38), "clone3")  # whose flags lie in memory: without it clone is used
         for flag in _CLONE.values():
             made.add_rule(seccomp.ERRNO(1), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, flag, flag))
@@ -271,15 +354,27 @@ def seccomp_filter(module: str | None) -> Any:
     return made
 
 
-def drop_privileges(nobody: bool) -> None:
-    """No capability is left, and none can be had again; `nobody`: root becomes that user first."""
+def drop_privileges(nobody: bool, *, reads_all: bool = False) -> None:
+    """No capability is left, and none can be had again; `nobody`: root becomes that user first.
+
+    `reads_all`: but for the one to read any file, where the host gives it: for who says by other means what is read.
+    """
+    if reads_all:
+        _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
     if nobody:
         os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
     no_new_privileges()
     with contextlib.suppress(OSError):
         for capability in range(64):
             _call("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
-    _call("capset", struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", *[0] * 6))
+    try:
+        _set_capabilities(reads_all << _CAP_DAC_READ_SEARCH)
+    except OSError:  # the host's root has not got it itself
+        _set_capabilities(0)
     dies_with_parent()  # a change of user forgets it
+
+
+def _set_capabilities(these: int) -> None:
+    _call("capset", struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", these, these, 0, 0, 0, 0))

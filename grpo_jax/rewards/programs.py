@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import glob
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 from grpo_jax.rewards.literals import encode
 
-__all__ = ["Job", "Limits", "Ran", "SandboxError", "Worker", "call"]
+__all__ = ["Job", "ProgramLimits", "Ran", "SandboxError", "Worker", "call"]
 
 # Read once: a worker that is replaced after hours is what the first one was, whatever has become of the files.
 _MODULES = {
@@ -37,7 +38,8 @@ module.start(options)
 """
 _GRACE = 30.0  # seconds beyond a program's wall time, after which the sandbox itself is broken
 _START = 60.0  # seconds it may take to start
-_LARGEST = 64 << 20  # bytes of a reply; limits of output keep it far below
+_LARGEST = 64 << 20  # bytes of a reply
+_MOST_OUTPUT = 24_000  # KiB: twice that in base 64, and what stands around it, is a reply
 
 
 class SandboxError(RuntimeError):
@@ -45,11 +47,11 @@ class SandboxError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
+class ProgramLimits:
     """What one program may use."""
 
     cpu_seconds: float = 2.0  # CPU time of a program, whatever else the machine does
-    wall_seconds: float = 20.0  # a backstop: of programs that sleep
+    wall_seconds: float = 60.0  # a backstop for programs that sleep; far more than a busy machine needs
     memory_mib: int = 256  # address space
     file_mib: int = 16  # the temporary directory, and each file
     output_kib: int = 256  # of standard output, and of what calls return
@@ -65,6 +67,8 @@ class Limits:
                 f"file_mib={self.file_mib}, output_kib={self.output_kib} and processes={self.processes} must be 1 or "
                 "more."
             )
+        if self.output_kib > _MOST_OUTPUT:
+            raise ValueError(f"output_kib={self.output_kib} must be {_MOST_OUTPUT} or less.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +86,14 @@ class Ran:
 
     ended: str  # exit: by itself or by a signal; else the limit that it has used up: cpu, wall or output
     code: int  # its exit code, or minus the signal
-    cpu_seconds: float
+    cpu_seconds: float  # its own, and of those of its processes that it has waited for
     seconds: float
     stdout: bytes
-    results: tuple[tuple[str, Any], ...]  # of each call ("returned", JSON of `literals`) or ("raised", text)
+    # Of each call ("returned", JSON of `literals`) or ("raised", text); none where a limit has ended it.
+    results: tuple[tuple[str, Any], ...]
 
 
-def call(function: str, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+def call(function: str, /, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
     """A call of a program's function with literals.
 
     Raises:
@@ -107,32 +112,42 @@ def _visible() -> list[str]:
     return sorted(dict.fromkeys(places), key=len)  # what is below another is seen with it
 
 
-def _in_bubblewrap(seccomp: str | None) -> list[str]:
+def _hidden() -> list[str]:
+    """What is installed beside Python's library: a program has that library alone."""
+    found = [
+        os.path.realpath(path) for place in _visible() for name in ("site-packages", "dist-packages")
+        for path in glob.glob(f"{place}/python*/{name}")
+    ]  # fmt: skip
+    return sorted(set(found))
+
+
+def _in_bubblewrap(seccomp: str | None, limits: ProgramLimits) -> list[str]:
     """The interpreter, where nothing but what is visible can be seen; a temporary directory as large as a program's."""
     bwrap, python = shutil.which("bwrap"), os.path.realpath(sys.executable)
     if bwrap is None:
         raise SandboxError("bwrap is not installed")
-    shown = [*_visible(), python, *([seccomp] if seccomp else [])]
-    binds = [word for path in shown for word in ("--ro-bind-try", path, path)]
+    shown = [word for path in (*_visible(), python) for word in ("--ro-bind-try", path, path)]
+    empty = [word for path in _hidden() for word in ("--size", "4096", "--tmpfs", path)]
     return [
         bwrap, "--unshare-all", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox", "--proc", "/proc",
-        "--dev", "/dev", "--tmpfs", "/tmp", *binds, "--chdir", "/tmp", python,
+        "--dev", "/dev", "--size", str(limits.file_mib << 20), "--tmpfs", "/tmp", *shown, *empty,
+        *(["--ro-bind", seccomp, seccomp] if seccomp else []), "--chdir", "/tmp", python,
     ]  # fmt: skip
 
 
 class Worker:
     """A process that runs a program after the other; of one thread at a time."""
 
-    def __init__(self, mechanism: str):
+    def __init__(self, mechanism: str, limits: ProgramLimits):
         """Raises SandboxError where this one does not work here."""
-        self._mechanism, module = mechanism, importlib.util.find_spec("pyseccomp")
+        self._mechanism, self._limits, module = mechanism, limits, importlib.util.find_spec("pyseccomp")
         options = {
-            "mechanism": mechanism, "visible": _visible(), "seccomp": module and module.origin,
+            "mechanism": mechanism, "visible": _visible(), "hidden": _hidden(), "seccomp": module and module.origin,
             "modules": _MODULES,
         }  # fmt: skip
         # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
         flags = ["-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP, json.dumps(options)]
-        command = _in_bubblewrap(options["seccomp"]) if mechanism == "bubblewrap" else [sys.executable]
+        command = _in_bubblewrap(options["seccomp"], limits) if mechanism == "bubblewrap" else [sys.executable]
         self._process = subprocess.Popen(
             [*command, *flags],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", bufsize=0,
@@ -145,20 +160,19 @@ class Worker:
             self.close()
             raise
 
-    def run(self, job: Job, limits: Limits) -> Ran:
+    def run(self, job: Job) -> Ran:
         """Runs one program.
 
         Raises:
           SandboxError: whoever runs it is gone, or says nothing.
         """
-        asked = {"program": job.program, "calls": job.calls, "stdin": job.stdin, "limits": dataclasses.asdict(limits)}
-        data = json.dumps(asked).encode()
+        data = json.dumps({**vars(job), "limits": vars(self._limits)}).encode()
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(struct.pack(">I", len(data)) + data)
         except OSError as error:
             raise SandboxError(f"the sandbox's process has ended: {error}") from error
-        said = self._read(limits.wall_seconds + _GRACE)
+        said = self._read(self._limits.wall_seconds + _GRACE)
         said["stdout"], lines = base64.b64decode(said["stdout"]), base64.b64decode(said["results"])
         return Ran(**{**said, "results": tuple(map(_result, lines.split(b"\n")[:-1]))})
 
