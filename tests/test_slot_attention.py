@@ -33,26 +33,44 @@ def case(seed, n, heads, m, j, c, columns, cached):
     of = (heads,) if heads > 1 else ()
     visible = rng.random((n, j, columns)) < 0.1
     visible[:, :, columns // 3 : 2 * columns // 3] = False  # whole tiles of it
-    visible[1] = False
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    visible[1] = False  # a slot that sees nothing
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     cache = {"key": draw(n, *of, c, cached), "value": draw(n, *of, cached, c)}
-    return draw(n, *of, m, c), cache, visible
+    return draw(n, *of, m, c), cache, jnp.asarray(visible)
 
 
-@pytest.mark.parametrize("how", ["products", "kernel", "kernel on a mesh"])
+def kernel_of(kv_heads, head_width, scale=SCALE, soft_cap=CAP, mesh=None) -> slot_attention.AttendBlock:
+    kernel = slot_attention.make_kernel(
+        "gpu", kv_heads=kv_heads, head_width=head_width, scale=scale, soft_cap=soft_cap, mesh=mesh
+    )
+    assert kernel is not None
+    return kernel
+
+
+OWN = {"few queries": (2, 7, 1, 16, 640), "one head": (1, 32, 1, 16, 60), "not a power of two": (2, 18, 1, 32, 120)}
+SHARED = {"shared, one head": (1, 6, 3, 16, 60), "shared": (2, 80, 8, 32, 120)}
+
+
 @pytest.mark.parametrize(
-    ("heads", "m", "j", "c", "columns"),
-    [(2, 7, 1, 16, 640), (1, 6, 3, 16, 60), (2, 80, 8, 32, 120), (4, 64, 64, 16, 192)],
-    ids=["a slot of its own", "one head", "more queries than a program has", "windows"],
+    ("how", "shape"),
+    [
+        *(pytest.param("products", shape, id=f"{name}-products") for name, shape in (OWN | SHARED).items()),
+        *(
+            pytest.param(how, shape, id=f"{name}-{how}")
+            for name, shape in OWN.items()
+            for how in ("kernel", "kernel on a mesh")
+        ),
+    ],
 )
-def test_attention_to_a_cache(how, heads, m, j, c, columns):
+def test_attention_to_a_cache(how, shape):
+    heads, m, j, c, columns = shape
     cached = columns if how == "products" else -(-columns // 64) * 64
     query, cache, visible = case(1, 4, heads, m, j, c, columns, cached)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) if "mesh" in how else None
     if how == "products":
-        attend = functools.partial(slot_attention.attend_block, scale=SCALE, soft_cap=CAP)
+        attend = functools.partial(slot_attention._attend_block, scale=SCALE, soft_cap=CAP)
     else:
-        attend = slot_attention.make_kernel("gpu", kv_heads=heads, head_width=c, scale=SCALE, soft_cap=CAP, mesh=mesh)
+        attend = kernel_of(heads, c, mesh=mesh)
     most, total, mixed = jax.tree.map(np.asarray, jax.jit(attend)(query, cache, visible))
     expected, logs = oracle(query, cache, visible)
     seen = np.isfinite(logs)
@@ -68,10 +86,10 @@ def test_attention_to_a_cache(how, heads, m, j, c, columns):
 
 def test_the_kernel_does_not_read_what_is_not_visible():
     query, cache, visible = case(2, 3, 2, 4, 1, 16, 640, 640)
-    tiles = ~visible.reshape(3, 10, 64).any(-1)
+    tiles = ~np.asarray(visible).reshape(3, 10, 64).any(-1)
     assert 0 < tiles.sum() < tiles.size
-    spoiled = np.where(np.repeat(tiles, 64, axis=1)[:, None, :, None], np.nan, cache["value"])
-    attend = slot_attention.make_kernel("gpu", kv_heads=2, head_width=16, scale=1.0, soft_cap=0.0, mesh=None)
+    spoiled = jnp.where(np.repeat(tiles, 64, axis=1)[:, None, :, None], jnp.nan, cache["value"])
+    attend = kernel_of(2, 16)
     for got, expected in zip(
         attend(query, cache | {"value": spoiled}, visible), attend(query, cache, visible), strict=True
     ):
@@ -85,7 +103,7 @@ def test_where_there_is_no_kernel(platform, width):
 
 def test_the_kernel_is_lowered_for_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    attend = slot_attention.make_kernel("gpu", kv_heads=2, head_width=64, scale=0.125, soft_cap=0.0, mesh=None)
+    attend = kernel_of(2, 64, soft_cap=0.0)
     shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
     cache = {"key": shape(4, 2, 64, 512), "value": shape(4, 2, 512, 64)}
     traced = jax.jit(attend).trace(shape(4, 2, 7, 64), cache, shape(4, 1, 512, dtype=jnp.bool_))

@@ -4,8 +4,8 @@
     output = sum over the visible columns of softmax(scores) * value
 
 The prompt's cache is one for all slots of a row, and completions have theirs in blocks; what is attended to in each is
-joined as in flash attention (arXiv 2205.14135, algorithm 1). A block is read whole, by products that XLA makes, or on a
-GPU by a kernel that reads the tiles of it in which something is visible.
+joined as in flash attention (arXiv 2205.14135, algorithm 1). A block is read whole, by products that XLA makes; on a
+GPU a kernel reads a slot's own, and of it the tiles in which something is visible.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.sharding import BATCH_AXES
 
-__all__ = ["AttendBlock", "attend_block", "attend_slots", "cache_axes", "cache_shapes", "make_kernel"]
+__all__ = ["AttendBlock", "attend_slots", "cache_axes", "cache_shapes", "make_kernel"]
 
 # (query [N, K, M, C], cache, visible [N, J, columns]) -> float32, not yet divided: the largest score and the sum of
 # exponentials [N, K, M, 1], and what they mix [N, K, M, C]. No K where there is one head of keys.
@@ -29,9 +29,7 @@ AttendBlock: TypeAlias = Callable[[jax.Array, dict[str, jax.Array], jax.Array], 
 
 _MASKED = -1e30  # finite, so that a slot without any key gives numbers and not NaN
 _TILE = 64  # columns that are read together, at most
-# Of the kernel: a product of fewer rows than 16 is padded to them, and more than 64 of them are too much for registers.
-_FEWEST_QUERIES, _MOST_QUERIES = 16, 64
-_SMALLEST_WIDTH = 16  # and of a head
+_FEWEST_QUERIES = _SMALLEST_WIDTH = 16  # of the kernel, whose products have at least so many rows and columns
 
 
 def _capped(scores: jax.Array, cap: float) -> jax.Array:
@@ -96,12 +94,12 @@ def _tiled(x: jax.Array, tiles: int) -> jax.Array:
     return x.reshape(len(x), -1, *x.shape[3:])
 
 
-def attend_slots(query, key, value, cache, column, visible, before, attend):
+def attend_slots(query, key, value, cache, column, visible, before, *, scale, soft_cap, kernel=None):
     """Writes key/value into `cache` at `column`, then attends to it and to the caches `before`, which are only read.
 
     query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `cache_axes`, visible [R, W, J, columns]; `before`:
     pairs of a cache and what of it is visible, [R, W, J, columns]. A cache of R rows, as of their prompts, is read by
-    all slots of a row: their queries are the rows of one product, and nothing is copied. `attend`: an `AttendBlock`.
+    all slots of a row: their queries are the rows of one product, and nothing is copied. `kernel`: of `make_kernel`.
 
     Returns:
       What was mixed, like the query, and the cache.
@@ -129,14 +127,17 @@ def attend_slots(query, key, value, cache, column, visible, before, attend):
     # [N, K, M, C] of M = J * H / K queries that read the same keys.
     grouped = query.reshape(r, w, j, kv_heads, -1, c).transpose(0, 1, 3, 2, 4, 5).reshape(r * w, *heads, -1, c)
 
+    products = functools.partial(_attend_block, scale=scale, soft_cap=soft_cap)
+
     def read(cache, visible):
         if len(cache["key"]) == r * w:
+            attend = kernel if kernel and j == 1 else products
             return attend(grouped, cache, visible.reshape(r * w, j, -1))
         together = lambda x: jnp.moveaxis(x.reshape(r, w, *x.shape[1:]), 1, -3).reshape(r, *heads, -1, x.shape[-1])
         apart = lambda x: jnp.moveaxis(x.reshape(r, *heads, w, -1, x.shape[-1]), -3, 1).reshape(
             r * w, *heads, -1, x.shape[-1]
         )
-        return map(apart, attend(together(grouped), cache, visible.reshape(r, w * j, -1)))
+        return map(apart, products(together(grouped), cache, visible.reshape(r, w * j, -1)))
 
     most, total, mixed = read(written, visible)
     for block in before:
@@ -146,16 +147,12 @@ def attend_slots(query, key, value, cache, column, visible, before, attend):
         total, mixed = ours * total + theirs * block_total, ours * mixed + theirs * block_mixed
         most = largest
     # A slot that sees nothing mixes nothing: a NaN would stay in its cache. Others have a total of at least exp(0).
-    mixed = (
-        (mixed / jnp.maximum(total, 1))
-        .astype(query.dtype)
-        .reshape(r, w, kv_heads, j, -1, c)
-        .transpose(0, 1, 3, 2, 4, 5)
-    )
+    mixed = (mixed / jnp.maximum(total, 1)).astype(query.dtype)
+    mixed = mixed.reshape(r, w, kv_heads, j, -1, c).transpose(0, 1, 3, 2, 4, 5)
     return mixed.reshape(query.shape), written
 
 
-def attend_block(query, cache, visible, *, scale, soft_cap):
+def _attend_block(query, cache, visible, *, scale, soft_cap):
     """An `AttendBlock` of plain products; query head m sees what `visible` says of m // (M / J)."""
     values = cache["value"] if "value" in cache else cache["turned"].swapaxes(-1, -2)
     visible = _of_all_columns(visible, values.shape[-2])
@@ -179,10 +176,11 @@ def attend_block(query, cache, visible, *, scale, soft_cap):
 def make_kernel(
     platform: str, *, kv_heads: int, head_width: int, scale: float, soft_cap: float, mesh: Mesh | None
 ) -> AttendBlock | None:
-    """An `AttendBlock` that reads, of every slot, the tiles in which something is visible, once; None: not on this.
+    """An `AttendBlock` that reads, of every slot, the tiles in which something is visible, once; None: not here.
 
-    A GPU takes it, where the width of a head is a power of two. What XLA makes of the same reads all columns, and
-    writes scores that the softmax reads twice.
+    For caches of one slot each on GPUs, where the width of a head is a power of two. What XLA makes of the same reads
+    all columns, and writes scores that the softmax reads twice. Of a cache that slots share there is one product of all
+    their queries, which XLA splits over more of the chip than there are rows.
 
     Args:
       platform: of the devices.
@@ -203,58 +201,47 @@ def make_kernel(
 
 
 def _attend_tiles(query, cache, visible, *, scale, soft_cap):
-    """An `AttendBlock`: a program for every slot, head and up to 64 queries goes through the tiles."""
+    """An `AttendBlock` of slots of their own, visible [N, 1, columns]: a program for every slot and head of keys."""
     if one_head := query.ndim == 3:
         query, cache = jax.tree.map(lambda x: x[:, None], (query, cache))
     key, value = cache["key"], cache["value"]
     (n, kv_heads, m, c), columns = query.shape, key.shape[-1]
-    visible = _of_all_columns(visible, columns)
-    seen = visible if visible.shape[1] == 1 else jnp.repeat(visible, m // visible.shape[1], axis=1)
+    visible = _of_all_columns(visible, columns)[:, 0]
     tiles = columns // _TILE
     # Tiles in which a slot sees something come first, in their order.
-    rank = jnp.cumsum(visible.any(axis=1).reshape(n, tiles, _TILE).any(axis=-1), axis=-1, dtype=jnp.int32)
+    rank = jnp.cumsum(visible.reshape(n, tiles, _TILE).any(axis=-1), axis=-1, dtype=jnp.int32)
     order = jnp.argmax(rank[:, None] > jnp.arange(tiles)[None, :, None], axis=-1).astype(jnp.int32)
-    queries = min(_MOST_QUERIES, max(_FEWEST_QUERIES, 1 << (m - 1).bit_length()))
-    of_queries = lambda *shape: pl.BlockSpec(
-        (None, None, queries, *shape), lambda i, k, b: (i, k, b, *(0,) * len(shape))
-    )
-    of_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, k, b: (i, k, 0, 0))
-    of_slot = lambda *shape: pl.BlockSpec((None, *shape), lambda i, k, b: (i,) + (0,) * len(shape))
-    shared = pl.BlockSpec((None, 1, columns), lambda i, k, b: (i, 0, 0))
-    each = pl.BlockSpec((None, queries, columns), lambda i, k, b: (i, b, 0))
+    queries = max(_FEWEST_QUERIES, 1 << (m - 1).bit_length())
+    of_slot = lambda *shape: pl.BlockSpec((None, *shape), lambda i, k: (i, *(0,) * len(shape)))
+    of_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, k: (i, k, *(0,) * len(shape)))
     like = lambda *shape: jax.ShapeDtypeStruct((n, kv_heads, m, *shape), jnp.float32)
     most, total, mixed = pl.pallas_call(
         functools.partial(_tiles_kernel, count=m, scale=scale, soft_cap=soft_cap),
-        grid=(n, kv_heads, -(-m // queries)),
+        grid=(n, kv_heads),
         in_specs=[
-            of_slot(tiles), of_slot(), of_queries(c), of_head(c, columns), of_head(columns, c),
-            shared if seen.shape[1] == 1 else each,
+            of_slot(tiles), of_slot(), of_slot(columns), of_head(queries, c), of_head(c, columns), of_head(columns, c),
         ],
-        out_specs=[of_queries(), of_queries(), of_queries(c)],
+        out_specs=[of_head(queries), of_head(queries), of_head(queries, c)],
         out_shape=[like(), like(), like(c)],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=jax.default_backend() == "cpu",  # in tests
         name="attend_tiles",
-    )(order, rank[:, -1], query, key, value, seen.astype(jnp.int8))  # fmt: skip
+    )(order, rank[:, -1], visible.astype(jnp.int8), query, key, value)  # fmt: skip
     results = most[..., None], total[..., None], mixed
     return tuple(x[:, 0] for x in results) if one_head else results
 
 
-def _tiles_kernel(
-    order, filled, query, key, value, seen, most, total, mixed, *, count: int, scale: float, soft_cap: float
-) -> None:  # fmt: skip
-    """order [tiles], filled [], query [M, C], key [C, columns], value [columns, C], seen [1 or M, columns]."""
+def _tiles_kernel(order, filled, seen, query, key, value, *results, count: int, scale: float, soft_cap: float) -> None:
+    """order [tiles], filled [], seen [columns], query [M, C], of which `count` are real, key [C, columns], value."""
     queries = query.shape[0]
-    real = jnp.arange(queries) < count - queries * pl.program_id(2)
-    each = real[:, None]
-    q = triton.load(query.at[:, :], mask=each, other=0)
+    real = jnp.arange(queries) < count
+    q = triton.load(query.at[:, :], mask=real[:, None], other=0)
 
     def read(i, carry):
         most, total, mixed = carry
         columns = pl.ds(order[i] * _TILE, _TILE)
         scores = _capped(triton.dot(q, key[:, columns]) * scale, soft_cap)
-        visible = seen[:, columns] if seen.shape[0] == 1 else triton.load(seen.at[:, columns], mask=each, other=0)
-        scores = jnp.where(visible != 0, scores, _MASKED)
+        scores = jnp.where((seen[columns] != 0)[None], scores, _MASKED)
         largest = jnp.maximum(most, scores.max(axis=1))
         weights, fade = jnp.exp(scores - largest[:, None]), jnp.exp(most - largest)
         values = value[columns, :]
@@ -265,7 +252,6 @@ def _tiles_kernel(
         )
 
     nothing = jnp.full(queries, _MASKED), jnp.zeros(queries), jnp.zeros(query.shape)
-    results = jax.lax.fori_loop(0, filled[()], read, nothing)
-    for ref, result in zip((most, total), results, strict=False):
-        triton.store(ref.at[:], result, mask=real)
-    triton.store(mixed.at[:, :], results[2], mask=each)
+    for ref, result in zip(results, jax.lax.fori_loop(0, filled[()], read, nothing), strict=True):
+        mask = real if result.ndim == 1 else real[:, None]
+        triton.store(ref.at[(slice(None),) * result.ndim], result, mask=mask)

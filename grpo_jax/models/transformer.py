@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models.attention import make_attention
-from grpo_jax.models.slot_attention import attend_block, attend_slots, cache_axes, cache_shapes, make_kernel
+from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
 from grpo_jax.sharding import shardings
 from grpo_jax.types import Policy
 
@@ -288,7 +288,6 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         for window in set(pattern)
     }  # fmt: skip
     windows = [pattern[i % len(pattern)] for i in range(config.layers)]
-    products = functools.partial(attend_block, scale=scale, soft_cap=config.attention_cap)
     kernel = make_kernel(
         platform, kv_heads=config.kv_heads, head_width=config.head_width, scale=scale, soft_cap=config.attention_cap,
         mesh=mesh,
@@ -369,8 +368,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
             own, *others = visible[window]
             attend = functools.partial(
-                attend_slots, cache=cache[i], column=column, visible=own,
-                attend=kernel if kernel and tokens.shape[-1] == 1 else products,
+                attend_slots, cache=cache[i], column=column, visible=own, scale=scale, soft_cap=config.attention_cap,
+                kernel=kernel,
                 before=[(layers[i], seen) for (layers, _), seen in zip(before, others, strict=True)],
             )  # fmt: skip
             x, layer_cache = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
