@@ -93,15 +93,17 @@ class Decoding:
         return ~self.slots.alive.any()
 
 
-def blocks(columns: int, refilled: bool) -> list[int]:
+def blocks(policy: Policy, columns: int, refilled: bool) -> list[int]:
     """The columns that a cache of completions is cut into: a step reads only the blocks that there is something in.
 
-    A quarter, a quarter and a half of them, each a loop of its own, since a condition in a layer costs a GPU a trip to
-    the host, and a slice of columns a copy of them. Slots that are refilled are soon of all ages: their columns, which
-    go round, are one block.
+    A quarter, a quarter and a half of them, each a loop of its own, since a slice of columns would be a copy of them.
+    One block where the policy reads only what is visible, and where slots are refilled: their columns, which go round,
+    are soon of all ages.
     """
     part = -(-columns // (4 * _BLOCK)) * _BLOCK
-    ends = [columns] if refilled else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
+    ends = (
+        [columns] if refilled or policy.reads_visible else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
+    )
     return [end - first for first, end in itertools.pairwise([0, *ends])]
 
 
@@ -229,7 +231,7 @@ def start(
     written = jax.tree.map(lambda x: jnp.zeros((rows, width, max_tokens), x.dtype), first)
     state = Decoding(
         step=jnp.zeros((), jnp.int32), slots=at_once(queue, devices), written=written, prefix=None, results=None,
-        cache=[policy.init_cache(rows, width, size) for size in blocks(max_tokens, (rows, width) != shape)],
+        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens, (rows, width) != shape)],
     )  # fmt: skip
     if (rows, width) == shape:
         state = dataclasses.replace(state, written=write(written, first, 0))
@@ -297,7 +299,7 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
     position = slots.prompt_length[:, None] + slots.length - 1
     read = slots.alive[..., None] & (age[None, None] < slots.length[..., None])
     positions = jnp.where(read, position[..., None] - age[None, None], -1)
-    starts = list(itertools.accumulate(blocks(columns, state.results is not None), initial=0))
+    starts = list(itertools.accumulate(blocks(policy, columns, state.results is not None), initial=0))
     positions = jnp.split(positions, starts[1:-1], axis=-1)
     index = prefilled.columns[None, None]
     of_prompts = jnp.where(index < slots.prompt_length[:, None, None], index, -1)
@@ -325,7 +327,7 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
 def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int, mesh: Mesh | None = None) -> Decoding:
     """Appends up to `steps` tokens in every slot, in a `while_loop` for each block of the cache."""
     stop = state.step + steps
-    *ends, _ = itertools.accumulate(blocks(state.written.ids.shape[-1], state.results is not None))
+    *ends, _ = itertools.accumulate(blocks(policy, state.written.ids.shape[-1], state.results is not None))
     for block, end in enumerate([*(jnp.minimum(stop, end) for end in ends), stop]):
         going = lambda state, end=end: ~state.done() & (state.step < end)
         state = jax.lax.while_loop(going, functools.partial(_append, policy, prefilled, mesh, block), state)

@@ -111,8 +111,9 @@ def choose_tokens(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) 
     """
     chex.assert_equal_shape([logits[..., 0], keys])
     greedy = jnp.asarray(sampling.temperature) <= 0
-    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
-    largest = scaled.max(axis=-1)
+    # Divided where it is used: of a large vocabulary, no second array of logits is written and read.
+    temperature = jnp.where(greedy, 1.0, sampling.temperature)
+    largest = logits.max(axis=-1) / temperature
     vocabulary = logits.shape[-1]
     count = min(_MOST_BLOCKS, 1 << (max(1, vocabulary // _SMALLEST_BLOCK).bit_length() - 1))
     size = -(-vocabulary // count)
@@ -126,21 +127,23 @@ def choose_tokens(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) 
         """Tokens [...] of what is kept, and the logarithms of its mass and of theirs."""
         padded = jnp.pad(kept, [(0, 0)] * keys.ndim + [(0, count * size - vocabulary)], constant_values=-jnp.inf)
         blocks = padded.reshape(*keys.shape, count, size)
-        masses = jnp.exp(blocks - largest[..., None, None]).sum(axis=-1)
+        masses = jnp.exp(blocks / temperature - largest[..., None, None]).sum(axis=-1)
+        masses = jax.lax.optimization_barrier(masses)  # or their sum is made of all of the vocabulary once more
         block = _invert(masses, uniform[..., 0])
-        within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+        within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :] / temperature
         index = _invert(jnp.exp(within - largest[..., None]), uniform[..., 1])
         chosen = jnp.take_along_axis(within, index[..., None], axis=-1)[..., 0]
         return block * size + index, largest + jnp.log(masses.sum(axis=-1)), chosen
 
     def plain():
-        ids, mass, chosen = invert(scaled)
+        ids, mass, chosen = invert(logits)
         return Choice(ids=ids, logprobs=chosen - mass, sampler_logprobs=chosen - mass)
 
     def truncated():
+        scaled = logits / temperature
         likeliest = lambda: scaled == largest[..., None]
         kept = jax.lax.cond(greedy, likeliest, lambda: _kept(scaled, sampling))
-        ids, mass, chosen = invert(jnp.where(kept, scaled, -jnp.inf))
+        ids, mass, chosen = invert(jnp.where(kept, logits, -jnp.inf))
         whole = jax.nn.logsumexp(scaled, axis=-1)
         return Choice(ids=ids, logprobs=chosen - whole, sampler_logprobs=jnp.where(greedy, 0.0, chosen - mass))
 

@@ -54,6 +54,9 @@ class Policy:
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
     sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names
     cache_axes: PyTree  # like the cache, leaves are tuples of logical axis names
+    reads_visible: bool = (
+        False  # `extend` of a token reads of a cache what is visible, so that it need not be in blocks
+    )
     max_segments: int | None = None  # a row for `hidden` holds no more; None: any number
 
 

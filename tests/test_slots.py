@@ -14,7 +14,7 @@ import pytest
 from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.models import attention, transformer
+from grpo_jax.models import slot_attention, transformer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.slots import arrange
 from grpo_jax.types import SamplingParams
@@ -113,9 +113,20 @@ def test_stop_strings_in_slots(policy, flat_params):
 
 
 def test_the_layout_of_a_tpus_caches_does_not_matter(config, params, rollout, quantiles, monkeypatch):
-    monkeypatch.setattr(transformer, "cache_axes", lambda _, heads: attention.cache_axes("tpu", heads))
+    monkeypatch.setattr(transformer, "cache_axes", lambda _, heads: slot_attention.cache_axes("tpu", heads))
     policy = make_policy(config)
     assert jax.tree.map(jnp.shape, policy.init_cache(3, 2, 7))[0] == dict.fromkeys(("key", "turned"), (6, 2, 4, 7))
+    for slots in (0, 5):
+        assert_same_up_to_near_ties(rollout, generate(policy, params, slots=slots), quantiles)
+
+
+def test_what_a_gpu_reads_of_caches_does_not_matter(config, params, rollout, quantiles, monkeypatch):
+    make_kernel = lambda platform, **options: slot_attention.make_kernel("gpu", **options)
+    monkeypatch.setattr(transformer, "make_kernel", make_kernel)
+    monkeypatch.setattr(slot_attention, "_SMALLEST_WIDTH", 1)
+    policy = make_policy(config)
+    assert policy.reads_visible
+    assert sampling.blocks(policy, 512, False) == [512]
     for slots in (0, 5):
         assert_same_up_to_near_ties(rollout, generate(policy, params, slots=slots), quantiles)
 
@@ -129,7 +140,7 @@ LONG = 40
 def narrow(monkeypatch):
     """Caches in blocks of 4 columns and more, keys in tiles of at most 3, and prompts in chunks of 2."""
     monkeypatch.setattr(sampling, "_BLOCK", 4)
-    monkeypatch.setattr(attention, "_TILE", 3)
+    monkeypatch.setattr(slot_attention, "_TILE", 3)
     monkeypatch.setattr(sampling, "_SMALLEST_CHUNK", 2)
     monkeypatch.setattr(sampling, "_PREFILL_TOKENS", 1)
 

@@ -1,4 +1,4 @@
-"""What a token sees. Rows, for the training pass: XLA everywhere, cuDNN on NVIDIA GPUs, splash on TPUs; and slots.
+"""What a token of a row sees, for the training pass: XLA everywhere, cuDNN on NVIDIA GPUs, splash on TPUs.
 
     scores = cap * tanh(scale * query · key / cap), or scale * query · key without a cap
     output = sum over the visible keys of softmax(scores) * value
@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Attend", "attend_slots", "cache_axes", "cache_shapes", "make_attention", "queries_at_a_time"]
+__all__ = ["Attend", "make_attention", "queries_at_a_time"]
 
 # (query [R, S, H, C], key [R, S, K, C], value [R, S, K, C], positions [R, S], segments [R, S]) -> [R, S, H, C]
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -35,7 +35,6 @@ _LANES = 128  # of a TPU's vector register: blocks of splash attention are multi
 _LARGEST_BLOCK = 512
 # Of XLA's attention: blocks save at most half, of which 8 leave an eighth; each is compiled.
 _MOST_BLOCKS, _SMALLEST_BLOCK = 8, 128
-_TILE = 64  # columns of keys, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,127 +252,3 @@ def make_attention(
         return chosen(query, key, value, positions, segments)
 
     return attend
-
-
-def cache_axes(platform: str, kv_heads: int) -> dict[str, tuple[str | None, ...]]:
-    """What a layer's cache holds, as logical axes: key [N, K, C, columns], and value or, on a TPU, value turned.
-
-    N = R * W slots, or the R rows that share it. No axis of a single head: XLA drops an axis of one between what writes
-    and what reads, and on a CPU then copies the cache for either. Processors without matrix units are fast where no
-    product contracts what is contiguous in both of its factors. A TPU lays the last axis out in lines of 128, which
-    columns fill and heads often do not.
-    """
-    heads = ("kv_heads",) if kv_heads > 1 else ()
-    turned: tuple[str | None, ...] = ("batch", *heads, "head", None)
-    values = {"turned": turned} if platform == "tpu" else {"value": ("batch", *heads, None, "head")}
-    return {"key": turned, **values}
-
-
-def cache_shapes(
-    axes: dict[str, tuple[str | None, ...]], *, slots: int, kv_heads: int, head_width: int, columns: int, tiled: bool
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's cache by `cache_axes`, of N slots.
-
-    `tiled`: keys are [N, tiles * K, C, columns / tiles], all heads of the first columns first. A CPU reads such a tile
-    in one go, and [C, columns] in lines that are far apart: 0.17 and not 0.38 ms for 4 MB. Only for several heads.
-    """
-    sizes = {"batch": slots, "kv_heads": kv_heads, "head": head_width, None: columns}
-    shapes = {name: tuple(sizes[axis] for axis in of) for name, of in axes.items()}
-    if tiled and kv_heads > 1:
-        tiles = -(-columns // _TILE)
-        shapes["key"] = (slots, tiles * kv_heads, head_width, -(-columns // tiles))
-    return shapes
-
-
-def _tiles(key: jax.Array, heads: tuple[int, ...]) -> int:
-    return key.shape[1] // heads[0] if heads else 1
-
-
-def _untiled(x: jax.Array, tiles: int) -> jax.Array:
-    """[N, tiles * K, M, columns / tiles] -> [N, K, M, columns]."""
-    if tiles == 1:
-        return x
-    x = jnp.moveaxis(x.reshape(len(x), tiles, -1, *x.shape[2:]), 1, 3)
-    return x.reshape(*x.shape[:3], -1)
-
-
-def _tiled(x: jax.Array, tiles: int) -> jax.Array:
-    """The inverse of `_untiled`."""
-    if tiles == 1:
-        return x
-    x = jnp.moveaxis(x.reshape(*x.shape[:3], tiles, -1), 3, 1)
-    return x.reshape(len(x), -1, *x.shape[3:])
-
-
-def attend_slots(query, key, value, cache, column, visible, before, scale, soft_cap):
-    """Writes key/value into `cache` at `column`, then attends to it and to the caches `before`, which are only read.
-
-    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `cache_axes`, visible [R, W, J, columns]; `before`:
-    pairs of a cache and what of it is visible, [R, W, J, columns]. A cache of R rows, as of their prompts, is read by
-    all slots of a row: their queries are the rows of one product, and nothing is copied. Blocks are joined as in flash
-    attention (arXiv 2205.14135, algorithm 1).
-
-    Returns:
-      What was mixed, like the query, and the cache.
-    """
-    r, w, j, _, c = query.shape
-    kv_heads, dtype = key.shape[3], cache["key"].dtype
-    heads = (kv_heads,) if kv_heads > 1 else ()
-
-    def write(name, new, *order):
-        """New columns [R, W, J, K, C] in the order of the cache's axes, at their place."""
-        new = new.transpose(order).reshape(r * w, *heads, *(new.shape[i] for i in order[3:])).astype(dtype)
-        tiles = _tiles(cache[name], heads) if name == "key" else 1
-        if tiles > 1 and j == 1:
-            tile, offset = jnp.divmod(column, cache[name].shape[-1])
-            return jax.lax.dynamic_update_slice(cache[name], new, (0, tile * kv_heads, 0, offset))
-        into = _untiled(cache[name], tiles)
-        start = (0,) * (new.ndim - 2) + ((column, 0) if name == "value" else (0, column))
-        return _tiled(jax.lax.dynamic_update_slice(into, new, start), tiles)
-
-    written = {"key": write("key", key, 0, 1, 3, 4, 2)}
-    if "value" in cache:
-        written["value"] = write("value", value, 0, 1, 3, 2, 4)
-    else:
-        written["turned"] = write("turned", value, 0, 1, 3, 4, 2)
-    # [N, K, M, C] of M = J * H / K queries that read the same keys.
-    grouped = query.reshape(r, w, j, kv_heads, -1, c).transpose(0, 1, 3, 2, 4, 5).reshape(r * w, *heads, -1, c)
-
-    def read(cache, visible):
-        if len(cache["key"]) == r * w:
-            return _attend_block(grouped, cache, visible.reshape(r * w, j, -1), scale, soft_cap)
-        together = lambda x: jnp.moveaxis(x.reshape(r, w, *x.shape[1:]), 1, -3).reshape(r, *heads, -1, x.shape[-1])
-        apart = lambda x: jnp.moveaxis(x.reshape(r, *heads, w, -1, x.shape[-1]), -3, 1).reshape(
-            r * w, *heads, -1, x.shape[-1]
-        )
-        return map(apart, _attend_block(together(grouped), cache, visible.reshape(r, w * j, -1), scale, soft_cap))
-
-    most, total, mixed = read(written, visible)
-    for block in before:
-        block_most, block_total, block_mixed = read(*block)
-        largest = jnp.maximum(most, block_most)
-        ours, theirs = jnp.exp(most - largest), jnp.exp(block_most - largest)
-        total, mixed = ours * total + theirs * block_total, ours * mixed + theirs * block_mixed
-        most = largest
-    mixed = (mixed / total).astype(query.dtype).reshape(r, w, kv_heads, j, -1, c).transpose(0, 1, 3, 2, 4, 5)
-    return mixed.reshape(query.shape), written
-
-
-def _attend_block(query, cache, visible, scale, soft_cap):
-    """Attention to some keys, not yet divided: the largest score, the sum of exponentials [..., M, 1], and [..., M, C].
-
-    query [N, K, M, C], cache as in `cache_axes`, visible [N, J, columns], M a multiple of J; all results are float32.
-    """
-    values = cache["value"] if "value" in cache else cache["turned"].swapaxes(-1, -2)
-    tiles = _tiles(cache["key"], query.shape[1:-2])
-    query_of_tiles = query if tiles == 1 else jnp.tile(query, (1, tiles, 1, 1))
-    scores = jnp.einsum("...mc,...ct->...mt", query_of_tiles, cache["key"], preferred_element_type=jnp.float32)
-    scores = _untiled(scores, tiles)[..., : visible.shape[-1]]
-    scores = _capped(scores * scale, soft_cap)
-    seen = jnp.repeat(visible, query.shape[-2] // visible.shape[-2], axis=-2)
-    seen = jnp.expand_dims(seen, range(1, query.ndim - 2))
-    scores = jnp.where(seen, scores, _MASKED)
-    most = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - most)
-    mixed = jnp.einsum("...mt,...tc->...mc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return most, weights.sum(axis=-1, keepdims=True), mixed

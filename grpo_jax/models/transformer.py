@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.models.attention import attend_slots, cache_axes, cache_shapes, make_attention
+from grpo_jax.models.attention import make_attention
+from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
 from grpo_jax.sharding import shardings
 from grpo_jax.types import Policy
 
@@ -287,6 +288,10 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         for window in set(pattern)
     }  # fmt: skip
     windows = [pattern[i % len(pattern)] for i in range(config.layers)]
+    kernel = make_kernel(
+        platform, kv_heads=config.kv_heads, head_width=config.head_width, scale=scale, soft_cap=config.attention_cap,
+        mesh=mesh,
+    )  # fmt: skip
 
     def split(x, *axes):
         """The array, split over these axes of the mesh; over data the train step's `vmap` splits it."""
@@ -347,7 +352,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     def init_cache(rows, width, columns):
         shapes = cache_shapes(
             layer_cache, slots=rows * width, kv_heads=config.kv_heads, head_width=config.head_width, columns=columns,
-            tiled=tiled,
+            tiled=tiled, whole_tiles=kernel is not None,
         )  # fmt: skip
         layer = lambda: {name: jnp.zeros(shape, sampler_dtype) for name, shape in shapes.items()}
         return [layer() for _ in range(config.layers)]
@@ -364,6 +369,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
             own, *others = visible[window]
             attend = functools.partial(
                 attend_slots, cache=cache[i], column=column, visible=own, scale=scale, soft_cap=config.attention_cap,
+                kernel=kernel,
                 before=[(layers[i], seen) for (layers, _), seen in zip(before, others, strict=True)],
             )  # fmt: skip
             x, layer_cache = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
@@ -386,5 +392,6 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         param_axes=param_axes,
         sampler_axes={**rest, "layers": sampler_layers},
         cache_axes=[layer_cache] * config.layers,
+        reads_visible=kernel is not None,
         max_segments=1 if config.attention == "cudnn" else None,  # its kernel knows no segments
     )
