@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging as logging_of_python
 import os
 import pathlib
 import platform
@@ -342,6 +343,7 @@ def directory_of(argv: list[str], flag: flags.FlagHolder) -> pathlib.Path:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
+        logging_of_python.getLogger("grpo_jax").setLevel("INFO")
     if not flag.value.strip():
         raise app.UsageError(f"--{flag.name} is empty: name a directory.")
     return pathlib.Path(flag.value)

@@ -154,7 +154,7 @@ LAYER_TYPES = ["full_attention"] * 24
     ("raw", "changes", "match"),
     [
         (QWEN, {"architectures": ["Qwen2ForTokenClassification"]},
-         r"architectures=\['Qwen2ForTokenClassification'\] of model_type='qwen2' .*ForSequenceClassification \(qwen2\)"),
+         r"architectures=\['Qwen2ForTokenClassification'\] of model_type='qwen2' .*Qwen2ForCausalLM"),
         (QWEN, {"architectures": None, "model_type": "gpt2"}, r"architectures=\[\] of model_type='gpt2'"),
         (QWEN, {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
         (QWEN, {"hidden_size": None, "vocab_size": "many"}, "vocab_size, hidden_size missing: expected whole numbers"),
