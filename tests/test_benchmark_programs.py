@@ -227,6 +227,12 @@ def test_rollout(peers):
         speeds = [tokens / seconds for seconds in of["seconds"]["values"]]
         assert of["tokens_per_second"]["values"] == pytest.approx(speeds)
     assert any("tunix is left out" in note for note in result["notes"])
+    assert result["mismatch"]["max"] < 1e-4
+
+
+def test_what_integers_cost_is_measured():
+    ours = workload.Ours(Workload(**TINY, sampler_dtype="int8"))
+    assert 1e-5 < ours.mismatch(ours.rollout()())["mean"] < 0.01
 
 
 def test_a_side_of_other_lengths_is_an_error():

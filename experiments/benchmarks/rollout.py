@@ -2,7 +2,9 @@
 
 python -m experiments.benchmarks.rollout [--size=5m] [--tokens=512 --lengths=geometric] [--peers=transformers,tunix]
 
-Tokens a second are of completions, their padding left out. Needs `.[parity]`; tunix is `pip install google-tunix`.
+Tokens a second are of completions, their padding left out. The mismatch is what `--sampler_dtype=bfloat16` or `int8`
+costs: how far the sampler's log-probabilities are from the trainer's, of all tokens. Needs `.[parity]`; tunix is
+`pip install google-tunix`.
 """
 
 import dataclasses
@@ -52,7 +54,8 @@ def run(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         directory = pathlib.Path(scratch)
         peers.write_checkpoint(directory, options.model, options.seed)
-        sample = Ours(options, directory).rollout()
+        ours = Ours(options, directory)
+        sample = ours.rollout()
         sides = {"ours": timed(options, "ours", lambda: sample().mask.sum(axis=1))}
         if "transformers" in options.peers:
             sides["transformers"] = timed(options, "transformers", peers.rollout(options, directory))
@@ -64,9 +67,12 @@ def run(options: Options) -> dict[str, Any]:
             else:
                 sides["tunix"] = timed(options, "tunix", peers.tunix_rollout(options, directory))
         measured = measure.turns(sides, options.rounds)
+        mismatch = ours.mismatch(sample())
+    said = "ours: log-probabilities of sampler and trainer differ by {mean:.2g}, at most {max:.2g}".format(**mismatch)
     return measure.report(
-        "experiments.benchmarks.rollout", options, measured, notes=left_out, lengths=options.limits.tolist()
-    )
+        "experiments.benchmarks.rollout", options, measured, notes=[*left_out, said], lengths=options.limits.tolist(),
+        mismatch=mismatch,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

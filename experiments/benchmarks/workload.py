@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.benchmarks.measure import Options
 from grpo_jax.data.sources import Prompt
+from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models.pretrained import load, read_config
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
@@ -63,6 +64,7 @@ class Workload(Options):
     microbatches: int = 0  # parts of ours' update; 0: of two completions each
     peer_microbatches: int = 1  # TRL accumulates gradients over so many parts of a step; 1: a step is one batch
     dtype: str = "float32"  # of activations and products: float32 or bfloat16
+    sampler_dtype: str = ""  # of the sampler's weights: bfloat16, int8, ...; empty: as dtype
     attention: str = "xla"  # implementation of ours' training pass: xla, cudnn (GPU) or splash (TPU)
     vocabulary: int = 0  # V; 0: that of the size
 
@@ -87,11 +89,16 @@ class Workload(Options):
         return Workload(**values | changes)
 
     @property
+    def computing(self) -> dict[str, Any]:
+        """How the model is computed."""
+        return {"compute_dtype": self.dtype, "attention": self.attention, "sampler_dtype": self.sampler_dtype}
+
+    @property
     def model(self) -> TransformerConfig:
         """The shape, as computed with here."""
         sizes = dict(zip(_FIELDS, SIZES[self.size], strict=True))
         sizes["vocab_size"] = self.vocabulary or sizes["vocab_size"]
-        return TransformerConfig(**sizes, **_FAMILY, compute_dtype=self.dtype, attention=self.attention)
+        return TransformerConfig(**sizes, **_FAMILY, **self.computing)
 
     @functools.cached_property
     def prompt_ids(self) -> np.ndarray:
@@ -164,9 +171,7 @@ class Ours:
 
     def __init__(self, workload: Workload, directory: pathlib.Path | None = None):
         self.workload, self.mesh = workload, make_mesh()
-        self.config, run = workload.model, {"compute_dtype": workload.dtype, "attention": workload.attention}
-        if directory is not None:
-            self.config = read_config(directory, **run)
+        self.config = workload.model if directory is None else read_config(directory, **workload.computing)
         self.policy = make_policy(self.config, self.mesh)
         key = jax.random.key(workload.seed)
         self.params = init_params(self.config, key) if directory is None else load(directory, self.mesh)
@@ -186,6 +191,20 @@ class Ours:
         """Samples the workload once, and waits until it lies on the host."""
         w, params, sampling = self.workload, self.params, SamplingParams(temperature=temperature)
         return lambda: jax.device_get(self.sampler(params, w.texts, range(w.prompts), sampling))
+
+    def mismatch(self, rollout: Rollout) -> dict[str, float]:
+        """How far the sampler's log-probabilities are from those that the trainer takes of the same tokens."""
+        w, policy = self.workload, self.policy
+        take = jax.jit(lambda params, *columns: completion_logprobs(policy, params, *columns)[0])
+        differences = []
+        for p in range(w.prompts):
+            of_prompt, members = slice(p, p + 1), slice(p * w.group, (p + 1) * w.group)
+            prompt = (np.repeat(x[of_prompt], w.group, axis=0) for x in (rollout.prompt_tokens, rollout.prompt_mask))
+            mask = rollout.mask[members]
+            logprobs = take(self.params, *prompt, rollout.completion_tokens[members], mask)
+            differences.append(np.abs(np.asarray(logprobs) - rollout.logprobs[members])[mask])
+        every = np.concatenate(differences)
+        return {"mean": float(every.mean()), "max": float(every.max())}
 
     def step(self, workdir: pathlib.Path, kl_coef: float = 0.04) -> Callable[[], dict[str, float]]:
         """A whole GRPO step: rollout, rewards (journaled in the workdir), reference, update; what took how long."""
