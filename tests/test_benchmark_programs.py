@@ -232,7 +232,7 @@ def test_rollout(peers):
 
 def test_what_integers_cost_is_measured():
     ours = workload.Ours(Workload(**TINY, sampler_dtype="int8"))
-    assert 1e-5 < ours.mismatch(ours.rollout()())["mean"] < 0.01
+    assert 1e-5 < ours.mismatch(ours.rollout()())["mean"] < 0.05
 
 
 def test_a_side_of_other_lengths_is_an_error():

@@ -192,7 +192,7 @@ def test_a_corrupt_config(directory, content, said):
 
 def test_a_wrong_config_is_named(directory):
     change_config(directory, architectures=["MambaForCausalLM"], model_type="mamba")
-    fails(directory, directory / "config.json", "['MambaForCausalLM']", "'mamba'", "LlamaForCausalLM (llama)")
+    fails(directory, directory / "config.json", "['MambaForCausalLM']", "'mamba'", "LlamaForCausalLM")
 
 
 def test_weights_that_are_not_there(directory):
