@@ -262,6 +262,37 @@ def test_any_text_is_right_wrong_or_without_a_verdict(judge, texts):
         assert answer is None or 0 < len(answer) <= CHARACTERS
 
 
+def test_where_memory_is_at_an_end_there_is_no_verdict():
+    """math-verify itself would say "not equal", without a sign of it."""
+    bombs = {r"2^{300000001}": r"2\cdot 2^{300000000}", r"3^{100000000}x=5": "x=7"}
+    answers = [text for bomb in bombs for text in (rf"\boxed{{{bomb}}}", r"\boxed{\sqrt{8}}")]
+    golds = [gold for of in bombs.values() for gold in (of, r"2\sqrt{2}")]
+    with Pool(1, limits=Limits(cpu_seconds=60, wall_seconds=300, memory_mib=20), on_failure="none") as small:
+        judged = MathVerify(small)(["p"] * 4, answers, [[1]] * 4, answer=golds)
+    assert judged == [None, 1] * 2
+    assert judged.failed == [True, False] * 2
+
+
+@pytest.mark.parametrize(("place", "name"), [("grader", "simplify"), ("parser", "latex2sympy")])
+@pytest.mark.parametrize("kind", [Exception, ValueError, MemoryError])
+def test_of_what_is_raised_in_math_verify_memory_alone_is_no_verdict(monkeypatch, place, name, kind):
+    import math_verify
+
+    from grpo_jax.rewards.math_judge import _loud, equal
+
+    def fails(*_, **__):
+        raise kind
+
+    module = getattr(math_verify, place)
+    monkeypatch.setattr(module, name, _loud(fails) if place == "parser" else fails)
+    ask = lambda: equal(answer=rf"\boxed{{x+{place}{kind.__name__}}}", golds=("x+2",))
+    if kind is MemoryError:
+        with pytest.raises(MemoryError):
+            ask()
+    else:
+        assert ask() == 0
+
+
 # At the start ----------------------------------------------------------------------------------------
 
 

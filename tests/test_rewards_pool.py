@@ -149,6 +149,24 @@ def test_memory_up_to_the_limit_is_there_again_and_again(pool):
     assert judged == [50, 50, None, 50, 50]
 
 
+def test_a_limit_of_the_system_that_leaves_less_is_an_error_at_the_start():
+    """And no item is blamed, nor does it silently get less memory than was said."""
+    script = f"""
+import resource
+from grpo_jax.rewards.pool import Limits, Pool
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+with Pool(1, limits=Limits(memory_mib=%d)) as pool:
+    print(pool.judge({JOBS!r} + "length", [{{"completion": "xyz"}}]))
+"""
+    run = lambda mib: subprocess.run([sys.executable, "-c", script % mib], capture_output=True, text=True, cwd=ROOT)
+    assert run(100).stdout == "[3]\n"
+    said = run(2000).stderr
+    assert re.search(
+        r"length cannot be loaded: MemoryError: the limit of address space \(ulimit -v\) is 1024 MiB", said
+    )
+    assert "expected memory_mib=2000 beyond that" in said
+
+
 def test_by_default_a_failure_is_an_error_that_names_the_item():
     with Pool(1, limits=Limits(cpu_seconds=0.1)) as strict:
         with pytest.raises(

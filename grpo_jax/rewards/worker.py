@@ -53,15 +53,24 @@ def _limit(cpu: float, wall: float) -> None:
 
 
 def _limit_memory(extra: int) -> None:
-    """So many bytes beyond what the worker has now; where the system does not say how much that is, no limit."""
+    """So many bytes beyond what the worker has now; where the system does not say how much that is, no limit.
+
+    Raises:
+      MemoryError: the system's own limit leaves less.
+    """
     try:
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = size + extra if hard == resource.RLIM_INFINITY else min(size + extra, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    if hard != resource.RLIM_INFINITY and size + extra > hard:
+        raise MemoryError(
+            f"the limit of address space (ulimit -v) is {hard >> 20} MiB, of which this worker has {size >> 20} "
+            f"when its function is imported: expected memory_mib={extra >> 20} beyond that. Raise the one or lower the "
+            "other."
+        )
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, hard))
 
 
 def _load(path: str) -> Callable[..., Any]:
@@ -87,12 +96,13 @@ def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) ->
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # what an import needs is not an item's
     _limit(*LOAD_SECONDS)
     try:
-        functions[path] = _load(path)
+        function = _load(path)
+        _limit_memory(memory)
     except BaseException as error:
         return {"error": _said(error)}
     finally:
         _limit(0, 0)
-    _limit_memory(memory)
+    functions[path] = function
     return {}
 
 
