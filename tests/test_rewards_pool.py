@@ -375,6 +375,35 @@ def test_nothing_is_left_behind(end, number, tmp_path):
     assert os.listdir(place) == []
 
 
+@pytest.mark.parametrize(("then", "rounds"), [("return", 1), ("end", 2), ("hold", 2)])
+def test_sessions_and_files_of_items_end_with_their_worker(then, rounds, tmp_path, monkeypatch, capfd):
+    """Where it is closed and where it is replaced; `rounds` as an item that fails is tried again."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Pool(1, limits=Limits(cpu_seconds=0.5, wall_seconds=300), on_failure="none") as once:
+        once.judge(JOBS + "scatter", [{"then": then}])
+        assert len(os.listdir(tmp_path)) == (1 if then == "return" else 0)  # the directory of the worker that is there
+    said = [line.split()[1:] for line in capfd.readouterr().err.splitlines() if line.startswith("scattered ")]
+    assert len(said) == rounds
+    assert gone([int(pid) for _, *pids in said for pid in pids], within=10)
+    assert all(tmp_path in pathlib.Path(path).parents for path, *_ in said)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_worker_wrote_before_it_ended_is_said(caplog, capfd, tmp_path):
+    (tmp_path / "speaks.py").write_text("import os\ndef f(**_): print(*range(2000), 'the end', sep='\\n'); os._exit(3)")
+    with Pool(1, on_failure="none") as once:
+        once.judge(f"{tmp_path}/speaks.py:f", [{}])
+    assert caplog.messages[0].endswith(
+        "its worker ended with status 3, after it wrote to standard error:\n  "
+        + "\n  ".join([*map(str, range(1991, 2000)), "the end"])
+        + ", twice."
+    )
+    assert capfd.readouterr().err == "".join(f"{i}\n" for i in [*range(2000), "the end"]) * 2
+    (tmp_path / "breaks.py").write_text("import os\nos.write(2, b'no such thing')\nos._exit(5)")
+    with Pool(1) as never, pytest.raises(RewardError, match=r"3 worker .* status 5, .*error:\n  no such thing\.$"):
+        never.judge(f"{tmp_path}/breaks.py:f", [{}])
+
+
 def test_no_descriptor_and_no_thread_is_left_behind():
     def held():
         return len(os.listdir("/proc/self/fd")), threading.active_count()
