@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import math
 import pathlib
 import re
 import sys
@@ -113,7 +114,10 @@ def _parts(function: str) -> tuple[str, str, float | None]:
     try:
         if match is None:
             raise ValueError
-        return match["place"], match["name"], None if match["weight"] is None else float(match["weight"])
+        weight = None if match["weight"] is None else float(match["weight"])
+        if weight is not None and not math.isfinite(weight):
+            raise ValueError
+        return match["place"], match["name"], weight
     except ValueError:
         raise ValueError(
             f"--reward={function} must be FILE.py:NAME or package.module:NAME, with =WEIGHT behind it if not 1: "

@@ -357,6 +357,27 @@ def test_functions_see_whole_groups_one_part_after_the_other(sampler, cut):
     assert seen == [([i for i in range(8, 12) for _ in range(G)], threading.main_thread())]  # nothing is cut
 
 
+def test_beside_a_function_that_uses_the_device_nothing_is_scored_before_all_is_sampled(cut, monkeypatch):
+    """Else two threads would run programs; what is said is the same."""
+    plain, seen, journal, of_plain = by_text(name="s"), [], Journal(), Journal()
+    rewards = lambda on_device: [
+        Reward(name="s", function=plain), Reward(name="r", function=by_text(seen), on_device=on_device)
+    ]  # fmt: skip
+    begun = watched(monkeypatch, cut)
+    counts = []
+    collect(
+        cut,
+        [*rewards(True), Reward(name="c", function=lambda n, **_: counts.append(len(begun)) or [1.0] * len(n))],
+        journal,
+    )
+    assert counts == [P] * P
+    assert {thread for _, thread in seen} == {threading.main_thread()}
+    seen.clear()
+    collect(cut, [*rewards(False), Reward(name="c", function=lambda n, **_: [1.0] * len(n))], of_plain)
+    assert threading.main_thread() not in {thread for _, thread in seen}  # what it would have been
+    assert json.dumps([*journal.items()]) == json.dumps([*of_plain.items()])
+
+
 def until(condition):
     deadline = time.monotonic() + LIMIT
     while not condition():

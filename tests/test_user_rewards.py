@@ -1,10 +1,13 @@
 """--reward: what it finds, what it refuses, and what it changes."""
 
 import json
+import math
 import re
 
 import pytest
 from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments import countdown, runs, user_rewards
 from grpo_jax import loop
@@ -131,6 +134,41 @@ def test_a_file_that_does_not_load(tmp_path, text, message):
     (tmp_path / "f.py").write_text(text)
     with pytest.raises(RewardError, match=message):
         rewards_of(f"{tmp_path}/f.py:f")
+
+
+PLACES = st.text(alphabet="qzx./\\\0é: =\n1", max_size=8)
+SPECIFICATIONS = st.text() | st.builds(
+    "{}{}:{}{}".format, PLACES, st.sampled_from(["", ".py"]), st.sampled_from(["f", "_", "1", "f f", ""]),
+    st.one_of(st.just(""), st.text(max_size=5).map("={}".format), st.floats().map("={}".format)),
+)  # fmt: skip
+
+
+def value_or_message(function, argument):
+    try:
+        return function(argument), None
+    except ValueError as error:
+        return None, str(error)
+
+
+@settings(max_examples=500)
+@given(SPECIFICATIONS)
+def test_any_specification_is_parts_or_an_error_that_says_what_was_expected(text):
+    parts, message = value_or_message(user_rewards._parts, text)
+    if message is not None:
+        assert message.startswith(f"--reward={text} must be FILE.py:NAME or package.module:NAME")
+    else:
+        place, name, weight = parts
+        assert text == f"{place}:{name}" or text.startswith(f"{place}:{name}=")
+        assert place
+        assert name.isidentifier()
+        assert weight is None or math.isfinite(weight)
+
+
+@settings(max_examples=300)
+@given(SPECIFICATIONS)
+def test_any_specification_names_something_or_is_an_error(text):
+    section, message = value_or_message(user_rewards.named, [text])
+    assert section["rewards"].functions == (text,) if message is None else message.startswith("--reward=")
 
 
 # Checked on a sample -----------------------------------------------------------------------------------------------
