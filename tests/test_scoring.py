@@ -250,6 +250,7 @@ def test_metrics_of_rewards_by_hand():
     assert metrics["reward"] == pytest.approx(8.5 / 3)
     assert metrics["reward_std"] == pytest.approx(2**0.5)
     assert metrics["completions/unknown_reward"] == 1
+    assert metrics["accuracy"] == 1  # of the three that were judged
     times = {k: v for k, v in metrics.items() if k.startswith("time/")}
     assert times == pytest.approx({
         "time/rewards/a/p50_seconds": 2, "time/rewards/a/p95_seconds": 2 + 0.9 * 28, "time/rewards/a/max_seconds": 30,
