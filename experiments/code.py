@@ -21,9 +21,9 @@ from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.puzzles import PuzzleConfig, Puzzles
 from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.outcomes import AdvantageConfig
-from grpo_jax.rewards import Reward
+from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards import code as judges
-from grpo_jax.rewards.sandbox import isolation
+from grpo_jax.rewards.sandbox import SandboxError, isolation
 from grpo_jax.rollouts import RolloutConfig
 
 # Defaults for a task of this size, where the library's and Countdown's are for others.
@@ -99,13 +99,18 @@ def main(given: games.Given, argv: list[str]) -> None:
         raise app.UsageError("--eval_step needs --eval_only.")
     try:
         makers = {name: flag.value for name, flag in given.sections.items()}
-        config = games.configuration(makers, Puzzles.tokenizer, workdir if given.eval_only.value else None)
+        saved = workdir if given.eval_only.value else None
+        config = games.configuration(makers, Puzzles.tokenizer, saved, given.reward.value)
         profile = profiling.steps_of(given.profile.value, config["train"].steps)
         print(runs.cache_compilations(given.cache.value), flush=True)
         print(isolation().description, flush=True)
         experiment = Experiment(config)
         experiment.check()
-    except ValueError as error:
+        if not given.eval_only.value:
+            print(experiment.check_rewards(workdir), end="", flush=True)
+    except RewardError:
+        raise  # `runs.command` shows where in a user's file it was
+    except (SandboxError, ValueError) as error:
         sys.exit(f"error: {error}")
     if given.eval_only.value:
         games.evaluate_only(experiment, workdir, given.eval_step.value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import re
 
 import pytest
@@ -179,7 +180,7 @@ def experiment(*functions):
 
 
 def test_a_sample_is_tried_before_training(file):
-    said = experiment(f"{file}:short", f"{file}:judge=0").check_rewards().splitlines()
+    said = experiment(f"{file}:short", f"{file}:judge=0").check_rewards(pathlib.Path("none")).splitlines()
     task = Countdown(CountdownConfig(), 0)
     problems = [task.problem("train", i) for i in range(2)]
     lengths = [len(problem.solution) for problem in problems]
@@ -191,7 +192,7 @@ def test_a_sample_is_tried_before_training(file):
         f"reward judge x 0: {problems[0].target}, {problems[1].target} of right answers, {problems[0].target}, "
         f"{problems[1].target} of empty ones",
     ]
-    assert countdown.Experiment(configs("train")).check_rewards() == ""
+    assert countdown.Experiment(configs("train")).check_rewards(pathlib.Path("none")) == ""
 
 
 @pytest.mark.parametrize(
@@ -209,8 +210,25 @@ def test_a_sample_is_tried_before_training(file):
     ],
 )
 def test_what_is_wrong_is_said_before_training(file, name, message):
-    with pytest.raises(RewardError, match=f"--reward, tried on a sample before training: .*{message}"):
-        experiment(f"{file}:{name}").check_rewards()
+    with pytest.raises(RewardError, match=f"rewards, tried on a sample before training: .*{message}"):
+        experiment(f"{file}:{name}").check_rewards(pathlib.Path("none"))
+
+
+def test_a_reward_model_is_tried_too_and_changed_files_are_said(file, tmp_path):
+    task = Countdown(CountdownConfig(), 0)
+    samples = lambda: [(task.source("train")(0), "1+1")]
+    asked = lambda config, on_device: user_rewards.check_rewards(
+        tmp_path, config, [Reward(name="m", function=lambda completions, **_: [1.0] * 2, on_device=on_device)], samples,
+        task.tokenizer, 1,
+    )  # fmt: skip
+    assert asked({}, True) == "reward m x 1: 1 of right answers, 1 of empty ones\n"
+    assert asked({}, False) == ""
+    mine = user_rewards.named([f"{file}:brevity"])
+    loop.open_workdir(tmp_path, runs.as_json(mine))
+    file.write_text(FILE + "\n")
+    first, second = asked(user_rewards.named([f"{file}:brevity"]), False).splitlines()
+    assert first.startswith("reward m x 1")
+    assert second.startswith(f"--reward={file}:brevity: its file has changed")
 
 
 # Part of the configuration -----------------------------------------------------------------------------------------

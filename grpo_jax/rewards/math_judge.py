@@ -32,7 +32,7 @@ def _loud(function: Callable[..., Any]) -> Callable[..., Any]:
 # expression is loud, and where it compares, `except Exception` finds every kind of them but one.
 parser.latex2sympy = _loud(parser.latex2sympy)
 parser.parse_expr = _loud(parser.parse_expr)
-vars(grader)["Exception"] = tuple({*Exception.__subclasses__()} - {MemoryError})
+grader.Exception = tuple({*Exception.__subclasses__()} - {MemoryError})  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.lru_cache(maxsize=4096)  # of a group all have one gold answer
