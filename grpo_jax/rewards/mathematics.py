@@ -169,20 +169,23 @@ def _equal(found: _Value, gold: _Value) -> bool | None:
         return found.pair == gold.pair if found.pair and gold.pair else None
     if found.name and gold.name and found.name != gold.name:
         return False
-    if (found.root, found.pi) != (gold.root, gold.pi):
-        a, b = float(found), float(gold)
-        clear = not (found.decimal or gold.decimal or found.percent or gold.percent)
-        return False if clear and abs(a - b) > 1e-6 * max(1, abs(a), abs(b)) else None
+    if _apart(found, gold):
+        return False
+    written = [value.name or value.decimal or value.fraction or value.root > 1 or value.pi for value in (found, gold)]
     if found.percent != gold.percent:  # 5% is 5, and 1/20, and 500% is 5
-        (per_cents, other) = (found, gold) if found.percent else (gold, found)
-        if other.name or other.decimal or other.fraction or other.root > 1 or other.pi:
-            return None
-        return other.number in (per_cents.number, per_cents.number / 100)
-    if (found.decimal and gold.fraction) or (gold.decimal and found.fraction):  # rounded where they are close
-        return False if abs(found.number - gold.number) > Fraction(1, 1000) else None
-    if (found.name or gold.name) and (found.decimal or gold.decimal):
+        per_cents, other = (found, gold) if found.percent else (gold, found)
+        return None if any(written) else other.number in (per_cents.number, per_cents.number / 100)
+    if (found.root, found.pi) != (gold.root, gold.pi):
         return None
+    if found.decimal != gold.decimal and any(value.name or value.fraction for value in (found, gold)):
+        return None  # it rounds
     return found.number == gold.number
+
+
+def _apart(found: _Value, gold: _Value) -> bool:
+    """Whether they are so far from one another that no rounding makes them equal, per cents taken either way."""
+    either = lambda value: (float(value), float(value) / 100) if value.percent else (float(value),)
+    return all(abs(a - b) > 1e-5 * max(1.0, abs(a), abs(b)) for a in either(found) for b in either(gold))
 
 
 def _at_once(answer: str | None, golds: tuple[str, ...]) -> float | None:
