@@ -21,7 +21,7 @@ from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.puzzles import PuzzleConfig, Puzzles
 from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.outcomes import AdvantageConfig
-from grpo_jax.rewards import Reward
+from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards import code as judges
 from grpo_jax.rollouts import RolloutConfig
 
@@ -98,11 +98,16 @@ def main(given: games.Given, argv: list[str]) -> None:
         raise app.UsageError("--eval_step needs --eval_only.")
     try:
         makers = {name: flag.value for name, flag in given.sections.items()}
-        config = games.configuration(makers, Puzzles.tokenizer, workdir if given.eval_only.value else None)
+        saved = workdir if given.eval_only.value else None
+        config = games.configuration(makers, Puzzles.tokenizer, saved, given.reward.value)
         profile = profiling.steps_of(given.profile.value, config["train"].steps)
         print(runs.cache_compilations(given.cache.value), flush=True)
         experiment = Experiment(config)
         experiment.check()
+        if not given.eval_only.value:
+            print(experiment.check_rewards(workdir), end="", flush=True)
+    except RewardError:
+        raise  # `runs.command` says it, and where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     if given.eval_only.value:

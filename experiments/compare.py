@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
         print(runs.cache_compilations(countdown.CACHE.value), flush=True)
         for config in configs.values():
             countdown.Experiment(config).check()
-        print(countdown.Experiment(next(iter(configs.values()))).check_rewards(), end="", flush=True)
+        print(countdown.Experiment(next(iter(configs.values()))).check_rewards(workdir), end="", flush=True)
     except RewardError:
         raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:

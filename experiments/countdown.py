@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import games, runs, user_rewards
+from experiments import games, runs
 from grpo_jax import loop, objectives, profiling, sharding
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
@@ -48,7 +48,6 @@ BASELINES = flags.DEFINE_bool(
     "baselines", False, "Then also run continued supervision, and supervision on own samples."
 )
 WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Make the warm start, write it to the workdir and stop.")
-REWARD = sections.rewards()
 SECTIONS: dict[str, type[Any]] = {
     "task": CountdownConfig,
     "model": TransformerConfig,
@@ -79,8 +78,8 @@ ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
 def configuration(workdir: pathlib.Path) -> dict[str, Any]:
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated."""
     makers = {name: flag.value for name, flag in GIVEN.sections.items()}
-    made = games.configuration(makers, Countdown.tokenizer, workdir if EVAL_ONLY.value else None)
-    return made if EVAL_ONLY.value else made | user_rewards.named(REWARD.value)
+    saved = workdir if EVAL_ONLY.value else None
+    return games.configuration(makers, Countdown.tokenizer, saved, GIVEN.reward.value)
 
 
 class Experiment(games.Experiment):
@@ -166,7 +165,7 @@ def main(argv: list[str]) -> None:
         experiment = Experiment(config)
         experiment.check()
         if not EVAL_ONLY.value:
-            print(experiment.check_rewards() + user_rewards.said_of_changes(workdir, config), end="", flush=True)
+            print(experiment.check_rewards(workdir), end="", flush=True)
     except RewardError:
         raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:

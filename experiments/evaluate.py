@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     write_atomically(output / "metrics.json", json.dumps(described, indent=2) + "\n")
     print(f"{given}{'' if step is None else f' at step {step}'}: {len(records)} completions; {runs.devices()}")
     for name, value in metrics.items():
-        count = name.endswith("not_applicable")
+        count = name.endswith(("/not_applicable", "/failed"))
         print(f"  {name.removeprefix('eval/'):<28}{value:8.0f}" if count else f"  {name[5:]:<28}{value:8.2%}")
     lengths, cut = [r["tokens"] for r in records], sum(not r["finished"] for r in records)
     print(f"  mean length {sum(lengths) / len(lengths):.0f} tokens; {cut} cut at the limit; everything is in {output}")

@@ -161,13 +161,13 @@ class Experiment:
         self.task.problem("held_out", 0)
         self.rollouts()
 
-    def check_rewards(self) -> str:
-        """What the rewards say of a sample, where the user's own are among them; RewardError where one is wrong."""
-        if "rewards" not in self.config:
-            return ""
-        source, problem = self.task.source("train"), self.task.problem
-        samples = [(source(i), problem("train", i).solution) for i in range(2)]
-        return f"{user_rewards.check(self.rewards, samples, self.task.tokenizer, self.task.tokenizer.eos_ids[0])}\n"
+    def check_rewards(self, workdir: pathlib.Path) -> str:
+        """What `user_rewards.check_rewards` says of them; RewardError where one is wrong."""
+        source, problem, tokenizer = self.task.source("train"), self.task.problem, self.task.tokenizer
+        samples = lambda: [(source(i), problem("train", i).solution) for i in range(2)]
+        return user_rewards.check_rewards(
+            workdir, self.config, self.rewards, samples, tokenizer, tokenizer.eos_ids[0]
+        )  # fmt: skip
 
     def rollouts(self, **changes: Any) -> GroupRollouts:
         """GRPO's experience, from training problems."""
@@ -199,18 +199,20 @@ class Experiment:
 
 
 def configuration(
-    makers: Mapping[str, Callable[..., Any]], tokenizer: ByteTokenizer, saved: pathlib.Path | None
-) -> dict[str, Any]:
+    makers: Mapping[str, Callable[..., Any]], tokenizer: ByteTokenizer, saved: pathlib.Path | None,
+    rewards: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated.
 
     Args:
       makers: of each section.
       tokenizer: which says how large the model's vocabulary is.
       saved: the workdir of that run.
+      rewards: what `--reward` names; nothing to a run that is only evaluated.
     """
     makers = {**makers, "model": functools.partial(makers["model"], vocab_size=tokenizer.vocab_size)}
     if saved is None:
-        return runs.configured(makers)
+        return runs.configured(makers) | user_rewards.named(rewards)
     kept = runs.saved_configuration(saved)
     return runs.configured(makers, {name: kept[name] for name in kept if name not in ("evaluation", "mesh")})
 
@@ -222,6 +224,7 @@ class Given:
     workdir: "flags.FlagHolder[str]"
     eval_only: "flags.FlagHolder[bool]"
     eval_step: "flags.FlagHolder[int | None]"
+    reward: "flags.FlagHolder[list[str]]"
     profile: "flags.FlagHolder[str | None]"
     cache: "flags.FlagHolder[str | None]"
     sections: Mapping[str, experiment_flags.Section[Any]]  # by name
@@ -237,6 +240,7 @@ def define_flags(sections: Mapping[str, type[Any]]) -> Given:
         eval_step=flags.DEFINE_integer(
             "eval_step", None, "The checkpoint that --eval_only takes; the latest by default."
         ),
+        reward=experiment_flags.rewards(),
         profile=experiment_flags.profile(),
         cache=experiment_flags.compilation_cache(),
         sections={

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params
-from grpo_jax.rewards import RewardError
+from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.sampler import Sampler
 
 # Defaults for pretrained models, where the library's are for any.
@@ -141,12 +142,11 @@ class Experiment(tasks.Opened):
             stop=rollout.stop, slots=rollout.slots, copies=copies,
         )  # fmt: skip
 
-    def check_rewards(self) -> str:
-        """What the rewards say of a sample, where the user's own are among them; RewardError where one is wrong."""
-        if "rewards" not in self.config:
-            return ""
-        said = user_rewards.check(self.rewards, self.task.right_answers(2), self.tokenizer, self.task.end_id)
-        return f"{said}\n"
+    def check_rewards(self, workdir: pathlib.Path, rewards: Sequence[Reward]) -> str:
+        """What `user_rewards.check_rewards` says of all that train; RewardError where one is wrong."""
+        return user_rewards.check_rewards(
+            workdir, self.config, rewards, lambda: self.task.right_answers(2), self.tokenizer, self.task.end_id
+        )  # fmt: skip
 
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
-        print(experiment.check_rewards() + user_rewards.said_of_changes(workdir, config), end="", flush=True)
+        print(experiment.check_rewards(workdir, experience.rewards), end="", flush=True)
     except RewardError:
         raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:

@@ -278,7 +278,7 @@ class Experiment:
         )  # fmt: skip
         objective = objectives.make_objective(given)
         proxy = ModelReward(scorer=self.scorer, params=judge, tokenizer=TOKENIZER)
-        rewards = (Reward(name="rule", function=rule, weight=0.0), Reward(name="proxy", function=proxy))
+        rewards = (Reward(name="rule", function=rule, weight=0.0), Reward(name="proxy", function=proxy, on_device=True))
         first = iteration * config["train"].steps * config["rollout"].prompts
         experience = GroupRollouts(
             sampler=self.sampler, source=lambda i: Prompt(text=prompt(self.seed, "train", first + i)),

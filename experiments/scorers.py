@@ -92,4 +92,4 @@ class OpenedScorer:
             scorer=scorer, params=self.params(), tokenizer=tokenizer, own=None if same else self.tokenizer,
             end_id=None if same else self.tokenizer.end_id,
         )  # fmt: skip
-        return Reward(name="reward_model", function=function, weight=self._config.weight)
+        return Reward(name="reward_model", function=function, weight=self._config.weight, on_device=True)

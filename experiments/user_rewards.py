@@ -5,10 +5,11 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import math
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.scoring import score_completions
 
-__all__ = ["UserRewards", "check", "named", "said_of_changes"]
+__all__ = ["UserRewards", "check", "check_rewards", "named", "said_of_changes"]
 
 _FORM = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)(=(?P<weight>.+))?")
 
@@ -57,6 +58,28 @@ def named(functions: Sequence[str]) -> dict[str, Any]:
     return {"rewards": UserRewards(functions=tuple(functions), digests=digests)}
 
 
+def check_rewards(
+    workdir: pathlib.Path, config: Mapping[str, Any], rewards: Sequence[Reward],
+    samples: Callable[[], Sequence[tuple[Prompt, str]]], tokenizer: Tokenizer, end_id: int,
+) -> str:  # fmt: skip
+    """What is said of rewards before training, where some are the user's own or a model: `check`, `said_of_changes`.
+
+    Args:
+      workdir: of the run.
+      config: its configuration.
+      rewards: all that train.
+      samples: gives what `check` asks about.
+      tokenizer: of the model.
+      end_id: what ends a completion.
+
+    Raises:
+      RewardError: as `check`.
+    """
+    if "rewards" not in config and not any(reward.on_device for reward in rewards):
+        return ""
+    return f"{check(rewards, samples(), tokenizer, end_id)}\n{said_of_changes(workdir, config)}"
+
+
 def check(rewards: Sequence[Reward], samples: Sequence[tuple[Prompt, str]], tokenizer: Tokenizer, end_id: int) -> str:
     """Asks every reward about real prompts, each with a completion that is right and with an empty one.
 
@@ -77,7 +100,7 @@ def check(rewards: Sequence[Reward], samples: Sequence[tuple[Prompt, str]], toke
     try:
         scores = score_completions(rewards, [prompt for prompt, _ in samples], ids, texts, 2)
     except RewardError as error:
-        raise RewardError(f"--reward, tried on a sample before training: {error}") from error.__cause__
+        raise RewardError(f"rewards, tried on a sample before training: {error}") from error.__cause__
     lines = []
     for reward in rewards:
         right, empty = (scores.by_name[reward.name][i::2].tolist() for i in (0, 1))
@@ -113,7 +136,10 @@ def _parts(function: str) -> tuple[str, str, float | None]:
     try:
         if match is None:
             raise ValueError
-        return match["place"], match["name"], None if match["weight"] is None else float(match["weight"])
+        weight = None if match["weight"] is None else float(match["weight"])
+        if weight is not None and not math.isfinite(weight):
+            raise ValueError
+        return match["place"], match["name"], weight
     except ValueError:
         raise ValueError(
             f"--reward={function} must be FILE.py:NAME or package.module:NAME, with =WEIGHT behind it if not 1: "

@@ -1,6 +1,7 @@
 """Evaluation on held-out prompts: greedy accuracy; pass@k, mean@k and maj@k of samples; the completions themselves."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,12 @@ from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward
 from grpo_jax.sampler import Sampler
-from grpo_jax.scoring import completion_texts, score_rollout
+from grpo_jax.scoring import completion_texts, on_every_host, score_rollout
 from grpo_jax.types import Policy, SamplingParams
 
 __all__ = ["EvaluationConfig", "Evaluator", "maj_at_k", "pass_at_k"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,9 @@ class Evaluator:
     ):  # fmt: skip
         """The first of `rewards` judges: above 0.5 is right, anything else, None too, wrong. The others are reported.
 
+        Where a judge failed (`Judged.failed`) nothing is known: such completions are counted and in no mean; in pass@k
+        and maj@k, which need them all, they are wrong.
+
         `answer`: what a completion answers, for maj@k; equal answers are equal strings (`rewards.answers.extract_*`).
         `stop`: strings that end a completion. `copies`: see `Sampler`.
 
@@ -134,7 +140,11 @@ class Evaluator:
 
         Yields:
           `index` of the prompt, `sample` within it, `temperature` (0: greedy), `prompt`, `completion`, `finished`
-          (false where it was cut), `tokens` (how many), `rewards` by name (None: does not apply) and `columns`.
+          (false where it was cut), `tokens` (how many), `rewards` by name (None: does not apply, or nobody knows),
+          `failed` (names of those whose judge came to no verdict) and `columns`.
+
+        Raises:
+          RewardError: as `scoring.on_every_host`, on every process.
         """
         c = self._config
         total, temperature = (c.sampled_prompts, c.temperature) if sampled else (c.prompts, 0.0)
@@ -149,23 +159,34 @@ class Evaluator:
             limits = np.repeat([[self._max_tokens], [0]], [len(ids), filled], axis=0).repeat(group, axis=1)
             rollout = jax.device_get(sampler(params, *texts_and_ids, choice, interrupt, limits))
             rollout = jax.tree.map(lambda x, n=len(ids): x[: len(x) // size * n], rollout)
-            scores = score_rollout(self._rewards, prompts, rollout, self._tokenizer, group).by_name
+            scores = on_every_host(
+                lambda prompts=prompts, rollout=rollout: score_rollout(
+                    self._rewards, prompts, rollout, self._tokenizer, group
+                )
+            )
             for i, (tokens, completion) in enumerate(zip(*completion_texts(rollout, self._tokenizer), strict=True)):
                 prompt, sample = divmod(i, group)
                 yield {
                     "index": ids[prompt], "sample": sample, "temperature": temperature,
                     "prompt": texts[prompt], "completion": completion,
                     "finished": bool(rollout.finished[i]), "tokens": len(tokens),
-                    "rewards": {name: None if np.isnan(v[i]) else float(v[i]) for name, v in scores.items()},
+                    "rewards": {name: None if np.isnan(v[i]) else float(v[i]) for name, v in scores.by_name.items()},
+                    "failed": [name for name in scores.by_name if scores.of_failed(name)[i]],
                     "columns": dict(prompts[prompt].columns),
                 }  # fmt: skip
 
     def summarize(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """What all `records` of one kind or of both say, as `greedy` and `full` return it."""
+        """What all `records` of one kind or of both say, as `greedy` and `full` return it; failures are logged."""
         greedy: list[Mapping[str, Any]] = []
         sampled: list[Mapping[str, Any]] = []
         for record in records:
             (sampled if record["temperature"] > 0 else greedy).append(record)
+        for reward in self._rewards:
+            if lost := [r["completion"] for r in (*greedy, *sampled) if reward.name in r["failed"]]:
+                _LOG.warning(
+                    "evaluation: %s came to no verdict on %d of %d completions, the first of them %.300r",
+                    reward.name, len(lost), len(greedy) + len(sampled), lost[0],
+                )  # fmt: skip
         return {
             **(self._of_greedy(greedy) if greedy else {}),
             **(self._of_samples(sampled) if sampled else {}),
@@ -175,7 +196,8 @@ class Evaluator:
         """`eval/accuracy`: share of prompts whose greedy completion is right; `eval/{name}`: mean of another reward.
 
         Means are over the completions to which a reward applies; `eval/{name}/not_applicable` counts the others,
-        where there are any.
+        where there are any, and `eval/{name}/failed` those of them on which its judge failed: `eval/accuracy/failed`
+        where the reward that judges did.
         """
         return self.summarize(self.records(params, sampled=False, interrupt=interrupt))
 
@@ -183,15 +205,18 @@ class Evaluator:
         """What `greedy` measures, and what n samples of each prompt say.
 
         `eval/pass@k` and, where the evaluator was given `answer`, `eval/maj@k`, each for k = 1, 4, 16, ... up to n;
-        `eval/mean@n`, the mean of the reward that judges, None as 0; `eval/{name}/mean@n`, that of another.
+        `eval/mean@n`, the mean of the reward that judges, None as 0; `eval/{name}/mean@n`, that of another; and
+        `/failed` behind both, as in `greedy`.
         """
         sampled = list(self.records(params, sampled=True, interrupt=interrupt))
         return self.summarize([*sampled, *self.records(params, sampled=False, interrupt=interrupt)])
 
     def _of_greedy(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        accuracy = float((_values(records, self._rewards[0]) > 0.5).mean())
-        others = [_mean(f"eval/{r.name}", "", _values(records, r)) for r in self._rewards[1:]]
-        return {"eval/accuracy": accuracy} | {name: value for means in others for name, value in means.items()}
+        judge, *others = self._rewards
+        metrics = _of_judge("eval/accuracy", (_values(records, judge) > 0.5).astype(float), _failed(records, judge))
+        for reward in others:
+            metrics |= _mean(f"eval/{reward.name}", _values(records, reward), _failed(records, reward))
+        return metrics
 
     def _of_samples(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         n = self._config.samples
@@ -199,9 +224,10 @@ class Evaluator:
         correct = judged > 0.5
         ks: Sequence[int] = sorted({4**i for i in range(10) if 4**i < n} | {n})
         metrics = {f"eval/pass@{k}": pass_at_k(correct, k) for k in ks}
-        metrics[f"eval/mean@{n}"] = float(np.nan_to_num(judged).mean())
+        failed = _failed(records, self._rewards[0])
+        metrics |= _of_judge(f"eval/mean@{n}", np.nan_to_num(judged).reshape(-1), failed)
         for reward in self._rewards[1:]:
-            metrics |= _mean(f"eval/{reward.name}", f"/mean@{n}", _values(records, reward))
+            metrics |= _mean(f"eval/{reward.name}/mean@{n}", _values(records, reward), _failed(records, reward))
         if self._answer is not None:
             answers = [self._answer(record["completion"]) for record in records]
             grouped = [answers[i : i + n] for i in range(0, len(answers), n)]
@@ -226,8 +252,22 @@ def _values(records: Sequence[Mapping[str, Any]], reward: Reward) -> np.ndarray:
     return np.array([record["rewards"][reward.name] for record in records], np.float64)
 
 
-def _mean(name: str, kind: str, values: np.ndarray) -> dict[str, float]:
-    applicable = values[~np.isnan(values)]
-    metrics = {f"{name}{kind}": float(applicable.mean())} if applicable.size else {}
-    missing = values.size - applicable.size
-    return metrics | ({f"{name}{kind}/not_applicable": float(missing)} if missing else {})
+def _failed(records: Sequence[Mapping[str, Any]], reward: Reward) -> np.ndarray:
+    """[B] bool: where its judge came to no verdict."""
+    return np.array([reward.name in record["failed"] for record in records], bool)
+
+
+def _of_judge(name: str, values: np.ndarray, failed: np.ndarray) -> dict[str, float]:
+    """The mean over the completions that were judged; 0 where none was, as where none is right."""
+    known = values[~failed]
+    return {name: float(known.mean()) if known.size else 0.0, **_count(f"{name}/failed", failed)}
+
+
+def _mean(name: str, values: np.ndarray, failed: np.ndarray) -> dict[str, float]:
+    missing = np.isnan(values)
+    mean = {} if missing.all() else {name: float(values[~missing].mean())}
+    return {**mean, **_count(f"{name}/not_applicable", missing), **_count(f"{name}/failed", failed)}
+
+
+def _count(name: str, of: np.ndarray) -> dict[str, float]:
+    return {name: float(of.sum())} if of.any() else {}

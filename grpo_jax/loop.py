@@ -273,16 +273,17 @@ def _times(experienced: Experience, step: float, update: float, elapsed: float) 
 
 def _shown(name: str, value: float) -> str:
     """A share as per cents; the mean of a reward may be anything, as of a loss."""
-    return f"{value:.1%}" if _by_number(name)[0] in _SHARES else f"{value:.3g}"
+    counts = name.endswith(("/failed", "/not_applicable"))
+    return f"{value:.1%}" if _by_number(name)[0] in _SHARES and not counts else f"{value:.3g}"
 
 
 _SHARES = ("eval/accuracy", "eval/pass", "eval/mean", "eval/maj")
 
 
 def _by_number(name: str) -> tuple[str, int]:
-    """accuracy, mean@4, mean@64, pass@1, pass@16."""
+    """accuracy, mean@4, mean@4/failed, mean@64, pass@1, pass@16."""
     kind, _, count = name.partition("@")
-    return kind, int(count or 0)
+    return kind, int(count.partition("/")[0] or 0)
 
 
 class _NoEvaluation:
@@ -319,7 +320,8 @@ class _Screen:
             self._say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
         for sample in samples[:4]:
             text = f"{sample['prompt']} -> {sample['completion']}"
-            self._say(f"    {text}  reward {sample['reward']:.2f}  advantage {sample['advantage']:+.2f}")
+            reward = "unknown" if sample["reward"] is None else f"{sample['reward']:.2f}"
+            self._say(f"    {text}  reward {reward}  advantage {sample['advantage']:+.2f}")
         for said in diagnose(row, rows[:-1]):
             name = said.partition(":")[0]
             again = max(self._lines, 10)  # its numbers differ every time, so that it would be said at each

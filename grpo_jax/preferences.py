@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,16 +38,16 @@ def pair_record(record: Record) -> Record:
       KeyError: a field is missing.
       ValueError: a field is of another type, both texts are the same, or the margin is not finite.
     """
-    fields = {"prompt": record.get("prompt") or "", "chosen": record["chosen"], "rejected": record["rejected"]}
+    prompt, margin = record.get("prompt"), record.get("margin")
+    fields = {"prompt": "" if prompt is None else prompt, "chosen": record["chosen"], "rejected": record["rejected"]}
     for name, text in fields.items():
         if not isinstance(text, str):
             raise ValueError(f"field {name!r} is {str(text)[:80]!r}; expected text.")
     if fields["chosen"] == fields["rejected"]:
         raise ValueError(f"chosen and rejected are both {fields['chosen'][:80]!r}: nothing is preferred.")
-    margin = record.get("margin")
     margin = 0.0 if margin is None else margin
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise ValueError(f"field 'margin' is {margin!r}; expected a finite number.")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= sys.float_info.max:
+        raise ValueError(f"field 'margin' is {margin!r:.80}; expected a finite number.")
     return {**fields, "margin": float(margin)}
 
 

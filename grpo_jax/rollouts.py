@@ -280,14 +280,14 @@ class GroupRollouts:
         """Completions where the sampler left them, and on the host; and what gives their scores.
 
         Where the sampler cuts a rollout to the memory, functions see a part of it at a time, whole groups; and each
-        part `ahead`, while the next is sampled, if they `may_score` before all are there.
+        part `ahead`, while the next is sampled, if they `may_score` before all are there and none uses the device.
         """
         params = state.params if self.params_of is None else self.params_of(state)
         texts, ids = [prompt.text for prompt in prompts], range(first, first + len(prompts))
         parts: list[Rollout] = []
         hosts: list[Rollout] = []
         scored: list[Callable[[], Scores]] = []
-        begun, overlaps = 0, False
+        begun, overlaps, on_device = 0, False, any(reward.on_device for reward in self.rewards)
 
         def look() -> None:
             interrupt()
@@ -300,7 +300,7 @@ class GroupRollouts:
             of_part = prompts[begun : begun + len(part.prompt_tokens)]
             begun += len(of_part)
             scored.append(functools.partial(self._score, of_part, hosts[-1]))
-            overlaps = overlaps or (begun < len(prompts) and may_score())
+            overlaps = overlaps or (begun < len(prompts) and not on_device and may_score())
             if overlaps:
                 ahead.add(scored[-1])
         host = hosts[0] if len(hosts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *hosts)

@@ -256,7 +256,8 @@ def rollout_metrics(rewards: Sequence[Reward], fresh: ScoredGroups) -> dict[str,
     }
     # "All right" and "all wrong" are said of the first reward: the one that judges, by convention.
     judged = fresh.scores.by_name[rewards[0].name].reshape(fresh.total.shape)
-    metrics["accuracy"] = (np.nan_to_num(judged) > 0.5).mean()
+    verdicts = judged.reshape(-1)[~fresh.scores.of_failed(rewards[0].name)]  # where it failed nothing is known
+    metrics["accuracy"] = (verdicts > 0.5).mean() if verdicts.size else 0.0
     metrics["frac_groups_all_right"] = (constant & (judged.min(axis=1) > 0.5)).mean()
     metrics["frac_groups_all_wrong"] = (constant & (judged.max(axis=1) <= 0.5)).mean()
     said, counted = fresh.scores.items(), fresh.scores.clipped(rewards).items()
@@ -293,16 +294,19 @@ def _latencies(scores: Scores) -> dict[str, float]:
 def samples_of_group(
     fresh: ScoredGroups, group: int, advantages: np.ndarray, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """One group for people to read, completion by completion; advantages [G] are those of its completions."""
+    """One group for people to read, completion by completion; advantages [G] are those of its completions.
+
+    A reward that nobody knows, of the sum or of a function, is None.
+    """
     size, rollout = fresh.total.shape[1], fresh.groups.rollout
     members = range(group * size, (group + 1) * size)
     _, texts = completion_texts(jax.tree.map(lambda x: x[members.start : members.stop], rollout), tokenizer)
-    said = fresh.scores.by_name
+    said, known = fresh.scores.by_name, lambda value: None if np.isnan(value) else float(value)
     return [
         {
             "prompt": fresh.prompts[group].text, "completion": text, "finished": bool(rollout.finished[i]),
-            "reward": float(np.nan_to_num(fresh.total.reshape(-1)[i])), "advantage": float(advantage),
-            **{f"rewards/{name}": None if np.isnan(v[i]) else float(v[i]) for name, v in said.items()},
+            "reward": known(fresh.total.reshape(-1)[i]), "advantage": float(advantage),
+            **{f"rewards/{name}": known(values[i]) for name, values in said.items()},
         }
         for i, text, advantage in zip(members, texts, advantages, strict=True)
     ]  # fmt: skip

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 
@@ -50,6 +51,17 @@ def busy(*, how, **_):
     child = subprocess.Popen(["sleep", "1000"])
     print("busy", os.getpid(), child.pid)
     {"sleep": lambda: time.sleep(1000), "hold": hold, "spin": spin}[how]()
+
+
+def scatter(*, then, **_):
+    """Leaves files, and processes in sessions of their own, of which one has lost its parent; says which."""
+    descriptor, path = tempfile.mkstemp()
+    os.close(descriptor)
+    away = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    script = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=2).pid)"
+    orphan = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True).stdout
+    print("scattered", path, away.pid, int(orphan), flush=True)
+    return {"return": lambda: 1.0, "end": lambda: os._exit(3), "hold": hold}[then]()
 
 
 def eat(*, mib, **_):

@@ -1,7 +1,9 @@
 """`python -m experiments.code`, small; and that each of its own flags changes something."""
 
 import dataclasses
+import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -93,6 +95,39 @@ def test_too_weak_isolation_stops_before_anything_starts(monkeypatch):
     monkeypatch.setattr(sandbox, "isolation", lambda: weak)
     with pytest.raises(RewardError, match="NOT isolated: network, writes outside"):
         code.Experiment(config())
+
+
+def test_a_broken_sandbox_is_an_error_in_one_line(monkeypatch, tmp_path):
+    def broken():
+        raise sandbox.SandboxError("no sandbox can be started: bwrap is not installed")
+
+    monkeypatch.setattr(sandbox, "isolation", broken)
+    makers = {name: functools.partial(cls, **SMALL.get(name, {})) for name, cls in code.SECTIONS.items()}
+    flag = lambda value: types.SimpleNamespace(value=value)
+    given = types.SimpleNamespace(
+        workdir=flag(str(tmp_path / "run")), eval_only=flag(False), eval_step=flag(None), profile=flag(""),
+        reward=flag([]), cache=flag("off"), sections={name: flag(make) for name, make in makers.items()},
+    )  # fmt: skip
+    with pytest.raises(RewardError, match=r"^no sandbox can be started: bwrap is not installed$") as stopped:
+        code.main(given, ["code"])  # pyright: ignore[reportArgumentType]
+    assert stopped.value.__cause__ is None  # so that `runs.command` makes a line of it
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_rewards_of_the_user_train_here_too(strong, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def brevity(completions, **_):\n    return [1 / (1 + len(x)) for x in completions]"
+    )
+    made = code.games.configuration(
+        {name: functools.partial(cls, **{k: v for k, v in SMALL.get(name, {}).items() if k != "vocab_size"})
+         for name, cls in code.SECTIONS.items()},
+        Puzzles.tokenizer, None, [f"{tmp_path}/mine.py:brevity=0.5"],
+    )  # fmt: skip
+    experiment = code.Experiment(made)
+    assert [(r.name, r.weight) for r in experiment.rewards] == [("tests", 1.0), ("brevity", 0.5)]
+    said = experiment.check_rewards(tmp_path).splitlines()
+    assert [line.split(":")[0] for line in said] == ["reward tests x 1", "reward brevity x 0.5"]
+    experiment.judge.close()
 
 
 def test_demonstrations_teach(strong):

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import sharding
+from grpo_jax import evaluation, sharding
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.evaluation import EvaluationConfig, Evaluator, maj_at_k, pass_at_k
+from grpo_jax.loop import _by_number, _shown
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
-from grpo_jax.rewards import Reward
+from grpo_jax.rewards import Judged, Reward
 
 TOKENIZER = ByteTokenizer("abcd")
 CONFIG = TransformerConfig(
@@ -125,6 +126,52 @@ def test_metrics_say_what_the_records_hold():
     }
     assert evaluator.greedy(PARAMS).items() <= metrics.items()
     assert evaluator.summarize([*greedy, *sampled]) == metrics
+
+
+def test_what_a_judge_does_not_know_is_counted_and_in_no_mean(caplog):
+    """Of the judge, of another reward; pass@k has them as wrong."""
+
+    def judge(n, completions, **_):  # of prompt 0 it knows nothing; of others, the first letters are right
+        lost = [i == 0 for i in n]
+        items = [None if f else float(text < "c") for f, text in zip(lost, completions, strict=True)]
+        return Judged(items, failed=lost, seconds=[0.0] * len(n))
+
+    rewards = [Reward(name="accuracy", function=judge), Reward(name="other", function=judge)]
+    evaluator = make(rewards=rewards)
+    records = [record for sampled in (False, True) for record in evaluator.records(PARAMS, sampled=sampled)]
+    metrics = evaluator.summarize(records)
+    for record in records:
+        assert record["failed"] == (["accuracy", "other"] if record["index"] == 0 else [])
+        assert (record["rewards"]["accuracy"] is None) == (record["index"] == 0)
+    assert json.loads(json.dumps(records)) == records
+    said = lambda rows: [r["rewards"]["accuracy"] for r in rows if r["index"] != 0]
+    greedy, sampled = records[:11], records[11:]
+    assert len(said(greedy)) == 10
+    assert 0 < np.mean(said(sampled)) < 1
+    right = [[bool(r["rewards"]["accuracy"]) for r in sampled[i : i + 4]] for i in range(0, 20, 4)]
+    assert metrics == {
+        "eval/accuracy": np.mean(said(greedy)), "eval/accuracy/failed": 1,
+        "eval/other": np.mean(said(greedy)), "eval/other/failed": 1, "eval/other/not_applicable": 1,
+        "eval/mean@4": np.mean(said(sampled)), "eval/mean@4/failed": 4,
+        "eval/other/mean@4": np.mean(said(sampled)), "eval/other/mean@4/failed": 4,
+        "eval/other/mean@4/not_applicable": 4,
+        "eval/pass@1": pytest.approx(np.mean(right)), "eval/pass@4": np.mean([any(row) for row in right]),
+    }  # fmt: skip
+    assert [message.partition(", the first")[0] for message in caplog.messages] == [
+        f"evaluation: {name} came to no verdict on 5 of 31 completions" for name in ("accuracy", "other")
+    ]
+    assert [_shown(name, metrics[name]) for name in ("eval/accuracy/failed", "eval/mean@4/failed")] == ["1", "4"]
+    assert sorted(metrics, key=_by_number)[0] == "eval/accuracy"
+
+
+def test_every_host_hears_what_the_judge_of_one_raises(monkeypatch):
+    """`on_every_host` is where they meet, in tests/test_scoring.py with two processes: once a batch."""
+    met = []
+    monkeypatch.setattr(evaluation, "on_every_host", lambda compute: met.append(compute()) or met[-1])
+    records = list(make(EvaluationConfig(prompts=11, samples=1, completions=8)).records(PARAMS, sampled=False))
+    assert [scores.by_name["short"].tolist() for scores in met] == [
+        [r["rewards"]["short"] for r in records[:8]], [r["rewards"]["short"] for r in records[8:]]
+    ]  # fmt: skip
 
 
 def test_what_is_measured_does_not_depend_on_the_batches():

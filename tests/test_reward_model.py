@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,11 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grpo_jax import reward_model
+from grpo_jax.data.sources import json_records
 from grpo_jax.data.tokenizer import ByteTokenizer, PretrainedTokenizer
 from grpo_jax.memory import parts_that_fit
 from grpo_jax.metrics import finalize
@@ -228,6 +233,12 @@ def test_through_text_where_tokenizers_differ(judge, scorer):
     np.testing.assert_array_equal(found, scorer(judge[1], [[9, 8, 6, 1], [7, 2, 2]]))
 
 
+def test_several_processes_are_refused(judge, scorer, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="a reward model scores in one process, and there are 2"):
+        ModelReward(scorer=scorer, params=judge[1], tokenizer=ByteTokenizer("ab"))
+
+
 def pretrained_tokenizer(vocabulary, special=()):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens(list(special))
@@ -277,11 +288,38 @@ def test_records_of_preferences():
         ({"chosen": "b", "rejected": "a", "margin": "1"}, ValueError, "'margin' is '1'"),
         ({"chosen": "b", "rejected": "a", "margin": math.inf}, ValueError, "'margin' is inf"),
         ({"chosen": "b", "rejected": "a", "margin": True}, ValueError, "'margin' is True"),
+        ({"chosen": "b", "rejected": "a", "margin": 10**400}, ValueError, "'margin' is 10000"),
+        ({"prompt": 0, "chosen": "b", "rejected": "a"}, ValueError, "'prompt' is '0'"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said(record, error, message):
     with pytest.raises(error, match=message):
         pair_record(record)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+LINES = st.fixed_dictionaries({}, optional=dict.fromkeys(("prompt", "chosen", "rejected", "margin", "other"), VALUES))
+
+
+@given(st.one_of(LINES, VALUES, st.text()))
+def test_any_line_of_preferences_is_a_pair_or_an_error_that_says_where(tmp_path_factory, line):
+    file = tmp_path_factory.getbasetemp() / "pairs.jsonl"
+    file.write_bytes((line if isinstance(line, str) else json.dumps(line)).encode(errors="surrogatepass"))
+    records, message = [], ""
+    try:
+        records = json_records(file, pair_record)
+    except ValueError as error:
+        message = str(error)
+    assert records or re.match(rf"{file}(, line \d+[ :]| holds no records)", message)
+    for record in records:
+        types = {name: type(value) for name, value in record.items()}
+        assert types == {"prompt": str, "chosen": str, "rejected": str, "margin": float}
+        assert record["chosen"] != record["rejected"]
+        assert math.isfinite(record["margin"])
 
 
 def test_pairs_are_tokenized_and_long_ones_dropped_and_counted():

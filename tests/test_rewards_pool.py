@@ -149,6 +149,24 @@ def test_memory_up_to_the_limit_is_there_again_and_again(pool):
     assert judged == [50, 50, None, 50, 50]
 
 
+def test_a_limit_of_the_system_that_leaves_less_is_an_error_at_the_start():
+    """And no item is blamed, nor does it silently get less memory than was said."""
+    script = f"""
+import resource
+from grpo_jax.rewards.pool import Limits, Pool
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+with Pool(1, limits=Limits(memory_mib=%d)) as pool:
+    print(pool.judge({JOBS!r} + "length", [{{"completion": "xyz"}}]))
+"""
+    run = lambda mib: subprocess.run([sys.executable, "-c", script % mib], capture_output=True, text=True, cwd=ROOT)
+    assert run(100).stdout == "[3]\n"
+    said = run(2000).stderr
+    assert re.search(
+        r"length cannot be loaded: MemoryError: the limit of address space \(ulimit -v\) is 1024 MiB", said
+    )
+    assert "expected memory_mib=2000 beyond that" in said
+
+
 def test_by_default_a_failure_is_an_error_that_names_the_item():
     with Pool(1, limits=Limits(cpu_seconds=0.1)) as strict:
         with pytest.raises(
@@ -355,6 +373,35 @@ def test_nothing_is_left_behind(end, number, tmp_path):
     assert out == ""  # no worker has run the parent's script
     assert gone(pids)
     assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize(("then", "rounds"), [("return", 1), ("end", 2), ("hold", 2)])
+def test_sessions_and_files_of_items_end_with_their_worker(then, rounds, tmp_path, monkeypatch, capfd):
+    """Where it is closed and where it is replaced; `rounds` as an item that fails is tried again."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Pool(1, limits=Limits(cpu_seconds=0.5, wall_seconds=300), on_failure="none") as once:
+        once.judge(JOBS + "scatter", [{"then": then}])
+        assert len(os.listdir(tmp_path)) == (1 if then == "return" else 0)  # the directory of the worker that is there
+    said = [line.split()[1:] for line in capfd.readouterr().err.splitlines() if line.startswith("scattered ")]
+    assert len(said) == rounds
+    assert gone([int(pid) for _, *pids in said for pid in pids], within=10)
+    assert all(tmp_path in pathlib.Path(path).parents for path, *_ in said)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_worker_wrote_before_it_ended_is_said(caplog, capfd, tmp_path):
+    (tmp_path / "speaks.py").write_text("import os\ndef f(**_): print(*range(2000), 'the end', sep='\\n'); os._exit(3)")
+    with Pool(1, on_failure="none") as once:
+        once.judge(f"{tmp_path}/speaks.py:f", [{}])
+    assert caplog.messages[0].endswith(
+        "its worker ended with status 3, after it wrote to standard error:\n  "
+        + "\n  ".join([*map(str, range(1991, 2000)), "the end"])
+        + ", twice."
+    )
+    assert capfd.readouterr().err == "".join(f"{i}\n" for i in [*range(2000), "the end"]) * 2
+    (tmp_path / "breaks.py").write_text("import os\nos.write(2, b'no such thing')\nos._exit(5)")
+    with Pool(1) as never, pytest.raises(RewardError, match=r"3 worker .* status 5, .*error:\n  no such thing\.$"):
+        never.judge(f"{tmp_path}/breaks.py:f", [{}])
 
 
 def test_no_descriptor_and_no_thread_is_left_behind():

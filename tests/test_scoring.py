@@ -1,5 +1,6 @@
 """What stands between completions and their scores: the thread ahead, hosts that agree, and metrics."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 
 from grpo_jax import scoring
 from grpo_jax.data.sources import Prompt
+from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.rewards import Judged, Reward, RewardError, Scores
 from grpo_jax.scoring import Ahead, ScoredGroups, on_every_host, rollout_metrics, score_completions
 from grpo_jax.types import Groups
@@ -250,11 +252,20 @@ def test_metrics_of_rewards_by_hand():
     assert metrics["reward"] == pytest.approx(8.5 / 3)
     assert metrics["reward_std"] == pytest.approx(2**0.5)
     assert metrics["completions/unknown_reward"] == 1
+    assert metrics["accuracy"] == 1  # of the three that were judged
     times = {k: v for k, v in metrics.items() if k.startswith("time/")}
     assert times == pytest.approx({
         "time/rewards/a/p50_seconds": 2, "time/rewards/a/p95_seconds": 2 + 0.9 * 28, "time/rewards/a/max_seconds": 30,
         "time/rewards/b/p50_seconds": 0.5, "time/rewards/b/p95_seconds": 0.5, "time/rewards/b/max_seconds": 0.5,
     })  # fmt: skip
+
+
+def test_a_reward_that_nobody_knows_is_null_in_the_samples():
+    scores = Scores(by_name={"a": np.array([1.0, np.nan])}, failed={"a": np.array([False, True])})
+    rewards = [Reward(name="a", function=None)]
+    shown = dataclasses.replace(fresh(scores, rewards, 2), prompts=[Prompt(text="a")])
+    samples = scoring.samples_of_group(shown, 0, np.zeros(2), ByteTokenizer("abcd"))
+    assert [(sample["reward"], sample["rewards/a"]) for sample in samples] == [(1, 1), (None, None)]
 
 
 def test_where_nothing_is_known_nothing_is_said_of_it():

@@ -1,10 +1,14 @@
 """--reward: what it finds, what it refuses, and what it changes."""
 
 import json
+import math
+import pathlib
 import re
 
 import pytest
 from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments import countdown, runs, user_rewards
 from grpo_jax import loop
@@ -133,6 +137,41 @@ def test_a_file_that_does_not_load(tmp_path, text, message):
         rewards_of(f"{tmp_path}/f.py:f")
 
 
+PLACES = st.text(alphabet="qzx./\\\0é: =\n1", max_size=8)
+SPECIFICATIONS = st.text() | st.builds(
+    "{}{}:{}{}".format, PLACES, st.sampled_from(["", ".py"]), st.sampled_from(["f", "_", "1", "f f", ""]),
+    st.one_of(st.just(""), st.text(max_size=5).map("={}".format), st.floats().map("={}".format)),
+)  # fmt: skip
+
+
+def value_or_message(function, argument):
+    try:
+        return function(argument), None
+    except ValueError as error:
+        return None, str(error)
+
+
+@settings(max_examples=500)
+@given(SPECIFICATIONS)
+def test_any_specification_is_parts_or_an_error_that_says_what_was_expected(text):
+    parts, message = value_or_message(user_rewards._parts, text)
+    if message is not None:
+        assert message.startswith(f"--reward={text} must be FILE.py:NAME or package.module:NAME")
+    else:
+        place, name, weight = parts
+        assert text == f"{place}:{name}" or text.startswith(f"{place}:{name}=")
+        assert place
+        assert name.isidentifier()
+        assert weight is None or math.isfinite(weight)
+
+
+@settings(max_examples=300)
+@given(SPECIFICATIONS)
+def test_any_specification_names_something_or_is_an_error(text):
+    section, message = value_or_message(user_rewards.named, [text])
+    assert section["rewards"].functions == (text,) if message is None else message.startswith("--reward=")
+
+
 # Checked on a sample -----------------------------------------------------------------------------------------------
 
 
@@ -141,7 +180,7 @@ def experiment(*functions):
 
 
 def test_a_sample_is_tried_before_training(file):
-    said = experiment(f"{file}:short", f"{file}:judge=0").check_rewards().splitlines()
+    said = experiment(f"{file}:short", f"{file}:judge=0").check_rewards(pathlib.Path("none")).splitlines()
     task = Countdown(CountdownConfig(), 0)
     problems = [task.problem("train", i) for i in range(2)]
     lengths = [len(problem.solution) for problem in problems]
@@ -153,7 +192,7 @@ def test_a_sample_is_tried_before_training(file):
         f"reward judge x 0: {problems[0].target}, {problems[1].target} of right answers, {problems[0].target}, "
         f"{problems[1].target} of empty ones",
     ]
-    assert countdown.Experiment(configs("train")).check_rewards() == ""
+    assert countdown.Experiment(configs("train")).check_rewards(pathlib.Path("none")) == ""
 
 
 @pytest.mark.parametrize(
@@ -171,8 +210,25 @@ def test_a_sample_is_tried_before_training(file):
     ],
 )
 def test_what_is_wrong_is_said_before_training(file, name, message):
-    with pytest.raises(RewardError, match=f"--reward, tried on a sample before training: .*{message}"):
-        experiment(f"{file}:{name}").check_rewards()
+    with pytest.raises(RewardError, match=f"rewards, tried on a sample before training: .*{message}"):
+        experiment(f"{file}:{name}").check_rewards(pathlib.Path("none"))
+
+
+def test_a_reward_model_is_tried_too_and_changed_files_are_said(file, tmp_path):
+    task = Countdown(CountdownConfig(), 0)
+    samples = lambda: [(task.source("train")(0), "1+1")]
+    asked = lambda config, on_device: user_rewards.check_rewards(
+        tmp_path, config, [Reward(name="m", function=lambda completions, **_: [1.0] * 2, on_device=on_device)], samples,
+        task.tokenizer, 1,
+    )  # fmt: skip
+    assert asked({}, True) == "reward m x 1: 1 of right answers, 1 of empty ones\n"
+    assert asked({}, False) == ""
+    mine = user_rewards.named([f"{file}:brevity"])
+    loop.open_workdir(tmp_path, runs.as_json(mine))
+    file.write_text(FILE + "\n")
+    first, second = asked(user_rewards.named([f"{file}:brevity"]), False).splitlines()
+    assert first.startswith("reward m x 1")
+    assert second.startswith(f"--reward={file}:brevity: its file has changed")
 
 
 # Part of the configuration -----------------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 python -m experiments.benchmarks.rewards [--items=2000] [--group=8] [--workers=2]
 
-Short items of mathematics, whose answers are all distinct, each gold answer for a group of them: `numbers`, plain
-ones, which need no worker; `short` ones that do (x=5; 10 cm; 2.5%), `expressions` (roots and polynomials),
-which SymPy simplifies; `repeated` are short ones of which a group has one answer, `known` those of a second call.
-`empty` items do nothing: what the pool itself costs. Needs `.[math]`.
+Short items of mathematics, whose answers are all distinct, each gold answer for a group of them.
+
+- Judged in this process, and so neither by math-verify nor by a worker: `numbers`, plain ones, and `short` ones
+  (3/4, x=5, 12%, 3 sqrt(2)).
+- Judged by math-verify in a worker: `units` and the like (10 cm, 2.5%), which it has to read; `expressions` (x=0.5,
+  polynomials), which SymPy simplifies too; `repeated` are units of which a group has one answer, read once for all.
+- `known` are the repeated ones in a second call, which are remembered; `empty` items do nothing: what the pool costs.
+
+So the speeds of the first and the last say nothing about math-verify's. Needs `.[math]`.
 """
 
 import dataclasses
@@ -19,7 +24,7 @@ from grpo_jax.rewards.mathematics import MathVerify
 from grpo_jax.rewards.pool import Pool, pooled
 
 MODULE = "experiments.benchmarks.rewards"
-KINDS = ("numbers", "short", "expressions", "repeated")
+KINDS = ("numbers", "short", "units", "expressions", "repeated")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +57,9 @@ def _text(kind: str, form: int, rng: random.Random) -> str:
     a, b, c = (rng.randrange(1, 10**6) for _ in range(3))
     forms = {
         "numbers": (f"{a * 1000 + b % 1000:,}", f"{a}.{b}", rf"-\frac{{{b}}}{{{c}}}"),
-        "short": (f"x={a}", rf"{a}\text{{ cm}}", rf"{a}.{b}\%"),
-        "expressions": (rf"{a}\sqrt{{{b}}}", f"x^2+{a}x-{b}"),
+        "short": (rf"\frac{{{a}}}{{{b}}}", f"x={a}", rf"{a}\%", rf"{a}\sqrt{{{1 + b % 9999}}}"),
+        "units": (rf"{a}\text{{ cm}}", rf"{a}.{b}\%", rf"{a}^\circ"),
+        "expressions": (f"x={a}.{b}", f"x^2+{a}x-{b}"),
     }[kind]
     return forms[form % len(forms)]
 
@@ -61,7 +67,7 @@ def _text(kind: str, form: int, rng: random.Random) -> str:
 def problems(kind: str, options: Options, seed: int) -> tuple[list[str], list[str]]:
     """Completions and gold answers, of one form in a group, of which one is right, or all where they are `repeated`."""
     rng, repeated = random.Random(f"{kind} {seed}"), kind == "repeated"
-    kind = "short" if repeated else kind
+    kind = "units" if repeated else kind
     groups = [_text(kind, group, rng) for group in range(-(-options.items // options.group))]
     golds = [groups[i // options.group] for i in range(options.items)]
     right = lambda i: repeated or i % options.group == 0

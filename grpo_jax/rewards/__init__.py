@@ -49,6 +49,9 @@ class Reward:
     # Names of rewards that it depends on: it runs after them, and gets `scores`, by name one number or None a
     # completion, as the functions said them (of steps, their sum).
     after: tuple[str, ...] = ()
+    # Its function runs programs on the device (`model.ModelReward`): where there is one like that, nothing is scored
+    # while the device samples, for two threads would run programs at once, in memory that is meant for one.
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or not self.low <= self.high:

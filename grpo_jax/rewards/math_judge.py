@@ -2,12 +2,37 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import grader, parse, parser, verify
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own alarms are off, which they are
+
+
+class _OutOfMemory(BaseException):
+    """What no `except Exception` holds back."""
+
+
+def _loud(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but that a MemoryError leaves math-verify."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except MemoryError as error:
+            raise _OutOfMemory from error
+
+    return called
+
+
+# Where memory is at an end, math-verify says "cannot be read" or "not equal", as after any exception (its
+# `raise_on_error` is of the outermost calls alone): a verdict that nobody has reached. So what it calls to read an
+# expression is loud, and where it compares, `except Exception` finds every kind of them but one.
+parser.latex2sympy = _loud(parser.latex2sympy)
+parser.parse_expr = _loud(parser.parse_expr)
+grader.Exception = tuple({*Exception.__subclasses__()} - {MemoryError})  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.lru_cache(maxsize=4096)  # of a group all have one gold answer
@@ -21,12 +46,27 @@ def equal(*, answer: str, golds: Sequence[str]) -> float:
 
     Raises:
       ValueError: nothing can be read from one of `golds`.
+      MemoryError: it takes more memory than there is.
     """
-    expected = [_parsed(gold if "\\boxed" in gold else rf"\boxed{{{gold}}}") for gold in golds]
-    if [] in expected:
-        raise ValueError(f"{golds[expected.index([])]!r} in the column 'answer' is no mathematics that can be read.")
-    found = _parsed(answer)
-    return float(any(verify(gold, found, timeout_seconds=None) for gold in expected))
+    try:
+        expected = [_parsed(gold if "\\boxed" in gold else rf"\boxed{{{gold}}}") for gold in golds]
+        if [] in expected:
+            unread = golds[expected.index([])]
+            raise ValueError(f"{unread!r} in the column 'answer' is no mathematics that can be read.")
+        found = _parsed(answer)
+        return float(any(_same(gold, found) for gold in expected))
+    except _OutOfMemory as error:
+        raise MemoryError from error
+
+
+def _same(gold: list[Any], found: list[Any]) -> bool:
+    """What math-verify says; what it cannot compare is not equal."""
+    try:
+        return verify(gold, found, timeout_seconds=None)
+    except MemoryError:
+        raise
+    except Exception:  # of the one kind that its own `except` does not find here, the bare `Exception`
+        return False
 
 
 # What is built when it is first used is no item's: regular expressions, the parser's tables, SymPy's assumptions.

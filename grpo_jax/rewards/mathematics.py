@@ -14,9 +14,11 @@ An answer that cannot be compared within the limits (`9^{9^{9^9}}`) gets no verd
 
 import functools
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from grpo_jax.rewards import Judged
 from grpo_jax.rewards.pool import Limits, Pool
@@ -31,11 +33,17 @@ _CACHED = 2**16  # verdicts that are kept
 _NEAR = 70  # characters between two boxes that may be one answer, as in math-verify, which decides
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
-# Numbers that are compared here: integers, fractions of them, and decimals of 6 places, to which math-verify rounds.
-_NUMBER = re.compile(
-    r"(?P<sign>-?)(?:(?P<whole>[0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?:\.(?P<places>[0-9]{1,6}))?"
-    r"|\\d?frac\{(?P<above>[0-9]{1,9})\}\{(?P<below>[0-9]{1,9})\})"
+# What is compared here: integers, decimals of 6 places (to which math-verify rounds), n, n\sqrt{m}, n\pi and fractions
+# of these; of integers per cents (-5\% and 5\% are other things to math-verify) and pairs; and x=... in front.
+_NAME = re.compile(r"(?P<name>[xyzabckmnt]) ?= ?(?P<rest>.+)", re.DOTALL)
+_DECIMAL = re.compile(r"(-?)([0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(\.[0-9]{1,6})?(\\?%)?")
+_INTEGER = r"[0-9]{1,9}"
+_MULTIPLE = rf"(?P<above>{_INTEGER})?(?:\\sqrt\{{(?P<root>[1-9][0-9]{{0,3}})\}})?(?P<pi>\\pi)?"
+_MULTIPLES = (
+    re.compile(rf"(?P<sign>-?){_MULTIPLE}"),
+    re.compile(rf"(?P<sign>-?)\\d?frac\{{{_MULTIPLE}\}}\{{(?P<below>{_INTEGER})\}}"),
 )
+_PAIR = re.compile(r"\((-?[0-9]{1,9}), ?(-?[0-9]{1,9})\)")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _EXPRESSION = re.compile(r"[0-9$\\]")
 
@@ -107,31 +115,88 @@ def _golds(gold: object) -> tuple[str, ...] | None:
 _Key = tuple[str | None, tuple[str, ...]]
 
 
-def _number(text: str) -> tuple[Fraction, bool, bool] | None:
-    """The value, whether it is written as a decimal, and whether as a fraction; None where it is no such number."""
-    match = _NUMBER.fullmatch(text)
-    if match is None or int(match["below"] or 1) == 0:
+class _Value(NamedTuple):
+    """`number` times the root of `root`, which is free of squares, times pi where `pi`; or a pair of integers."""
+
+    number: Fraction
+    root: int = 1
+    pi: bool = False
+    decimal: bool = False  # how it is written
+    fraction: bool = False
+    percent: bool = False
+    name: str = ""
+    pair: tuple[int, int] | None = None
+
+    def __float__(self) -> float:
+        return float(self.number) * math.sqrt(self.root) * (math.pi if self.pi else 1)
+
+
+def _value(text: str) -> _Value | None:
+    """What a text is, or None where it is not of the forms above."""
+    if match := _NAME.fullmatch(text):
+        value = _value(match["rest"])
+        plain = value is not None and not (value.name or value.decimal or value.percent or value.pair)
+        return value._replace(name=match["name"]) if value is not None and plain else None
+    if match := _DECIMAL.fullmatch(text):
+        sign, whole, places, percent = match.groups()
+        number = Fraction(f"{sign}{whole.replace(',', '')}{places or ''}")
+        return None if percent and (places or sign) else _Value(number, decimal=bool(places), percent=bool(percent))
+    if match := _PAIR.fullmatch(text):
+        return _Value(Fraction(0), pair=(int(match[1]), int(match[2])))
+    for form in _MULTIPLES:
+        if (match := form.fullmatch(text)) and (match["above"] or match["root"] or match["pi"]):
+            groups = match.groupdict()
+            below = int(groups.get("below") or 1)
+            if below == 0:
+                return None
+            outside, root = _free_of_squares(int(match["root"] or 1))
+            number = Fraction(int(match["above"] or 1) * outside, below) * (-1 if match["sign"] else 1)
+            irrational = {"root": root, "pi": bool(match["pi"])} if number else {}
+            return _Value(number, fraction="below" in groups, **irrational)
+    return None
+
+
+@functools.cache  # of four digits
+def _free_of_squares(number: int) -> tuple[int, int]:
+    """(a, b) with number = a^2 b, and b as small as can be."""
+    outside = max(d for d in range(1, math.isqrt(number) + 1) if number % (d * d) == 0)
+    return outside, number // outside**2
+
+
+def _equal(found: _Value, gold: _Value) -> bool | None:
+    """What math-verify says of the two; None where that takes its own arithmetic."""
+    if found.pair or gold.pair:
+        return found.pair == gold.pair if found.pair and gold.pair else None
+    if found.name and gold.name and found.name != gold.name:
+        return False
+    if _apart(found, gold):
+        return False
+    written = [value.name or value.decimal or value.fraction or value.root > 1 or value.pi for value in (found, gold)]
+    if found.percent != gold.percent:  # 5% is 5, and 1/20, and 500% is 5
+        per_cents, other = (found, gold) if found.percent else (gold, found)
+        return None if any(written) else other.number in (per_cents.number, per_cents.number / 100)
+    if (found.root, found.pi) != (gold.root, gold.pi):
         return None
-    value = (
-        Fraction(int(match["above"]), int(match["below"]))
-        if match["above"]
-        else Fraction(text.lstrip("-").replace(",", ""))
-    )
-    return -value if match["sign"] else value, bool(match["places"]), bool(match["above"])
+    if found.decimal != gold.decimal and any(value.name or value.fraction for value in (found, gold)):
+        return None  # it rounds
+    return found.number == gold.number
+
+
+def _apart(found: _Value, gold: _Value) -> bool:
+    """Whether they are so far from one another that no rounding makes them equal, per cents taken either way."""
+    either = lambda value: (float(value), float(value) / 100) if value.percent else (float(value),)
+    return all(abs(a - b) > 1e-5 * max(1.0, abs(a), abs(b)) for a in either(found) for b in either(gold))
 
 
 def _at_once(answer: str | None, golds: tuple[str, ...]) -> float | None:
-    """The verdict where none needs mathematics: no answer, or plain numbers alone, but for decimals with fractions."""
+    """The verdict where none needs mathematics: there is no answer, or all are of the forms above."""
     if answer is None:
         return 0.0
-    numbers = [_number(text) for text in (answer.removeprefix("\\boxed{").removesuffix("}"), *golds)]
-    known = [number for number in numbers if number is not None]
-    if not answer.startswith("\\boxed{") or len(known) < len(numbers):
+    found = _value(answer.removeprefix("\\boxed{").removesuffix("}")) if answer.startswith("\\boxed{") else None
+    if found is None:
         return None
-    if any(decimal for _, decimal, _ in known) and any(fraction for *_, fraction in known):
-        return None
-    (found, *_), *right = known
-    return float(found in [value for value, *_ in right])
+    right = [value if value is None else _equal(found, value) for value in map(_value, golds)]
+    return None if None in right else float(any(right))
 
 
 class MathVerify:

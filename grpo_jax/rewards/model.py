@@ -85,6 +85,12 @@ class ModelReward:
     Where the tokenizers agree, the ids that were sampled are the ids that are scored, the end of a completion included,
     behind those that the sampler was given for the prompt. Where they do not, text is between them: prompt and
     completion are encoded anew, with the reward model's own end behind a completion that ended.
+
+    It runs on the device: `Reward(function=ModelReward(...), on_device=True)`.
+
+    Raises:
+      ValueError: there are several processes: each has completions of its own, and all would have to run the same
+        program.
     """
 
     scorer: Scorer
@@ -92,6 +98,13 @@ class ModelReward:
     tokenizer: Tokenizer  # the policy's
     own: Tokenizer | None = None  # the reward model's, where it is another
     end_id: int | None = None  # of `own`, what ends a completion
+
+    def __post_init__(self) -> None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"a reward model scores in one process, and there are {jax.process_count()}, each with completions of "
+                "its own: train on the devices of one, or leave the reward model out."
+            )
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]],

@@ -170,7 +170,7 @@ class Pool:
         atexit.register(self.close)
         self._processes = [Process(self._limits) for _ in range(self._count)]
         self._threads = [
-            threading.Thread(target=self._serve, args=(process,), name="rewards", daemon=True)
+            threading.Thread(target=self._serve, args=(process,), name="reward workers", daemon=True)
             for process in self._processes
         ]
         for thread in self._threads:

@@ -19,6 +19,7 @@ __all__ = ["Limits", "Outcome", "Process"]
 
 _STARTS = 3  # in a row that may end before they are ready
 _GRACE = 5.0  # seconds of wall time until a worker is killed that its own timers should have ended
+_LINES = 10  # of what a worker wrote to standard error before it ended, in messages
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # Sets in the same order in every process, no files beside sources, and no threads of numerical libraries.
 _SET = {
@@ -79,7 +80,7 @@ class Process:
             try:
                 reply = self._reply(self._limits.wall_seconds + _GRACE)
             except OSError:
-                failure = self._why(self.end())
+                failure = self._why(*self.end())
                 yield Outcome(failure=failure, seconds=time.perf_counter() - started)
                 yield from [None] * (len(payloads) - done - 1)
                 return
@@ -95,12 +96,12 @@ class Process:
             self._write((function, payloads))
             error = self._reply(seconds).get("error")
         except OSError:
-            status = self.end()
+            status, said = self.end()
             self._starts = (self._starts + 1) % _STARTS
             if not self._starts:
                 raise RewardError(
                     f"{_STARTS} worker processes in a row ended before {function} was loaded, the last with status "
-                    f"{status}: what they wrote to standard error may say why."
+                    f"{status}{_last_lines(said)}."
                 ) from None
             return False
         if error is not None:
@@ -133,30 +134,40 @@ class Process:
             raise ConnectionError
         return json.loads(line)
 
-    def _why(self, status: int) -> str:
+    def _why(self, status: int, said: str) -> str:
         limits = self._limits
         return {
             -signal.SIGPROF: f"it took more than {limits.cpu_seconds:g} s of CPU time",
             -signal.SIGALRM: f"it took more than {limits.wall_seconds:g} s",
             worker.OUT_OF_MEMORY: f"it needed more than {limits.memory_mib} MiB",
-        }.get(status, f"its worker ended with status {status}")
+        }.get(status, f"its worker ended with status {status}{_last_lines(said)}")
 
     def interrupt(self) -> None:
         """Ends what the thread that uses this waits for, as if the worker had ended; from any thread."""
         with contextlib.suppress(OSError, AttributeError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def end(self) -> int:
-        """Ends the worker, and what its functions have started; its status, its own where it had ended by itself."""
+    def end(self) -> tuple[int, str]:
+        """Ends the worker, and what its functions have started, processes and temporary files.
+
+        Returns:
+          Its status, its own where it had ended by itself, and the last that it wrote to standard error.
+        """
         if self._process is None:
-            return 0
+            return 0, ""
         process, self._process = self._process, None
         self._replies.close()
         self._socket.close()
         try:
-            status, _ = process.communicate(timeout=_GRACE)  # the end of its standard input is that of all
+            report, _ = process.communicate(timeout=_GRACE)  # the end of its standard input is that of all
         except subprocess.TimeoutExpired:  # somebody has stopped its supervisor
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # not waited for yet: no other group has this number
-            status, _ = process.communicate()
-        return int(status or -signal.SIGKILL)
+            report, _ = process.communicate()
+        found = json.loads(report or "{}")
+        return found.get("status", -signal.SIGKILL), found.get("said", "")
+
+
+def _last_lines(said: str) -> str:
+    lines = said.splitlines()[-_LINES:]
+    return ", after it wrote to standard error:\n  " + "\n  ".join(lines) if lines else ""

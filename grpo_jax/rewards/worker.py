@@ -9,6 +9,7 @@ Requests are a length and a pickle (the parent is trusted); replies are lines of
 """
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -16,9 +17,11 @@ import os
 import pickle
 import resource
 import select
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -28,22 +31,82 @@ OUT_OF_MEMORY = 97  # exit status
 LENGTH = struct.Struct(">Q")
 LOAD_SECONDS = (60.0, 600.0)  # CPU and wall time within which a function's module must have been imported
 _WATCH = 0.5  # seconds between looks at who the parent is
+_SAID = 2000  # bytes of what a worker wrote last that are kept
+_PR_SET_CHILD_SUBREAPER = 36
 _TIMERS = (signal.ITIMER_PROF, signal.ITIMER_REAL)  # CPU time of the process, wall time
 
 
-def _supervise(child: int, parent: int) -> None:
+def _supervise(child: int, parent: int, output: int, place: str) -> None:
     """Waits until the parent wants an end, or has come to one; then ends the worker, and all that it has started.
 
     A process of its own, since no thread runs beside a call in C that holds the interpreter's lock. The parent's end is
-    that of standard input, and where forked children of the parent hold that open, another parent.
+    that of standard input, and where forked children of the parent hold that open, another parent. Passes on what the
+    worker writes to standard error, and in the end reports its status and the last that it wrote.
+
+    Args:
+      child: the worker.
+      parent: whose end is its own.
+      output: where the worker's standard error can be read.
+      place: its directory of temporary files, removed at the end.
     """
-    while os.getppid() == parent and not select.select([0], [], [], _WATCH)[0]:
-        pass
-    os.kill(child, signal.SIGKILL)  # nothing to one that has ended
-    _, status = os.waitpid(child, 0)
+    ended: dict[int, int] = {}  # statuses of children, of the worker and of those who lost their parent
+    kept, pending, sources = b"", b"", [0, output]
+    while os.getppid() == parent:
+        # Never writes where that could block: somebody may have stopped reading.
+        ready, free, _ = select.select([0] if pending else sources, [2] if pending else [], [], _WATCH)
+        if 0 in ready:
+            break
+        if free:
+            pending = _passed_on(pending)
+        elif ready:
+            pending = os.read(output, select.PIPE_BUF)
+            kept, sources = (kept + pending)[-_SAID:], sources if pending else [0]
+        with contextlib.suppress(ChildProcessError):
+            while (dead := os.waitpid(-1, os.WNOHANG))[0]:
+                ended[dead[0]] = dead[1]
+    if child not in ended:
+        os.kill(child, signal.SIGKILL)
+        ended[child] = os.waitpid(child, 0)[1]
+    for orphans in iter(_children, []):  # the children of who ends become ours in turn
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    shutil.rmtree(place, ignore_errors=True)
+    os.set_blocking(output, False)
+    with contextlib.suppress(BlockingIOError):
+        pending += os.read(output, 2**20)
+    report = {
+        "status": os.waitstatus_to_exitcode(ended[child]),
+        "said": (kept + pending)[-_SAID:].decode(errors="replace"),
+    }
     with contextlib.suppress(OSError):
-        os.write(1, str(os.waitstatus_to_exitcode(status)).encode())
+        os.write(1, json.dumps(report).encode())
+    while pending:
+        pending = _passed_on(pending)
     os.killpg(0, signal.SIGKILL)
+
+
+def _passed_on(data: bytes) -> bytes:
+    """What is left of it to write to standard error; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        return data[os.write(2, data[: select.PIPE_BUF]) :]
+    return b""
+
+
+def _adopt() -> None:
+    """Makes this process the parent of those among its descendants that lose theirs, whatever session they are in."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _children() -> list[int]:
+    """Of this process; none where the system does not say."""
+    found, own = [], os.getpid()
+    for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            if int(file.read().rpartition(b")")[2].split()[1]) == own:
+                found.append(int(name))
+    return found
 
 
 def _limit(cpu: float, wall: float) -> None:
@@ -53,15 +116,24 @@ def _limit(cpu: float, wall: float) -> None:
 
 
 def _limit_memory(extra: int) -> None:
-    """So many bytes beyond what the worker has now; where the system does not say how much that is, no limit."""
+    """So many bytes beyond what the worker has now; where the system does not say how much that is, no limit.
+
+    Raises:
+      MemoryError: the system's own limit leaves less.
+    """
     try:
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = size + extra if hard == resource.RLIM_INFINITY else min(size + extra, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    if hard != resource.RLIM_INFINITY and size + extra > hard:
+        raise MemoryError(
+            f"the limit of address space (ulimit -v) is {hard >> 20} MiB, of which this worker has {size >> 20} "
+            f"when its function is imported: expected memory_mib={extra >> 20} beyond that. Raise the one or lower the "
+            "other."
+        )
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, hard))
 
 
 def _load(path: str) -> Callable[..., Any]:
@@ -87,12 +159,13 @@ def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) ->
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # what an import needs is not an item's
     _limit(*LOAD_SECONDS)
     try:
-        functions[path] = _load(path)
+        function = _load(path)
+        _limit_memory(memory)
     except BaseException as error:
         return {"error": _said(error)}
     finally:
         _limit(0, 0)
-    _limit_memory(memory)
+    functions[path] = function
     return {}
 
 
@@ -153,13 +226,21 @@ def main(descriptor: int, parent: int) -> None:
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+    _adopt()
+    place = tempfile.mkdtemp(prefix="grpo_jax_worker_")
+    output, theirs = os.pipe()
     child = os.fork()
     if child:
         os.close(descriptor)  # so that the parent sees at once when the worker has ended
-        _supervise(child, parent)
+        os.close(theirs)
+        _supervise(child, parent, output, place)
+    os.environ["TMPDIR"] = tempfile.tempdir = place
+    os.close(output)
     os.set_inheritable(descriptor, False)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what a function prints is seen and is no reply
+    for standard in (1, 2):
+        os.dup2(theirs, standard)  # what a function prints is seen and is no reply
+    os.close(theirs)
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     _work(descriptor)
 
