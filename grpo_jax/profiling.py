@@ -9,7 +9,7 @@ import jax
 
 from grpo_jax.telemetry import WorkdirError
 
-__all__ = ["Profiler", "steps_of"]
+__all__ = ["Profiler", "check_steps", "steps_of"]
 
 
 def steps_of(text: str | None, steps: int) -> range:

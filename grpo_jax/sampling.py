@@ -47,7 +47,6 @@ from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams, record
 __all__ = [
     "Decoding",
     "Prefilled",
-    "arrange",
     "blocks",
     "chunks",
     "collect",
