@@ -1,6 +1,7 @@
 """Attention of slots against loops in float64: products, and the kernel, which a CPU interprets."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,24 @@ def case(seed, n, heads, m, j, c, columns, cached):
     return draw(n, *of, m, c), cache, jnp.asarray(visible)
 
 
+def gpu(capability="9.0", platform="gpu"):
+    return types.SimpleNamespace(platform=platform, compute_capability=capability)
+
+
 def kernel_of(kv_heads, head_width, scale=SCALE, soft_cap=CAP, mesh=None) -> slot_attention.AttendBlock:
     kernel = slot_attention.make_kernel(
-        "gpu", kv_heads=kv_heads, head_width=head_width, scale=scale, soft_cap=soft_cap, mesh=mesh
+        gpu(), kv_heads=kv_heads, head_width=head_width, scale=scale, soft_cap=soft_cap, mesh=mesh
     )
     assert kernel is not None
     return kernel
 
 
-OWN = {"few queries": (2, 7, 1, 16, 640), "one head": (1, 32, 1, 16, 60), "not a power of two": (2, 18, 1, 32, 120)}
+OWN = {
+    "few queries": (2, 7, 1, 16, 640),
+    "wide": (2, 3, 1, 256, 128),
+    "one head": (1, 32, 1, 16, 60),
+    "not a power of two": (2, 18, 1, 32, 120),
+}
 SHARED = {"shared, one head": (1, 6, 3, 16, 60), "shared": (2, 80, 8, 32, 120)}
 
 
@@ -96,9 +106,20 @@ def test_the_kernel_does_not_read_what_is_not_visible():
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize(("platform", "width"), [("cpu", 64), ("tpu", 64), ("gpu", 80), ("gpu", 8)])
-def test_where_there_is_no_kernel(platform, width):
-    assert not slot_attention.make_kernel(platform, kv_heads=2, head_width=width, scale=1.0, soft_cap=0.0, mesh=None)
+@pytest.mark.parametrize(
+    ("device", "width"),
+    [
+        (jax.devices("cpu")[0], 64),
+        (gpu(platform="tpu"), 64),
+        (gpu(), 80),
+        (gpu(), 8),
+        (gpu("7.5"), 64),
+        (gpu("gfx942"), 64),
+    ],
+    ids=["cpu", "tpu", "not a power of two", "narrow", "before Ampere", "AMD"],
+)
+def test_where_there_is_no_kernel(device, width):
+    assert not slot_attention.make_kernel(device, kv_heads=2, head_width=width, scale=1.0, soft_cap=0.0, mesh=None)
 
 
 def test_the_kernel_is_lowered_for_a_gpu(monkeypatch):

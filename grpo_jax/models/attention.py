@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Attend", "make_attention", "queries_at_a_time"]
+__all__ = ["Attend", "capped", "make_attention", "queries_at_a_time"]
 
 # (query [R, S, H, C], key [R, S, K, C], value [R, S, K, C], positions [R, S], segments [R, S]) -> [R, S, H, C]
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -61,7 +61,8 @@ class _Spec:
             raise ValueError(f"window={self.window} must be 1 or more, or 0 to see all.")
 
 
-def _capped(scores: jax.Array, cap: float) -> jax.Array:
+def capped(scores: jax.Array, cap: float) -> jax.Array:
+    """Scores within (-cap, cap), and close to what they were where they are small; 0: as they are."""
     return cap * jnp.tanh(scores / cap) if cap else scores
 
 
@@ -89,7 +90,7 @@ def _xla(spec: _Spec, mesh: Mesh | None) -> Attend:
             visible &= distance < spec.window
         grouped = query.reshape(r, s, key.shape[2], -1, c)
         scores = jnp.einsum("rskgc,rtkc->rkgst", grouped, key, preferred_element_type=jnp.float32) * spec.scale
-        scores = _capped(scores, spec.soft_cap)
+        scores = capped(scores, spec.soft_cap)
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
         return jnp.einsum("rkgst,rtkc->rskgc", weights, value).reshape(query.shape)
 

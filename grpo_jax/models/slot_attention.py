@@ -10,7 +10,7 @@ GPU a kernel reads a slot's own, and of it the tiles in which something is visib
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from grpo_jax.models.attention import capped
 from grpo_jax.sharding import BATCH_AXES
 
 __all__ = ["AttendBlock", "attend_slots", "cache_axes", "cache_shapes", "make_kernel"]
@@ -29,11 +30,10 @@ AttendBlock: TypeAlias = Callable[[jax.Array, dict[str, jax.Array], jax.Array], 
 
 _MASKED = -1e30  # finite, so that a slot without any key gives numbers and not NaN
 _TILE = 64  # columns that are read together, at most
-_FEWEST_QUERIES = _SMALLEST_WIDTH = 16  # of the kernel, whose products have at least so many rows and columns
-
-
-def _capped(scores: jax.Array, cap: float) -> jax.Array:
-    return cap * jnp.tanh(scores / cap) if cap else scores
+# Of the kernel, whose products have at least so many rows and columns; two tiles of keys and of values, of which one is
+# on its way, take 64 KiB of the 99 that the processors of the smallest GPUs have.
+_FEWEST_QUERIES = _SMALLEST_WIDTH = 16
+_TILE_BYTES = 2**14
 
 
 def cache_axes(platform: str, kv_heads: int) -> dict[str, tuple[str | None, ...]]:
@@ -146,7 +146,7 @@ def attend_slots(query, key, value, cache, column, visible, before, *, scale, so
         ours, theirs = jnp.exp(most - largest), jnp.exp(block_most - largest)
         total, mixed = ours * total + theirs * block_total, ours * mixed + theirs * block_mixed
         most = largest
-    # A slot that sees nothing mixes nothing: a NaN would stay in its cache. Others have a total of at least exp(0).
+    # Finite also for a slot that sees nothing, in whose cache a NaN would stay; others have a total of at least exp(0).
     mixed = (mixed / jnp.maximum(total, 1)).astype(query.dtype)
     mixed = mixed.reshape(r, w, kv_heads, j, -1, c).transpose(0, 1, 3, 2, 4, 5)
     return mixed.reshape(query.shape), written
@@ -160,7 +160,7 @@ def _attend_block(query, cache, visible, *, scale, soft_cap):
     query_of_tiles = query if tiles == 1 else jnp.tile(query, (1, tiles, 1, 1))
     scores = jnp.einsum("...mc,...ct->...mt", query_of_tiles, cache["key"], preferred_element_type=jnp.float32)
     scores = _untiled(scores, tiles)[..., : visible.shape[-1]]
-    scores = _capped(scores * scale, soft_cap)
+    scores = capped(scores * scale, soft_cap)
     seen = jnp.repeat(visible, query.shape[-2] // visible.shape[-2], axis=-2)
     seen = jnp.expand_dims(seen, range(1, query.ndim - 2))
     scores = jnp.where(seen, scores, _MASKED)
@@ -173,8 +173,14 @@ def _attend_block(query, cache, visible, *, scale, soft_cap):
 # The kernel -----------------------------------------------------------------------------------------
 
 
+def _has_triton(device: Any) -> bool:
+    """XLA compiles what Pallas makes for NVIDIA's GPUs since Ampere, and refuses it for those before."""
+    capability = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return device.platform == "gpu" and capability.isdigit() and int(capability) >= 8
+
+
 def make_kernel(
-    platform: str, *, kv_heads: int, head_width: int, scale: float, soft_cap: float, mesh: Mesh | None
+    device: Any, *, kv_heads: int, head_width: int, scale: float, soft_cap: float, mesh: Mesh | None
 ) -> AttendBlock | None:
     """An `AttendBlock` that reads, of every slot, the tiles in which something is visible, once; None: not here.
 
@@ -183,14 +189,14 @@ def make_kernel(
     their queries, which XLA splits over more of the chip than there are rows.
 
     Args:
-      platform: of the devices.
+      device: a `jax.Device`, one of those it runs on.
       kv_heads: K.
       head_width: C.
       scale: multiplies the scores.
       soft_cap: of the scores; 0 = none.
       mesh: over which slots and heads lie: a device attends to its own; None: one device.
     """
-    if platform not in ("gpu", "cuda", "rocm") or head_width < _SMALLEST_WIDTH or head_width & (head_width - 1):
+    if not _has_triton(device) or head_width < _SMALLEST_WIDTH or head_width & (head_width - 1):
         return None
     attend = functools.partial(_attend_tiles, scale=scale, soft_cap=soft_cap)
     if mesh is None or mesh.size == 1:
@@ -207,16 +213,17 @@ def _attend_tiles(query, cache, visible, *, scale, soft_cap):
     key, value = cache["key"], cache["value"]
     (n, kv_heads, m, c), columns = query.shape, key.shape[-1]
     visible = _of_all_columns(visible, columns)[:, 0]
-    tiles = columns // _TILE
+    tile = max(16, min(_TILE, _TILE_BYTES // (c * key.dtype.itemsize)))
+    tiles = columns // tile
     # Tiles in which a slot sees something come first, in their order.
-    rank = jnp.cumsum(visible.reshape(n, tiles, _TILE).any(axis=-1), axis=-1, dtype=jnp.int32)
+    rank = jnp.cumsum(visible.reshape(n, tiles, tile).any(axis=-1), axis=-1, dtype=jnp.int32)
     order = jnp.argmax(rank[:, None] > jnp.arange(tiles)[None, :, None], axis=-1).astype(jnp.int32)
     queries = max(_FEWEST_QUERIES, 1 << (m - 1).bit_length())
     of_slot = lambda *shape: pl.BlockSpec((None, *shape), lambda i, k: (i, *(0,) * len(shape)))
     of_head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, k: (i, k, *(0,) * len(shape)))
     like = lambda *shape: jax.ShapeDtypeStruct((n, kv_heads, m, *shape), jnp.float32)
     most, total, mixed = pl.pallas_call(
-        functools.partial(_tiles_kernel, count=m, scale=scale, soft_cap=soft_cap),
+        functools.partial(_tiles_kernel, count=m, tile=tile, scale=scale, soft_cap=soft_cap),
         grid=(n, kv_heads),
         in_specs=[
             of_slot(tiles), of_slot(), of_slot(columns), of_head(queries, c), of_head(c, columns), of_head(columns, c),
@@ -231,7 +238,9 @@ def _attend_tiles(query, cache, visible, *, scale, soft_cap):
     return tuple(x[:, 0] for x in results) if one_head else results
 
 
-def _tiles_kernel(order, filled, seen, query, key, value, *results, count: int, scale: float, soft_cap: float) -> None:
+def _tiles_kernel(
+    order, filled, seen, query, key, value, *results, count: int, tile: int, scale: float, soft_cap: float
+):
     """order [tiles], filled [], seen [columns], query [M, C], of which `count` are real, key [C, columns], value."""
     queries = query.shape[0]
     real = jnp.arange(queries) < count
@@ -239,8 +248,8 @@ def _tiles_kernel(order, filled, seen, query, key, value, *results, count: int, 
 
     def read(i, carry):
         most, total, mixed = carry
-        columns = pl.ds(order[i] * _TILE, _TILE)
-        scores = _capped(triton.dot(q, key[:, columns]) * scale, soft_cap)
+        columns = pl.ds(order[i] * tile, tile)
+        scores = capped(triton.dot(q, key[:, columns]) * scale, soft_cap)
         scores = jnp.where((seen[columns] != 0)[None], scores, _MASKED)
         largest = jnp.maximum(most, scores.max(axis=1))
         weights, fade = jnp.exp(scores - largest[:, None]), jnp.exp(most - largest)

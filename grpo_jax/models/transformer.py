@@ -271,7 +271,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     Raises:
       ValueError: the attention implementation cannot do what the model asks for.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform = device.platform
     layer_cache = cache_axes(platform, config.kv_heads)
     tiled = platform == "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
@@ -289,7 +290,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     }  # fmt: skip
     windows = [pattern[i % len(pattern)] for i in range(config.layers)]
     kernel = make_kernel(
-        platform, kv_heads=config.kv_heads, head_width=config.head_width, scale=scale, soft_cap=config.attention_cap,
+        device, kv_heads=config.kv_heads, head_width=config.head_width, scale=scale, soft_cap=config.attention_cap,
         mesh=mesh,
     )  # fmt: skip
 
