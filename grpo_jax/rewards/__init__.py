@@ -8,7 +8,7 @@ with one item a completion. It is called by keyword; `columns` are the columns o
 each completion. A list of `(end_token, score)` pairs in an item's place rewards steps of reasoning (process
 supervision, arXiv 2402.03300, section 4.1.3); `end_token` is the index of a step's last token among the
 completion's. None means "does not apply to this one". What a reward function does wrong is an error at
-once, and never 0.
+once, and never 0. Training calls it in a thread, so that a signal stops a run at once: it can set no handlers.
 
 How rewards compose, in this order: a function says something, which is what the log shows, and what a reward that
 depends on it sees (`Reward.after`, `composition.gated`); each number is clipped (`Reward.low`, `high`); each reward is
