@@ -17,7 +17,7 @@ from experiments import runs
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward, RewardError
-from grpo_jax.scoring import score_completions
+from grpo_jax.scoring import interruptibly, score_completions
 
 __all__ = ["UserRewards", "check", "check_rewards", "named", "said_of_changes"]
 
@@ -97,8 +97,10 @@ def check(rewards: Sequence[Reward], samples: Sequence[tuple[Prompt, str]], toke
     """
     texts = [text for _, answer in samples for text in (answer, "")]
     ids = [[*tokenizer.encode(text, continues=True), end_id] for text in texts]
-    try:
-        scores = score_completions(rewards, [prompt for prompt, _ in samples], ids, texts, 2)
+    prompts = [prompt for prompt, _ in samples]
+    try:  # where training calls them, too: in a thread
+        tried = functools.partial(score_completions, rewards, prompts, ids, texts, 2)
+        (scores,) = interruptibly([tried], rewards, lambda: None)
     except RewardError as error:
         raise RewardError(f"rewards, tried on a sample before training: {error}") from error.__cause__
     lines = []

@@ -1,6 +1,7 @@
 """Evaluation on held-out prompts: greedy accuracy; pass@k, mean@k and maj@k of samples; the completions themselves."""
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward
 from grpo_jax.sampler import Sampler
-from grpo_jax.scoring import completion_texts, on_every_host, score_rollout
+from grpo_jax.scoring import completion_texts, interruptibly, on_every_host, score_rollout
 from grpo_jax.types import Policy, SamplingParams
 
 __all__ = ["EvaluationConfig", "Evaluator", "maj_at_k", "pass_at_k"]
@@ -159,11 +160,8 @@ class Evaluator:
             limits = np.repeat([[self._max_tokens], [0]], [len(ids), filled], axis=0).repeat(group, axis=1)
             rollout = jax.device_get(sampler(params, *texts_and_ids, choice, interrupt, limits))
             rollout = jax.tree.map(lambda x, n=len(ids): x[: len(x) // size * n], rollout)
-            scores = on_every_host(
-                lambda prompts=prompts, rollout=rollout: score_rollout(
-                    self._rewards, prompts, rollout, self._tokenizer, group
-                )
-            )
+            judge = functools.partial(score_rollout, self._rewards, prompts, rollout, self._tokenizer, group)
+            (scores,) = on_every_host(functools.partial(interruptibly, [judge], self._rewards, interrupt))
             for i, (tokens, completion) in enumerate(zip(*completion_texts(rollout, self._tokenizer), strict=True)):
                 prompt, sample = divmod(i, group)
                 yield {

@@ -44,8 +44,8 @@ class Evaluation(Protocol):
         ...
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop."""
+class Stopped(BaseException):
+    """A signal asked the run to stop: as a KeyboardInterrupt, nothing on the way takes it for an error."""
 
 
 class StopSignals:

@@ -22,6 +22,7 @@ from grpo_jax.scoring import (
     Ahead,
     Journal,
     ScoredGroups,
+    interruptibly,
     journaled_scores,
     rollout_metrics,
     samples_of_group,
@@ -304,7 +305,9 @@ class GroupRollouts:
             if overlaps:
                 ahead.add(scored[-1])
         host = hosts[0] if len(hosts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *hosts)
-        return join(parts), host, lambda: Scores.join(ahead.results() if overlaps else [one() for one in scored])
+
+        rest = functools.partial(interruptibly, scored, self.rewards)
+        return join(parts), host, lambda: Scores.join((ahead.results if overlaps else rest)(interrupt))
 
     def _score(self, prompts: Sequence[Prompt], rollout: Rollout) -> Scores:
         return score_rollout(self.rewards, prompts, rollout, self.sampler.tokenizer, self.config.group_size)

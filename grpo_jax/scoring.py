@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ __all__ = [
     "Journal",
     "ScoredGroups",
     "completion_texts",
+    "interruptibly",
     "journaled_scores",
     "on_every_host",
     "rollout_metrics",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_LOOK = 0.1  # seconds between looks whether to stop
 _SAID = 1000  # bytes of an error that other processes hear of
 
 
@@ -117,7 +119,8 @@ def score_completions(
 class Ahead:
     """Scores one thing after the other in a thread, while the one that added them does something else.
 
-    After one that raised no other begins. On the way out it waits for the one that runs; a second Ctrl-C does not.
+    After one that raised no other begins. On the way out it waits for the one that runs, but not where somebody wants
+    an end (`loop.Stopped`, a second Ctrl-C): a reward may take hours, and what kills may not wait.
     """
 
     def __init__(self) -> None:
@@ -157,9 +160,32 @@ class Ahead:
             if future.done():
                 future.result()
 
-    def results(self) -> list[Any]:
-        """Of all, in order, once they are there; raises what one has raised."""
+    def results(self, interrupt: Callable[[], None] = lambda: None) -> list[Any]:
+        """Of all, in order, once they are there; raises what one has raised.
+
+        `interrupt` is called meanwhile and may raise; but where there are several processes, only when all are there,
+        for the others would wait for this one.
+        """
+        while jax.process_count() == 1 and wait(self._futures, _LOOK, FIRST_EXCEPTION).not_done:
+            self.check()
+            interrupt()
         return [future.result() for future in self._futures]
+
+
+def interruptibly(
+    functions: Sequence[Callable[[], _T]], rewards: Sequence[Reward], interrupt: Callable[[], None]
+) -> list[_T]:  # fmt: skip
+    """What functions give that score by these rewards, one after the other in a thread, while this one may be stopped.
+
+    They run in this one where a reward uses the device: what runs there is short, and must not run into the end of the
+    interpreter.
+    """
+    if any(reward.on_device for reward in rewards):
+        return [function() for function in functions]
+    with Ahead() as ahead:
+        for function in functions:
+            ahead.add(function)
+        return ahead.results(interrupt)
 
 
 _calls = itertools.count()  # of on_every_host: the same on every process

@@ -1,8 +1,10 @@
 """What workers run in the tests of the pool, and the names say what it does to them."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,40 @@ def scatter(*, then, **_):
     orphan = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True).stdout
     print("scattered", path, away.pid, int(orphan), flush=True)
     return {"return": lambda: 1.0, "end": lambda: os._exit(3), "hold": hold}[then]()
+
+
+def fork(*, completion, then, **_):
+    """0, but the child of `fork` comes back with another answer, an exception or too little memory."""
+    if completion == "fork":
+        if not os.fork():
+            return {"return": lambda: 1.0, "raise": lambda: {}["no"], "eat": lambda: eat(mib=1000)}[then]()
+        os.wait()
+    return 0.0
+
+
+def end_group(*, completion, **_):
+    """Ends all that it takes for its own, after it has left a file, and a process that says who it is."""
+    if completion == "end":
+        print("left", subprocess.Popen(["sleep", "1000"], start_new_session=True).pid, flush=True)
+        os.close(tempfile.mkstemp()[0])
+        os.killpg(0, signal.SIGKILL)
+    return 0.0
+
+
+def interject(*, completion, **_):
+    """Writes what it was given where replies go."""
+    for name in os.listdir("/proc/self/fd") if completion else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.write(int(name), completion.encode() + b"\n")
+                break
+    return 0.0
+
+
+def stop_supervisor(**_):
+    os.kill(os.getppid(), signal.SIGSTOP)
+    subprocess.Popen(["sleep", "1000"])
+    return float(os.getpid())
 
 
 def eat(*, mib, **_):

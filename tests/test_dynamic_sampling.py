@@ -219,7 +219,7 @@ def test_an_interrupt_between_waves_and_what_was_scored_before_is_read_again():
         pass
 
     def between_waves():
-        if run.asked:
+        if run.journal:
             raise Interrupted
 
     run, straight = Run(lambda cursor: cursor % 3 == 0), Run(lambda cursor: cursor % 3 == 0)

@@ -169,7 +169,7 @@ def test_every_host_hears_what_the_judge_of_one_raises(monkeypatch):
     met = []
     monkeypatch.setattr(evaluation, "on_every_host", lambda compute: met.append(compute()) or met[-1])
     records = list(make(EvaluationConfig(prompts=11, samples=1, completions=8)).records(PARAMS, sampled=False))
-    assert [scores.by_name["short"].tolist() for scores in met] == [
+    assert [scores.by_name["short"].tolist() for (scores,) in met] == [
         [r["rewards"]["short"] for r in records[:8]], [r["rewards"]["short"] for r in records[8:]]
     ]  # fmt: skip
 

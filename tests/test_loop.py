@@ -1,9 +1,12 @@
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
 import signal
+import threading
+import time
 import types
 
 import jax
@@ -18,11 +21,14 @@ from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.rewards import Reward, RewardError
+from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
+from grpo_jax.scoring import interruptibly, journaled_scores, score_rollout
 from grpo_jax.telemetry import WorkdirError, _JsonLines, read_jsonl
 from grpo_jax.types import TrainState
 from tests.compilations import Compilations
+from tests.silent import silent_rollout
 
 
 def fresh():
@@ -258,6 +264,48 @@ def compiled_by_step(workdir, steps, change=lambda batch, step: batch):
     return [heard[a:b] for a, b in itertools.pairwise([*by_step, len(heard)])], {
         row["completions/mean_length"] for row in rows[1:]
     }
+
+
+def test_a_signal_waits_for_no_reward(tmp_path):
+    """Which a worker is still judging: its step is asked again, and the run ends as if it had not been stopped."""
+    place, rollout = tmp_path / "place", silent_rollout(1, 2)
+    place.mkdir()
+
+    def judge(completions, step, **_):
+        if step[0] == 3 and pool is not None:
+            pool.judge(f"{pathlib.Path(__file__).parent / 'pool_jobs.py'}:stop", [{"place": str(place)}])
+        return [float(i + step[0]) for i in range(len(completions))]
+
+    rewards, tokenizer = [Reward(name="r", function=judge)], ByteTokenizer()
+
+    def scored(state, journal, interrupt):
+        step, experienced = int(state.step), experience(state, journal, interrupt)
+        score = functools.partial(
+            score_rollout, rewards, [Prompt(text="p", columns={"step": step})], rollout, tokenizer, 2
+        )
+        interruptible = lambda: interruptibly([score], rewards, interrupt)[0]
+        scores = journaled_scores(interruptible, rollout, journal, step, 0)
+        return dataclasses.replace(experienced, batch=np.float32(scores.by_name["r"].sum()))
+
+    def signal_once_it_is_judged():
+        while not (place / "pid").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    journaled = lambda where: [(r["step"], r["scores"]) for r in read_jsonl(where / "rewards.jsonl")]
+    with Pool(1, limits=Limits(cpu_seconds=600, wall_seconds=10**6)) as pool:
+        threading.Thread(target=signal_once_it_is_judged).start()
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path / "stopped", 6, experience=scored)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps[-1] == 3
+        assert [step for step, _ in journaled(tmp_path / "stopped")] == [0, 1, 2]
+        (place / "go").touch()
+        resumed, _ = run(tmp_path / "stopped", 6, experience=scored)
+    pool = None
+    straight, _ = run(tmp_path / "straight", 6, experience=scored)
+    np.testing.assert_array_equal(resumed.params["w"], straight.params["w"])
+    assert journaled(tmp_path / "stopped") == journaled(tmp_path / "straight")
 
 
 def test_nothing_is_compiled_after_the_first_two_steps(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import math
 
@@ -43,6 +44,29 @@ def test_correctness_gates_length():
     np.testing.assert_array_equal(scores.by_name["brevity"], [-1, none, -3, none, none, none, none, none])
     scores = run(gated(Reward(name="brevity", function=brevity), by="accuracy", above=0.25, otherwise=-9.0))
     np.testing.assert_array_equal(scores.by_name["brevity"], [-1, -9, -3, -9, -9, -9, -3, -9])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("later", [False, True])
+def test_where_the_gate_failed_nobody_knows_what_is_gated(weight, later):
+    """`otherwise` is said of those that do not pass; and a number counts that a judge gave in place of a verdict."""
+    failed = [False, True, False, True, True, False, False, False]
+    verdicts = Judged([1.0, None, 0.0, 0.0, 1.0, None, 1.0, 0.0], failed=failed, seconds=[0.5] * 8)
+    gate = Reward(name="gate", function=lambda **_: verdicts, weight=weight)
+
+    async def brevity_later(completions, **columns):
+        return brevity(completions)
+
+    reward = gated(Reward(name="r", function=brevity_later if later else brevity), by="gate", otherwise=-9.0)
+    scores = run(reward, gate)
+    np.testing.assert_array_equal(scores.by_name["r"], [-1, math.nan, -9, -9, -1, -9, -3, -9])
+    assert np.flatnonzero(scores.failed["r"]).tolist() == [1]
+    assert np.flatnonzero(np.isnan(scores.total([reward, gate, ANY]))).tolist() == [1]
+    assert np.flatnonzero(~np.isnan(scores.seconds["r"])).tolist() == [0, 4, 6]
+    own = gated(dataclasses.replace(ACCURACY, name="own", function=lambda scores, **_: [
+        float(no) for no in scores["gate"].failed
+    ], after=("gate",)), by="gate")  # fmt: skip
+    np.testing.assert_array_equal(run(own, gate).by_name["own"][[0, 4, 6]], [0, 1, 0])
 
 
 def test_where_none_passes_nothing_is_asked():

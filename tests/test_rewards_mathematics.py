@@ -146,7 +146,7 @@ def test_numbers_are_judged_as_math_verify_judges_them():
         "1,00", "0,123", "1,000,000,000", "1,2345", "1, 000", "+7",
         "7/1", "7.5\\%", "1234567890", "0.1234567", "٣", "7 ", "x", "−7", "10^2", "1e3", ".5", "7.", "--7",
         r"\frac{1}{0}", r"\frac12", r"\frac{-1}{2}", r"\frac{1}{2}\pi", r"2\frac{1}{2}",
-        "x=y", "x=0.5", "e=7", "i=7", r"-7\%",
+        "x=y", "x=0.5", "e=7", "i=7", r"-7\%", "x=1,234",
         "x=y=7", r"\sqrt{x}", r"\sqrt{12345}", r"\sqrt2", r"2\cdot 3", r"\pi^2",
         "(1,2,3)", "[1,2]",
         "(1, 2]", "(x, 2)", "1, 2", r"7\text{ cm}", r"7^\circ", r"\frac{1}{2}\%",
@@ -362,6 +362,33 @@ def test_of_what_is_raised_in_math_verify_memory_alone_is_no_verdict(monkeypatch
             ask()
     else:
         assert ask() == 0
+
+
+def test_another_math_verify_that_takes_want_of_memory_for_a_verdict_is_refused(monkeypatch):
+    from math_verify import grader, parser
+
+    from grpo_jax.rewards.math_judge import _check, _parsed
+
+    cached = _parsed, parser.extract_latex, parser.parse_latex_cached, parser.parse_expr_cached
+
+    def check():
+        for each in cached:
+            each.cache_clear()
+        _check()
+
+    check()
+    names = {"grader": "grader.simplify", "latex": "parser.latex2sympy", "expression": "parser.parse_expr"}
+    for changed, name in names.items():
+        with monkeypatch.context() as other:
+            if changed == "grader":
+                other.delattr(grader, "Exception")
+            elif changed == "latex":
+                other.setattr(parser, "parse_latex_cached", lambda _: 1)
+            else:
+                other.setattr(parser, "parse_expr_cached", lambda _: 1)
+            with pytest.raises(ImportError, match=rf"in math_verify\.{name}, math-verify gives a verdict"):
+                check()
+    check()
 
 
 # At the start ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.rewards import Reward, RewardError, score
+from grpo_jax.rewards import Reward, RewardError, process, score
 from grpo_jax.rewards.pool import Limits, Pool, pooled
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -237,6 +237,26 @@ def test_workers_that_are_killed_while_idle_are_replaced_and_nothing_is_blamed(p
         assert not any(judged.failed)
 
 
+@pytest.mark.parametrize("then", ["return", "raise", "eat"])
+def test_a_child_that_comes_back_from_a_function_answers_nothing(pool, then):
+    judged = pool.judge(JOBS + "fork", [{"completion": c, "then": then} for c in ("fork", "a", "fork", "b", "c")])
+    assert judged == [0] * 5
+    assert not any(judged.failed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the socket in /proc")
+@pytest.mark.parametrize(
+    "said", ["{}", "noise", "[1, {}]", "[1, 2]", '[0, {"item": 1, "seconds": 0}]', '[1, {"item": 1}]'],
+)  # fmt: skip
+def test_what_is_no_reply_to_an_item_is_refused(caplog, said):
+    with Pool(1, on_failure="none") as once:
+        judged = once.judge(JOBS + "interject", [{"completion": said}, {"completion": ""}])
+    assert judged == [None, 0]
+    assert judged.failed == [True, False]
+    line = f"{said}\n".encode()
+    assert f"its worker said {line!r}, which is no reply to it, twice" in caplog.messages[0]
+
+
 # What is an error ------------------------------------------------------------------------------------
 
 
@@ -386,6 +406,26 @@ def test_sessions_and_files_of_items_end_with_their_worker(then, rounds, tmp_pat
     assert len(said) == rounds
     assert gone([int(pid) for _, *pids in said for pid in pids], within=10)
     assert all(tmp_path in pathlib.Path(path).parents for path, *_ in said)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_item_that_ends_its_group_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Pool(1, on_failure="none") as once:
+        judged = once.judge(JOBS + "end_group", [{"completion": "end"}, {"completion": ""}])
+    assert judged == [None, 0]
+    pids = [int(line.split()[1]) for line in capfd.readouterr().err.splitlines()]
+    assert len(pids) == 2
+    assert gone(pids)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_supervisor_that_was_stopped_ends_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(process, "_GRACE", 0.5)
+    with Pool(1) as once:
+        (pid,) = once.judge(JOBS + "stop_supervisor", [{}])
+    assert gone([int(pid)])
     assert os.listdir(tmp_path) == []
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from grpo_jax.loop import Stopped
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Judged, Reward, RewardError
 from grpo_jax.sampler import Plan
@@ -76,14 +77,16 @@ def test_scored_while_the_next_are_sampled_or_afterwards_is_the_same(sampler, cu
 
 
 def test_functions_see_whole_groups_one_part_after_the_other(sampler, cut):
-    for journal, in_main in ((Journal(), False), (OfOthers(), True)):
+    for journal in (Journal(), OfOthers()):
         seen = []
         collect(cut, by_text(seen), journal)
         assert [n for n, _ in seen] == [[i] * G for i in range(8, 12)]
-        assert {thread is threading.main_thread() for _, thread in seen} == {in_main}
+        assert threading.main_thread() not in {thread for _, thread in seen}
     seen = []
     collect(sampler, by_text(seen))
-    assert seen == [([i for i in range(8, 12) for _ in range(G)], threading.main_thread())]  # nothing is cut
+    ((numbers, thread),) = seen
+    assert numbers == [i for i in range(8, 12) for _ in range(G)]  # nothing is cut
+    assert thread is not threading.main_thread()
 
 
 def test_beside_a_function_that_uses_the_device_nothing_is_scored_before_all_is_sampled(cut, monkeypatch):
@@ -157,26 +160,30 @@ def test_what_a_function_raises_stops_the_sampling(cut, monkeypatch):
     assert (len(begun), asked, journal) == (2, [8], {})  # the second had begun
 
 
-def test_an_interrupt_waits_for_the_part_that_is_scored_and_journals_nothing(cut):
-    class Interrupted(Exception):
-        pass
-
-    begun, ended, journal = threading.Event(), [], Journal()
+@pytest.mark.parametrize("parts", ["one", "ahead", "afterwards"])
+def test_an_interrupt_waits_for_nothing_that_is_scored_and_journals_nothing(sampler, cut, parts):
+    begun, go, journal = [], threading.Event(), OfOthers() if parts == "afterwards" else Journal()
 
     def reward(n, **_):
-        begun.set()
-        time.sleep(0.05)
-        ended.append(n[0])
+        begun.append(n[0])
+        assert go.wait(LIMIT)
         return [1.0] * len(n)
 
     def interrupt():
-        if begun.is_set():
-            raise Interrupted
+        if begun:
+            raise Stopped
 
-    with pytest.raises(Interrupted):
-        collect(cut, reward, journal, interrupt=interrupt)
-    assert (ended, journal) == ([8], {})
-    assert not [thread for thread in threading.enumerate() if thread.name == "rewards"]
+    before = {*threading.enumerate()}
+    with pytest.raises(Stopped):
+        collect(sampler if parts == "one" else cut, reward, journal, interrupt=interrupt)
+    assert (begun, journal) == ([8], {})
+    left = {*threading.enumerate()} - before
+    assert left
+    go.set()
+    for thread in left:
+        thread.join(LIMIT)
+    assert (begun, journal) == ([8], {})  # those that waited do not begin
+    assert collect(sampler, by_text(), journal)  # and the step goes on as if nothing had been
 
 
 def test_a_signal_is_handled_while_the_last_part_is_scored(cut):

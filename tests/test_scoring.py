@@ -16,8 +16,16 @@ import pytest
 from grpo_jax import scoring
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.loop import Stopped
 from grpo_jax.rewards import Judged, Reward, RewardError, Scores
-from grpo_jax.scoring import Ahead, ScoredGroups, on_every_host, rollout_metrics, score_completions
+from grpo_jax.scoring import (
+    Ahead,
+    ScoredGroups,
+    interruptibly,
+    on_every_host,
+    rollout_metrics,
+    score_completions,
+)
 from grpo_jax.types import Groups
 from tests.silent import silent_rollout
 
@@ -81,6 +89,42 @@ def test_an_error_waits_for_what_runs_and_begins_no_other():
         raise ArithmeticError
     assert ended == ["slow"]
     assert not threads()
+
+
+def test_results_are_waited_for_until_somebody_wants_an_end():
+    looks, go = [], threading.Event()
+
+    def look():
+        looks.append(threading.current_thread())
+        if len(looks) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped), Ahead() as ahead:  # noqa: PT012
+        ahead.add(lambda: go.wait(LIMIT))
+        ahead.add(lambda: looks.append(None))
+        ahead.results(look)
+    (running, waiting) = threads()
+    go.set()
+    running.join(LIMIT)
+    waiting.join(LIMIT)
+    assert looks == [threading.main_thread()] * 3  # what waited has not begun
+
+
+def test_what_is_raised_ends_the_wait():
+    go = threading.Event()
+    with pytest.raises(ZeroDivisionError), Ahead() as ahead:  # noqa: PT012
+        ahead.add(lambda: 1 / 0)
+        ahead.add(lambda: go.wait(LIMIT))
+        ahead.results(lambda: None)
+    assert not threads()
+
+
+def test_where_the_device_is_used_this_thread_scores():
+    where = lambda on_device: interruptibly(
+        [threading.current_thread] * 2, [Reward(name="r", function=None, on_device=on_device)], lambda: None
+    )
+    assert where(True) == [threading.main_thread()] * 2
+    assert threading.main_thread() not in where(False)
 
 
 def test_a_second_ctrl_c_does_not_wait():

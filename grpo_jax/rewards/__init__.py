@@ -8,7 +8,7 @@ with one item a completion. It is called by keyword; `columns` are the columns o
 each completion. A list of `(end_token, score)` pairs in an item's place rewards steps of reasoning (process
 supervision, arXiv 2402.03300, section 4.1.3); `end_token` is the index of a step's last token among the
 completion's. None means "does not apply to this one". What a reward function does wrong is an error at
-once, and never 0.
+once, and never 0. Training calls it in a thread, so that a signal stops a run at once: it can set no handlers.
 
 How rewards compose, in this order: a function says something, which is what the log shows, and what a reward that
 depends on it sees (`Reward.after`, `composition.gated`); each number is clipped (`Reward.low`, `high`); each reward is
@@ -46,8 +46,8 @@ class Reward:
     weight: float = 1.0
     low: float = -math.inf  # what is less counts as this much (of steps, each); the log shows it as it is
     high: float = math.inf  # and what is more as this
-    # Names of rewards that it depends on: it runs after them, and gets `scores`, by name one number or None a
-    # completion, as the functions said them (of steps, their sum).
+    # Names of rewards that it depends on: it runs after them, and gets `scores`, by name a `Judged` list of one number
+    # or None a completion, as the functions said them (of steps, their sum), with `failed`, where nobody knows it.
     after: tuple[str, ...] = ()
     # Its function runs programs on the device (`model.ModelReward`): where there is one like that, nothing is scored
     # while the device samples, for two threads would run programs at once, in memory that is meant for one.
@@ -306,8 +306,7 @@ def _call(ordered: Sequence[Reward], arguments: Mapping[str, Any]) -> dict[str, 
 
     try:
         for name, reward in by_name.items():
-            # The number of a completion, NaN as None: of steps, their sum.
-            known = {other: [None if x is None else _return(x) for x in of(other)] for other in reward.after}
+            known = {other: _numbers(of(other)) for other in reward.after}
             begun[name] = time.perf_counter()
             with _blaming(reward, arguments):
                 values = reward.function(**arguments, **({"scores": known} if reward.after else {}))
@@ -319,6 +318,12 @@ def _call(ordered: Sequence[Reward], arguments: Mapping[str, Any]) -> dict[str, 
     finally:
         for future in running.values():
             future.cancel()  # does nothing to those that are done: only an exception leaves others
+
+
+def _numbers(judged: Judged) -> Judged:
+    """As those that depend on them see them: of steps, their sum."""
+    numbers = (None if x is None else _return(x) for x in judged)
+    return Judged(numbers, failed=judged.failed, seconds=judged.seconds)
 
 
 @contextlib.contextmanager

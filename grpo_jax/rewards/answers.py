@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 
 __all__ = [
-    "boxed", "boxed_integer", "extract_boxed", "extract_boxed_integer", "extract_flexible", "extract_strict",
-    "gsm8k_flexible", "gsm8k_strict",
+    "box_end", "boxed", "boxed_integer", "boxes", "extract_boxed", "extract_boxed_integer", "extract_flexible",
+    "extract_strict", "gsm8k_flexible", "gsm8k_strict",
 ]  # fmt: skip
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -76,8 +76,23 @@ _LATEX_STEPS = [
 ]
 _INTEGER = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
 _FONT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
-_BOXED = re.compile(r"\\boxed\s*\{")
+_BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+
+
+def boxes(text: str) -> list[tuple[int, int]]:
+    r"""Where each `\boxed{` begins, and where what stands in it does."""
+    return [match.span() for match in _BOX.finditer(text)]
+
+
+def box_end(text: str, inside: int, stop: int | None = None) -> int | None:
+    """Where the brace is that closes the box whose inside begins there; None where none does before `stop`."""
+    depth = 1
+    for brace in _BRACE.finditer(text, inside, len(text) if stop is None else stop):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return brace.start()
+    return None
 
 
 def _canonical_latex(text: str) -> str:
@@ -88,17 +103,9 @@ def _canonical_latex(text: str) -> str:
 
 def extract_boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{...}`, in canonical form, or None where there is none or it does not close."""
-    last = None
-    for last in _BOXED.finditer(text):  # noqa: B007
-        pass
-    if last is None:
-        return None
-    depth = 1
-    for brace in _BRACE.finditer(text, last.end()):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return _canonical_latex(text[last.end() : brace.start()])
-    return None
+    found = boxes(text)
+    end = box_end(text, found[-1][1]) if found else None
+    return None if end is None else _canonical_latex(text[found[-1][1] : end])
 
 
 def _canonical_integer(text: str) -> str | None:

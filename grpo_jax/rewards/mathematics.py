@@ -21,6 +21,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from grpo_jax.rewards import Judged
+from grpo_jax.rewards.answers import box_end, boxes
 from grpo_jax.rewards.pool import Limits, Pool
 
 __all__ = ["CHARACTERS", "LIMITS", "MathVerify", "answer_of", "math_verify", "need"]
@@ -30,9 +31,7 @@ CHARACTERS = 1000  # of an answer; what is longer is none
 _JUDGE = "grpo_jax.rewards.math_judge:equal"
 LIMITS = Limits(cpu_seconds=2.0, wall_seconds=60.0)  # of an answer, by default
 _CACHED = 2**16  # verdicts that are kept
-_NEAR = 70  # characters between two boxes that may be one answer, as in math-verify, which decides
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_NEAR = 70  # characters from a box's brace to the next box that may be one answer with it: math-verify decides
 # What is compared here: integers, decimals of 6 places (to which math-verify rounds), n, n\sqrt{m}, n\pi and fractions
 # of these; of integers per cents (-5\% and 5\% are other things to math-verify) and pairs; and x=... in front.
 _NAME = re.compile(r"(?P<name>[xyzabckmnt]) ?= ?(?P<rest>.+)", re.DOTALL)
@@ -65,37 +64,26 @@ def answer_of(text: str) -> str | None:
     """
     _, tag, inside = text.rpartition("<answer>")
     text = inside.partition("</answer>")[0] if tag else text
-    starts = [match.start() for match in _BOX.finditer(text)]
-    if starts:
-        return _boxes(text, starts)
+    if found := boxes(text):
+        return _last_boxes(text, found)
     for paragraph in reversed(_PARAGRAPHS.split(text)):
         if _EXPRESSION.search(paragraph):
             return paragraph.strip()[-CHARACTERS:]
     return None
 
 
-def _boxes(text: str, starts: list[int]) -> str | None:
+def _last_boxes(text: str, found: list[tuple[int, int]]) -> str | None:
     """From the first of the last boxes that are near one another, and fit, to the end of the last of all."""
-    end = _closed(text, starts[-1], len(text))
-    if end is None:
+    first, inside = found[-1]
+    last = box_end(text, inside)
+    if last is None:
         return None
-    first = starts[-1]
-    for start in reversed(starts[:-1]):
-        before = _closed(text, start, first)
-        if before is None or first - before >= _NEAR or end - start > CHARACTERS:
+    for start, inside in reversed(found[:-1]):
+        before = box_end(text, inside, first)
+        if before is None or first - before > _NEAR or last + 1 - start > CHARACTERS:
             break
         first = start
-    return text[first:end] if end - first <= CHARACTERS else None
-
-
-def _closed(text: str, start: int, stop: int) -> int | None:
-    """Where the box that starts there ends, before `stop`."""
-    depth = 0
-    for brace in _BRACE.finditer(text, start + len("\\boxed"), stop):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return brace.end()
-    return None
+    return text[first : last + 1] if last + 1 - first <= CHARACTERS else None
 
 
 def _golds(gold: object) -> tuple[str, ...] | None:
@@ -134,7 +122,7 @@ class _Value(NamedTuple):
 def _value(text: str) -> _Value | None:
     """What a text is, or None where it is not of the forms above."""
     if match := _NAME.fullmatch(text):
-        value = _value(match["rest"])
+        value = None if "," in match["rest"] else _value(match["rest"])  # x=1,234 may be two numbers to math-verify
         plain = value is not None and not (value.name or value.decimal or value.percent or value.pair)
         return value._replace(name=match["name"]) if value is not None and plain else None
     if match := _DECIMAL.fullmatch(text):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ __all__ = ["Limits", "Outcome", "Process"]
 
 _STARTS = 3  # in a row that may end before they are ready
 _GRACE = 5.0  # seconds of wall time until a worker is killed that its own timers should have ended
+_SHOWN = 100  # bytes of what is no reply, in messages
 _LINES = 10  # of what a worker wrote to standard error before it ended, in messages
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # Sets in the same order in every process, no files beside sources, and no threads of numerical libraries.
@@ -54,6 +56,10 @@ class Outcome:
     error: str | None = None  # what the function raised
 
 
+class _NoReplyError(ConnectionError):
+    """What came is no reply to what was asked: somebody else has written to the socket."""
+
+
 class Process:
     """A worker that one thread talks to; started when it is needed, and again after it has ended."""
 
@@ -78,9 +84,10 @@ class Process:
         for done in range(len(payloads)):
             started = time.perf_counter()
             try:
-                reply = self._reply(self._limits.wall_seconds + _GRACE)
-            except OSError:
-                failure = self._why(*self.end())
+                reply = self._reply(self._limits.wall_seconds + _GRACE, {"item", "seconds"})
+            except OSError as error:
+                ended = self._why(*self.end())
+                failure = str(error) if isinstance(error, _NoReplyError) else ended
                 yield Outcome(failure=failure, seconds=time.perf_counter() - started)
                 yield from [None] * (len(payloads) - done - 1)
                 return
@@ -94,7 +101,7 @@ class Process:
                 self._start()
             self._socket.settimeout(seconds)
             self._write((function, payloads))
-            error = self._reply(seconds).get("error")
+            error = self._reply(seconds, {"loaded"}).get("error")
         except OSError:
             status, said = self.end()
             self._starts = (self._starts + 1) % _STARTS
@@ -114,6 +121,7 @@ class Process:
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | _SET
         command = [sys.executable, "-P", worker.__file__, str(theirs.fileno()), str(os.getpid())]
         self._replies: BinaryIO = self._socket.makefile("rb")
+        self._numbers = itertools.count()  # of its replies
         with theirs:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()],
@@ -126,13 +134,17 @@ class Process:
         data = pickle.dumps(request)
         self._socket.sendall(worker.LENGTH.pack(len(data)) + data)
 
-    def _reply(self, seconds: float) -> dict[str, Any]:
-        """The next one within that time; OSError where there is none."""
+    def _reply(self, seconds: float, says: set[str]) -> dict[str, Any]:
+        """The next one within that time, which says that or has an `error`; OSError where there is none."""
         self._socket.settimeout(seconds)
         line = self._replies.readline()
         if not line.endswith(b"\n"):
             raise ConnectionError
-        return json.loads(line)
+        with contextlib.suppress(ValueError, TypeError):  # it is no JSON, or no pair
+            number, reply = json.loads(line)
+            if number == next(self._numbers) and isinstance(reply, dict) and reply.keys() in (says, {"error"}):
+                return reply
+        raise _NoReplyError(f"its worker said {line[:_SHOWN]!r}, which is no reply to it")
 
     def _why(self, status: int, said: str) -> str:
         limits = self._limits
@@ -160,10 +172,13 @@ class Process:
         self._socket.close()
         try:
             report, _ = process.communicate(timeout=_GRACE)  # the end of its standard input is that of all
-        except subprocess.TimeoutExpired:  # somebody has stopped its supervisor
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # not waited for yet: no other group has this number
-            report, _ = process.communicate()
+        except subprocess.TimeoutExpired:  # somebody has stopped its supervisor, which alone knows what there is to end
+            process.send_signal(signal.SIGCONT)
+            try:
+                report, _ = process.communicate(timeout=_GRACE)
+            except subprocess.TimeoutExpired:  # or nobody reads the standard error that it passes on
+                process.kill()
+                report, _ = process.communicate()
         found = json.loads(report or "{}")
         return found.get("status", -signal.SIGKILL), found.get("said", "")
 

@@ -5,13 +5,15 @@ what a function imports. Whatever is wrong with an item that is not an exception
 kernel's timers by their signals, also inside a call in C that holds the interpreter's lock, and memory by an exit
 status. The parent reads which from how it ended.
 
-Requests are a length and a pickle (the parent is trusted); replies are lines of JSON (items are not).
+Requests are a length and a pickle (the parent is trusted); replies are lines of JSON (items are not), numbered from 0,
+so that nothing else is taken for one.
 """
 
 import contextlib
 import ctypes
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -37,7 +39,7 @@ _TIMERS = (signal.ITIMER_PROF, signal.ITIMER_REAL)  # CPU time of the process, w
 
 
 def _supervise(child: int, parent: int, output: int, place: str) -> None:
-    """Waits until the parent wants an end, or has come to one; then ends the worker, and all that it has started.
+    """Waits until the parent wants an end, or it or the worker has come to one; then ends all that the worker started.
 
     A process of its own, since no thread runs beside a call in C that holds the interpreter's lock. The parent's end is
     that of standard input, and where forked children of the parent hold that open, another parent. Passes on what the
@@ -51,7 +53,7 @@ def _supervise(child: int, parent: int, output: int, place: str) -> None:
     """
     ended: dict[int, int] = {}  # statuses of children, of the worker and of those who lost their parent
     kept, pending, sources = b"", b"", [0, output]
-    while os.getppid() == parent:
+    while os.getppid() == parent and child not in ended:
         # Never writes where that could block: somebody may have stopped reading.
         ready, free, _ = select.select([0] if pending else sources, [2] if pending else [], [], _WATCH)
         if 0 in ready:
@@ -64,8 +66,10 @@ def _supervise(child: int, parent: int, output: int, place: str) -> None:
         with contextlib.suppress(ChildProcessError):
             while (dead := os.waitpid(-1, os.WNOHANG))[0]:
                 ended[dead[0]] = dead[1]
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter on macOS, of zombies
+        os.killpg(child, signal.SIGKILL)
     if child not in ended:
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)  # it may not have had a group yet
         ended[child] = os.waitpid(child, 0)[1]
     for orphans in iter(_children, []):  # the children of who ends become ours in turn
         for pid in orphans:
@@ -83,7 +87,7 @@ def _supervise(child: int, parent: int, output: int, place: str) -> None:
         os.write(1, json.dumps(report).encode())
     while pending:
         pending = _passed_on(pending)
-    os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def _passed_on(data: bytes) -> bytes:
@@ -154,7 +158,7 @@ def _load(path: str) -> Callable[..., Any]:
 def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) -> dict[str, Any]:
     """Loads a function where it is not, and says how that went."""
     if path in functions:
-        return {}
+        return {"loaded": True}
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # what an import needs is not an item's
     _limit(*LOAD_SECONDS)
@@ -166,7 +170,7 @@ def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) ->
     finally:
         _limit(0, 0)
     functions[path] = function
-    return {}
+    return {"loaded": True}
 
 
 def _said(error: BaseException) -> str:
@@ -209,15 +213,20 @@ def _work(descriptor: int) -> None:
     """Answers requests until there are no more."""
     requests, replies = os.fdopen(descriptor, "rb"), os.fdopen(os.dup(descriptor), "wb")
     functions: dict[str, Callable[..., Any]] = {}
+    own, numbers = os.getpid(), itertools.count()
+
+    def reply(said: bytes) -> None:
+        if os.getpid() != own:  # the function has forked, and this is the child, which has come back from it too
+            os._exit(1)
+        replies.write(b"[%d, %s]\n" % (next(numbers), said))
+        replies.flush()  # one by one: the parent knows which item was the last
+
     sys.path[:], cpu, wall, memory = _request(requests)
     while (request := _request(requests)) is not None:
         path, payloads = request
-        said = _loaded(path, functions, memory)
-        replies.write(json.dumps(said).encode() + b"\n")
-        replies.flush()
+        reply(json.dumps(_loaded(path, functions, memory)).encode())
         for payload in payloads if path in functions else ():
-            replies.write(_judge(functions[path], payload, cpu, wall) + b"\n")
-            replies.flush()  # one by one: the parent knows which item was the last
+            reply(_judge(functions[path], payload, cpu, wall))
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -234,6 +243,7 @@ def main(descriptor: int, parent: int) -> None:
         os.close(descriptor)  # so that the parent sees at once when the worker has ended
         os.close(theirs)
         _supervise(child, parent, output, place)
+    os.setsid()  # an item that ends its own group does not end who cleans up behind it
     os.environ["TMPDIR"] = tempfile.tempdir = place
     os.close(output)
     os.set_inheritable(descriptor, False)
