@@ -158,7 +158,7 @@ import os, sys
 sys.path.insert(0, {place!r})
 from grpo_jax.rewards import sandbox
 from grpo_jax.rewards.sandbox import *
-assert os.getuid() == 65534
+assert os.getuid() == {user}
 program = "import os\\ndef f(): return [os.getuid(), os.getpid(), os.listdir('.')]"
 with Sandbox(workers=1) as box:
     ran = box.run(Job(program=program, calls=(call("f"),)))
@@ -168,10 +168,13 @@ for mechanism in "bubblewrap", "limits":
 """
 
 
-def test_as_an_ordinary_user():
-    """Root's tests do not show what others may: the same once more as nobody, with the system's own interpreter.
+@pytest.mark.parametrize("user", [65534, 12345])
+def test_as_an_ordinary_user(user):
+    """Root's tests do not show what others may: the same once more as others, with the system's own interpreter.
 
-    And a copy of what the sandbox is, since nobody may read neither every checkout nor every virtual environment.
+    As nobody, whose number is the same in a namespace and outside, and as one whose number is not.
+
+    And by a copy of what the sandbox is, since they may read neither every checkout nor every virtual environment.
     """
     python, seccomp = "/usr/bin/python3", importlib.util.find_spec("pyseccomp")
     if os.geteuid() != 0:
@@ -188,7 +191,7 @@ def test_as_an_ordinary_user():
             shutil.copy(ROOT / f"grpo_jax/rewards/{name}.py", package)
         shutil.copy(str(seccomp.origin), place)
         done = subprocess.run(
-            [python, "-c", ORDINARY.format(place=place)], user=65534, group=65534, extra_groups=[],
+            [python, "-c", ORDINARY.format(place=place, user=user)], user=user, group=user, extra_groups=[],
             capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]},
         )  # fmt: skip
     assert done.stdout.split("\n") == [

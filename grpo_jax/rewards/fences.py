@@ -106,25 +106,26 @@ def write_all(fd: int, data: bytes) -> None:
 # Namespaces -----------------------------------------------------------------------------------------
 
 
-def _map_ids(pid: int, root: bool) -> None:
-    """Who is who in a new user namespace: inside a program is nobody, and outside nobody too, or its user."""
-    if not root:
+def _map_ids(pid: int, user: int, group: int) -> None:
+    """Who is who in a new user namespace: inside a program is nobody, and outside nobody too, or this user."""
+    if user:
         with open(f"/proc/{pid}/setgroups", "w") as file:
             file.write("deny")
-    for name, own in (("gid_map", os.getegid()), ("uid_map", os.geteuid())):
+    for name, own in (("gid_map", group), ("uid_map", user)):
         with open(f"/proc/{pid}/{name}", "w") as file:
-            file.write(f"0 0 1\n{NOBODY} {NOBODY} 1\n" if root else f"{NOBODY} {own} 1\n")
+            file.write(f"{NOBODY} {own} 1\n" if user else f"0 0 1\n{NOBODY} {NOBODY} 1\n")
 
 
-def _unshare_all(root: bool) -> None:
+def _unshare_all() -> None:
     """New namespaces of all kinds; the next child is the first of the process namespace.
 
     Raises:
       OSError: the kernel, or whoever configured it, refuses.
     """
-    if not root:
+    user, group = os.geteuid(), os.getegid()  # in a namespace that does not know them yet, nobody's would be said
+    if user:
         _call("unshare", sum(_CLONE.values()))
-        _map_ids(os.getpid(), root)
+        _map_ids(os.getpid(), user, group)
         return
     # Only who stays outside may map ids other than one's own: a child that waits until there is something to map.
     (listen, go), pid = os.pipe(), os.getpid()
@@ -134,7 +135,7 @@ def _unshare_all(root: bool) -> None:
         mapped = False
         with contextlib.suppress(OSError):
             if os.read(listen, 1):
-                _map_ids(pid, root)
+                _map_ids(pid, user, group)
                 mapped = True
         os._exit(not mapped)
     os.close(listen)
@@ -152,7 +153,7 @@ def enter_namespaces(visible: list[str], hidden: list[str]) -> bool:
       Whether programs have another user than the parent has: where that is root, they are nobody.
     """
     root, parent = os.geteuid() == 0, os.getppid()
-    _unshare_all(root)
+    _unshare_all()
     first = os.fork()
     if first:
         end = os.pidfd_open(first)
