@@ -103,6 +103,33 @@ def test_standard_input_and_output(reward):
     ]  # fmt: skip
 
 
+LATE = "import threading, time\ndef late():\n    time.sleep(0.2)\n    print(3)\nthreading.Thread(target=late).start()\n"
+MAINS = {
+    "exit": "print(3)\nexit()\nprint(4)",
+    "quit": "print(3)\nif True: quit(0)",
+    "an exit with a thread left": f"{LATE}raise SystemExit",
+    "a handler at exit": "import atexit, io, os, sys\nsys.stdout = io.StringIO()\n"
+    "atexit.register(lambda: os.write(1, sys.stdout.getvalue().encode()))\nprint(3)\nsys.exit()",
+    "a handler after threads": f"import atexit\natexit.register(print, 4)\n{LATE}",
+    "threads that nobody ends": "from concurrent.futures import ThreadPoolExecutor\n"
+    "print(next(ThreadPoolExecutor(2).map(abs, [-3])))",
+    "a file that nobody closes": "out = open(1, 'w')\nout.write('3')",
+    "a last word": "class C:\n    def __del__(self): print(3)\nc = C()",
+    "its file and arguments": "import os, sys\nos.chdir(os.path.dirname(__file__))\nprint(len(sys.argv) + 2)",
+}
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_main_programs_end_as_an_interpreter_does(reward, name):
+    expected = "3\n4" if name == "a handler after threads" else "3"
+    assert judge(reward, MAINS[name], tests=[{"stdin": "", "stdout": expected}]) == [1]
+
+
+@pytest.mark.parametrize("end", ["exit(1)", "quit('no')", "raise ValueError", "import os\nos._exit(2)"])
+def test_a_main_program_that_says_it_failed_has(reward, end):
+    assert judge(reward, f"print(3, flush=True)\n{end}", tests=[{"stdin": "", "stdout": "3"}]) == [0]
+
+
 def test_both_kinds_of_tests(reward):
     tests = [{"call": "f", "args": [2], "result": 4}, {"stdin": "3", "stdout": "6"}]
     both = "def f(x):\n    return 2 * x\nif __name__ == '__main__':\n    print(f(int(input())))"

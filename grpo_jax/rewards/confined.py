@@ -9,6 +9,7 @@ when the parent is gone. A program is forked from a process that has never seen 
 result ever comes to this side.
 """
 
+import atexit
 import base64
 import contextlib
 import gc
@@ -19,6 +20,7 @@ import resource
 import select
 import shutil
 import signal
+import site
 import struct
 import sys
 import tempfile
@@ -107,6 +109,17 @@ def _set_up(job: dict, state: dict, files: list[int]) -> None:
         state["seccomp"].load()
 
 
+def _run_main(text: str, module: types.ModuleType) -> None:
+    """A main program, and what an interpreter does when it ends, however that is."""
+    try:
+        exec(compile(text, "<program>", "exec"), module.__dict__)
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads; idle ones of executors end
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        module.__dict__.clear()  # files that are still open are written, and what has a `__del__` may say something
+
+
 def run_program(job: dict) -> int:
     """Runs a program, then its calls, each of which writes a line; or with `calls` None to its end.
 
@@ -115,14 +128,18 @@ def run_program(job: dict) -> int:
     """
     calls, text = job["calls"], job["program"]
     module = types.ModuleType("__main__" if calls is None else "program")
+    module.__file__ = os.path.abspath(sys.argv[0])
     sys.modules[module.__name__] = module  # data classes look there
 
     def say(kind: str, content: object) -> None:
         fences.write_all(3, json.dumps([kind, content]).encode() + b"\n")
 
     try:
+        if calls is None:
+            _run_main(text, module)
+            return 0
         exec(compile(text, "<program>", "exec"), module.__dict__)
-        for call in calls or ():
+        for call in calls:
             try:
                 if "assert" in call:
                     exec(compile(call["assert"], "<test>", "exec"), module.__dict__)
@@ -133,10 +150,6 @@ def run_program(job: dict) -> int:
                 say("returned", literals.encode(value))
             except Exception as error:
                 say("raised", f"{type(error).__name__}: {error}"[:200])
-        if calls is None:
-            for thread in threading.enumerate():
-                if thread is not threading.current_thread() and not thread.daemon:
-                    thread.join()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
@@ -292,6 +305,8 @@ def main(options: dict) -> None:
     """Says hello with what isolates, then takes jobs until the parent is gone."""
     os.environ.clear()
     sys.path[:] = map(os.path.realpath, sys.path)
+    sys.argv[:] = sys.orig_argv[:] = ["program.py"]
+    site.setquit()  # exit() and quit(): nobody has run `site`, which adds what is installed beside the library
     for name in _LOADED:
         importlib.import_module(name)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
