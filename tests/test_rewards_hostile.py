@@ -42,7 +42,9 @@ def limited(marked):
     found = sandbox._tried("limits")
     if not found.strong:
         unavailable(found.description)
-    with sandboxes.by(found), sandboxes.reward(marked) as made:
+    with contextlib.ExitStack() as stack:
+        with sandboxes.by(found):  # no longer than it is made: the other one may be made while this one lives
+            made = stack.enter_context(sandboxes.reward(marked))
         yield made
 
 

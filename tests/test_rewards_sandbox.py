@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from grpo_jax.rewards import fences, programs, sandbox
+from grpo_jax.rewards import fences, literals, programs, sandbox
 from grpo_jax.rewards.sandbox import Isolation, Job, ProgramLimits, Sandbox, SandboxError, call, isolation
 from tests import unavailable
 from tests.sandboxes import marked, settled
@@ -40,12 +40,19 @@ def test_isolation_is_found_out_and_said_in_a_line():
          "sandbox: limits + seccomp + Landlock; NOT isolated: files of the host (namespaces"),
         (Isolation(**{**vars(STRONG), "memory": False}),
          "sandbox: namespaces (user, pid, mount, net, ipc, uts) + Landlock; NOT isolated: memory beyond the limit ("),
+        (Isolation(**{**vars(STRONG), "mechanism": "bubblewrap", "seccomp": True, "memory": False, "why": "no"}),
+         "sandbox: bubblewrap (the same namespaces) + seccomp + Landlock; NOT isolated: memory beyond the limit ("
+         "namespaces: no; allow user namespaces"),
+        (Isolation(**{**vars(STRONG), "mechanism": "bubblewrap", "signals": False}),
+         "sandbox: bubblewrap (the same namespaces) + Landlock; NOT isolated: signals (namespaces: "),
     ],
 )  # fmt: skip
 def test_descriptions(found, said):
     assert found.description.startswith(said)
     assert ("pip install pyseccomp" in found.description) == (not found.strong and not found.seccomp)
     assert found.strong == ("all is isolated" in said)
+    assert ("Landlock that keeps signals in" in found.description) == (not found.signals)
+    assert ("install bubblewrap" in found.description) == (found.mechanism == "limits")
     assert dataclasses.replace(found, processes=False).strong == found.strong
 
 
@@ -69,12 +76,20 @@ def test_what_isolates_is_logged_once(monkeypatch, caplog):
 
 def weakened(monkeypatch, **lines):
     """The other side with some lines replaced, and no seccomp."""
-    name = "grpo_jax.rewards.confined"
     monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    changed(monkeypatch, "confined", lines)
+
+
+def changed(monkeypatch, module, lines):
+    """A module of the other side with some lines replaced."""
+    name = f"grpo_jax.rewards.{module}"
     for line, instead in lines.items():
         text = programs._MODULES[name]
         assert line in text
         monkeypatch.setitem(programs._MODULES, name, text.replace(line, instead))
+
+
+NO_LANDLOCK = {"def landlock_version() -> int:\n": "def landlock_version() -> int:\n    return 0\n"}
 
 
 def test_what_is_said_of_isolation_is_what_is_tried(monkeypatch):
@@ -174,6 +189,60 @@ def test_bubblewrap(monkeypatch):
     while any(pathlib.Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in children)
+
+
+FILLS = """
+import os
+def fills(path):
+    try:
+        with open(f"{path}/x", "wb") as file:
+            return file.write(bytes(8 << 20))
+    except OSError:
+        return 0
+def f(*paths):
+    found = [path for path in paths if os.path.exists(f"{path}/x")]
+    return [found, [path for path in paths if fills(path)], sum(map(fills, [".", "..", "../.."])) >> 20]
+"""
+
+
+def test_bubblewrap_without_landlock(monkeypatch):
+    """Nothing outside one directory of a program's size is written, and nothing there is left for the next program."""
+    changed(monkeypatch, "fences", NO_LANDLOCK)
+    try:
+        found = sandbox._tried("bubblewrap")
+    except SandboxError as error:
+        unavailable(f"bubblewrap does not work here: {error}")
+    assert (found.landlock, found.network, found.writes, found.files, found.processes) == (False, *[True] * 4)
+    assert not found.signals, "who watches has the same user"
+    hidden = [path for path in programs._hidden() if pathlib.Path(path).is_dir()]
+    with contextlib.closing(programs.Worker("bubblewrap", ProgramLimits(file_mib=12))) as worker:
+        job = Job(program=FILLS, calls=(call("f", "/", "/dev", "/dev/shm", "/run", "/tmp", "..", "/usr/lib", *hidden),))
+        for _ in range(2):
+            ((_, said),) = worker.run(job).results
+            kept, filled, mib = literals.plain(said)
+            assert (kept, filled) == ([], [".."])
+            assert mib < 12
+
+
+@pytest.mark.parametrize("what", ["/", "/dev", "left"])
+def test_what_can_be_written_in_bubblewrap_is_found_out(monkeypatch, what):
+    """Without Landlock, a root or /dev that can be written, and what one program leaves to the next."""
+    changed(monkeypatch, "fences", NO_LANDLOCK)
+    if what == "left":
+        changed(monkeypatch, "confined", {'        _empty(state["scratch"])\n': "        pass\n"})
+    made, mount = programs._in_bubblewrap, ["--remount-ro", what]
+
+    def without(*args):
+        words = made(*args)
+        places = [place for place in range(len(words)) if words[place : place + 2] == mount]
+        assert len(places) == (what != "left")
+        return [word for place, word in enumerate(words) if not {place, place - 1} & {*places}]
+
+    monkeypatch.setattr(programs, "_in_bubblewrap", without)
+    try:
+        assert not sandbox._tried("bubblewrap").writes
+    except SandboxError as error:
+        unavailable(f"bubblewrap does not work here: {error}")
 
 
 def descendants(pid):

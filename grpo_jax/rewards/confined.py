@@ -175,7 +175,6 @@ def watch(state: dict) -> None:
         reply(_watched(job, state))
         return
     fences.adopt_orphans()
-    fences.hide_memory()  # the program has the same user, and may not look into this process
     state["directory"] = tempfile.mkdtemp(dir=state["scratch"])
     if state["nobody"]:
         os.chown(state["directory"], fences.NOBODY, fences.NOBODY)
@@ -184,7 +183,7 @@ def watch(state: dict) -> None:
         message = _watched(job, state)
     finally:
         end_children()
-        shutil.rmtree(state["directory"], ignore_errors=True)
+        _empty(state["scratch"])
     reply(message)
 
 
@@ -298,6 +297,15 @@ def end_children() -> None:
                 os.waitpid(pid, 0)
 
 
+def _empty(directory: str) -> None:
+    """Removes what is in it: without Landlock a program may have left something beside its own directory, too."""
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            os.unlink(entry.path)
+
+
 # One job after the other ----------------------------------------------------------------------------
 
 
@@ -319,8 +327,9 @@ def main(options: dict) -> None:
         state["namespaces"], state["others"] = True, 0 if state["nobody"] else 3
     else:
         fences.adopt_orphans()
+        fences.hide_memory()  # programs may have the same user, and look neither into this process nor into who watches
         signal.signal(signal.SIGTERM, lambda *_: _tidy_up(state["scratch"]))  # before there is anything to leave
-        state["scratch"] = tempfile.mkdtemp(prefix="grpo-sandbox-")
+        state["scratch"] = options["scratch"] or tempfile.mkdtemp(prefix="grpo-sandbox-")
         # In bubblewrap's namespace there is no other user.
         state["nobody"] = options["mechanism"] == "limits" and os.geteuid() == 0
         if state["nobody"]:

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
-    "NOBODY", "adopt_orphans", "dies_with_parent", "drop_privileges", "enter_namespaces", "hide_memory", "landlock",
-    "landlock_version", "new_session_keyring", "no_new_privileges", "one_arena", "readable", "seccomp_filter",
-    "separate", "session_keyring", "write_all",
+    "DEVICES", "NOBODY", "adopt_orphans", "dies_with_parent", "drop_privileges", "enter_namespaces", "hide_memory",
+    "landlock", "landlock_version", "new_session_keyring", "no_new_privileges", "one_arena", "readable",
+    "seccomp_filter", "separate", "session_keyring", "write_all",
 ]  # fmt: skip
 
 NOBODY = 65534
@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP = 1, 4, 
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAP_DAC_READ_SEARCH = 2
 _KEYCTL = {"x86_64": 250, "aarch64": 219}  # this call's number; those below are the same everywhere
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -198,7 +198,7 @@ def _own_tree(visible: list[str], hidden: list[str]) -> None:
         if os.path.isdir(f"/new{path}"):
             _mount("tmpfs", f"/new{path}", "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, "size=4k,mode=755")
     os.makedirs("/new/dev", exist_ok=True)
-    for path in _DEVICES:
+    for path in DEVICES:
         open(f"/new{path}", "w").close()
         _mount(f"/old{path}", f"/new{path}", None, _MS_BIND)
     os.makedirs("/new/tmp", exist_ok=True)
@@ -260,7 +260,7 @@ def readable(visible: list[str], hidden: list[str], scratch: str) -> int:
             _allow(rules, path, names)
         for part in _without(path, hidden):
             _allow(rules, part, file)
-    for path in _DEVICES:
+    for path in DEVICES:
         _allow(rules, path, file)
     _allow(rules, scratch, file | names)
     return rules

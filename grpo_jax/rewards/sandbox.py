@@ -84,10 +84,12 @@ class Isolation:
         namespaces = (
             f"namespaces: {self.why or 'they isolate less'}; allow user namespaces: sysctl user.max_user_namespaces "
             "above 0, kernel.apparmor_restrict_unprivileged_userns=0, and in a container a seccomp profile that lets "
-            "unshare through; or install bubblewrap"
+            f"unshare through{'; or install bubblewrap' * (self.mechanism == 'limits')}"
         )
         seccomp = "`pip install pyseccomp` and the system's libseccomp for a filter of system calls"
-        return "; and ".join([namespaces] * (self.mechanism == "limits") + [seccomp] * (not self.seccomp))
+        landlock = "a kernel with Landlock that keeps signals in, Linux 6.12"
+        given = {namespaces: self.mechanism != "namespaces", seccomp: not self.seccomp, landlock: not self.signals}
+        return "; and ".join(advice for advice, helps in given.items() if helps)
 
 
 # In this order: the second needs a program that may be allowed more than we are, counts files less exactly, and bounds
@@ -122,10 +124,18 @@ def attempts(tcp, udp, path, pid, secret):
             return False
     def other(attempt):
         return works(lambda: attempt(pid))
+    def writes(place):
+        made = works(lambda: open(f"{place}/{secret}", "w"))
+        works(lambda: os.unlink(f"{place}/{secret}"))
+        return made
+    left = os.path.exists(f"../{secret}")
+    works(lambda: open(f"../{secret}", "w"))
     return {
+        "left": left,
         "connected": works(lambda: socket.create_connection(("127.0.0.1", tcp), timeout=5)),
         "sent": works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"!", ("127.0.0.1", udp))),
-        "writes": works(lambda: open(path + "/written", "w")) or works(lambda: os.chmod(path + "/secret", 0)),
+        "writes": any(list(map(writes, (path, "/", "/dev", "/dev/shm")))),
+        "modes": works(lambda: os.chmod(path + "/secret", 0)),
         "files": works(lambda: open(path + "/secret").read()),
         "environment": other(lambda pid: secret in open(f"/proc/{pid}/environ").read()),
         "keyring": fences.session_keyring(),
@@ -184,12 +194,12 @@ def _tried(mechanism: str) -> Isolation:
             arrived = bool(udp.recv(1))
         other.communicate(b"\n")
     keyrings = [ring for ring in (first["keyring"], worked["keyring"], fences.session_keyring()) if ring is not None]
-    # What another worker runs has the same user, and it is not there to be tried.
-    apart = mechanism != "limits" or worker.hello["landlock"] >= 6
+    # Who watches, or what another worker runs, may have the same user, and is not there to be tried.
+    apart = mechanism == "namespaces" or worker.hello["landlock"] >= 6
     none = lambda *names: not any(worked[name] for name in names)
     return Isolation(
         mechanism=mechanism, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"] > 0,
-        network=none("connected") and not arrived, writes=none("writes"),
+        network=none("connected") and not arrived, writes=none("writes", "modes", "left"),
         signals=none("signals", "limits", "priority", "affinity") and apart,
         files=none("files", "environment") and len(set(keyrings)) == len(keyrings),
         memory=none("shared", "memfd", "forks"), processes=none("processes"),
