@@ -37,6 +37,7 @@ def reward(mark, **limits):
     """A reward of code by one worker, which leaves nothing behind."""
     before = processes(mark)
     made = CodeReward(CodeConfig(workers=1, **{**LIMITS, **limits}))
+    made._sandbox.run(sandbox.Job(program=""))  # its processes are there, for whoever else counts them
     yield made
     made.close()
     assert settled(mark, before) == before
