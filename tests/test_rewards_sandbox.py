@@ -95,7 +95,7 @@ NO_LANDLOCK = {"def landlock_version() -> int:\n": "def landlock_version() -> in
 def test_what_is_said_of_isolation_is_what_is_tried(monkeypatch):
     """A sandbox that lets everything through is found out: root stays root, and Landlock does nothing."""
     weakened(monkeypatch, **{
-        'if state["landlock"]:': "if False:", 'os.geteuid() == 0\n': "False\n", "fences.new_session_keyring()": "pass",
+        'if state["landlock"]:': "if False:", 'os.geteuid() == 0:': "False:", "fences.new_session_keyring()": "pass",
     })  # fmt: skip
     found = sandbox._tried("limits")
     assert (found.network, found.writes, found.signals, found.files, found.memory, found.processes) == (False,) * 6
@@ -377,6 +377,60 @@ def test_wall_time():
     over = ran("import time\ndef f(): time.sleep(1000)", wall_seconds=0.5)
     assert over.ended == "wall"
     assert over.cpu_seconds < 0.5
+
+
+GREEDY = """
+import os, time
+def f():
+    n = 0
+    try:
+        while True:
+            if os.fork() == 0:
+                time.sleep(1000)
+            n += 1
+    except BlockingIOError:
+        print(n, flush=True)
+    time.sleep(1000)
+"""
+THREADS = """
+import concurrent.futures
+def f():
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        return sum(threads.map(abs, [1, -2, 3]))
+"""
+
+
+@pytest.mark.parametrize("mechanism", ["namespaces", "limits"])
+def test_no_program_takes_the_processes_of_another(monkeypatch, mechanism):
+    """Two that have started all that they may, while a third, which was there before them, has not begun."""
+    if mechanism == "limits" and os.geteuid() != 0:
+        pytest.skip("without namespaces they are counted together")
+    try:
+        found = sandbox._tried(mechanism)
+    except SandboxError as error:
+        unavailable(f"{mechanism}: {error}")
+    monkeypatch.setattr(sandbox, "isolation", lambda: found)
+    with Sandbox(ProgramLimits(wall_seconds=3), workers=3, allow_weak=True) as box:
+        late = Job(program=f"import time\ntime.sleep(1.5)\n{THREADS}", calls=(call("f"),))
+        greedy = Job(program=GREEDY, calls=(call("f"),))
+        hungry = [box.run(greedy), *box.map(box.run, [late, greedy, greedy])]
+    assert hungry[1].results == (("returned", ["int", "6"]),)
+    for ran in (hungry[0], *hungry[2:]):
+        assert ran.ended == "wall"
+        if os.geteuid() == 0:
+            assert ran.stdout == b"7\n"
+
+
+def test_workers_of_roots_have_users_of_their_own():
+    if os.geteuid() != 0:
+        unavailable("this is no root")
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(contextlib.closing(programs.Worker("limits", ProgramLimits()))) for _ in range(3)]
+        users = {worker.hello["user"] for worker in made}
+        assert len(users) == 3
+        for worker in made:
+            ran = worker.run(Job(program="import os\ndef f(): return os.getuid()", calls=(call("f"),)))
+            assert ran.results == (("returned", ["int", f"{worker.hello['user']:x}"]),)
 
 
 # Without namespaces ---------------------------------------------------------------------------------

@@ -164,7 +164,14 @@ with Sandbox(workers=1) as box:
     ran = box.run(Job(program=program, calls=(call("f"),)))
 print(isolation().strong, isolation().processes, ran.results)
 for mechanism in "bubblewrap", "limits":
-    print(sandbox._tried(mechanism).strong, sandbox._tried(mechanism).processes)
+    found = sandbox._tried(mechanism)
+    print(found.strong, found.processes)
+sandbox.isolation = lambda: found
+many = "import os, time\\ndef f():\\n for _ in range(7):\\n  if not os.fork(): break\\n time.sleep(1000)"
+late = "import time, threading\\ntime.sleep(1.5)\\ndef f():\\n for _ in range(5): threading.Timer(1, int).start()"
+with Sandbox(ProgramLimits(wall_seconds=3), workers=3) as box:
+    jobs = [Job(program=text, calls=(call("f"),)) for text in (late, many, many)]
+    print(*((ran.ended, ran.results) for ran in box.map(box.run, jobs)))
 """
 
 
@@ -196,5 +203,5 @@ def test_as_an_ordinary_user(user):
         )  # fmt: skip
     assert done.stdout.split("\n") == [
         "True True (('returned', ['list', [['int', 'fffe'], ['int', '1'], ['list', []]]]),)", "True True", "True False",
-        "",
+        "('exit', (('returned', None),)) ('wall', ()) ('wall', ())", "",
     ], done.stderr  # fmt: skip

@@ -21,6 +21,7 @@ import select
 import shutil
 import signal
 import site
+import socket
 import struct
 import sys
 import tempfile
@@ -96,13 +97,13 @@ def _set_up(job: dict, state: dict, files: list[int]) -> None:
     os.chdir(state["directory"])
     tempfile.tempdir = state["directory"]  # it has looked for one already, as who we were
     os.umask(0o077)
-    fences.drop_privileges(state["nobody"], reads_all=state["nobody"] and state["reads"] is not None)
+    fences.drop_privileges(state["user"], reads_all=None not in (state["user"], state["reads"]))
     try:
         os.scandir(os.path.dirname(os.__file__)).close()
     except PermissionError as error:
         raise RuntimeError(
-            f"root's programs run as nobody, who may not read Python's library ({error}): make it readable for all, or "
-            "run as an ordinary user"
+            f"root's programs run as another user, who may not read Python's library ({error}): make it readable "
+            "for all, or run as an ordinary user"
         ) from None
     _limit(job["limits"], state["others"])
     if state["seccomp"] is not None:
@@ -176,9 +177,12 @@ def watch(state: dict) -> None:
         return
     fences.adopt_orphans()
     state["directory"] = tempfile.mkdtemp(dir=state["scratch"])
-    if state["nobody"]:
-        os.chown(state["directory"], fences.NOBODY, fences.NOBODY)
-    state["others"] = _processes_of(fences.NOBODY if state["nobody"] else os.geteuid())
+    user = os.geteuid()
+    if state["user"] is not None:
+        user = state["user"]
+        os.chown(state["directory"], user, fences.NOBODY)
+    # Nor are this program's what the other workers start from here on: each who watches, and a program's processes.
+    state["others"] = _processes_of(user) + (state["sharing"] - 1) * (1 + job["limits"]["processes"])
     try:
         message = _watched(job, state)
     finally:
@@ -272,6 +276,22 @@ def _drain(texts: dict, limits: dict) -> None:
 # Without a process namespace ------------------------------------------------------------------------
 
 
+def _own_user() -> int:
+    """A user that nobody else is: limits of processes, signals and keys go by users.
+
+    No other sandbox takes it while this process lives: the name of a socket says that it is taken.
+    """
+    for user in range(fences.NOBODY, fences.NOBODY - 10_000, -1):
+        taken = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            taken.bind(f"\0grpo-sandbox-{user}")
+            if not _processes_of(user):
+                taken.detach()
+                return user
+        taken.close()
+    raise RuntimeError("there is no user left whom programs could be")
+
+
 def _processes_of(user: int) -> int:
     """Processes and threads there are of a user: a limit on their number counts all."""
     count = 0
@@ -319,28 +339,34 @@ def main(options: dict) -> None:
         importlib.import_module(name)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, the kernel takes this first, and not the training
-    state = {"namespaces": False, "nobody": False, "directory": "/tmp", "scratch": None, "others": 0, "reads": None}
+    state = {
+        "namespaces": False, "user": None, "sharing": 1, "directory": "/tmp", "scratch": None, "others": 0,
+        "reads": None,
+    }  # fmt: skip
     state["seccomp"] = fences.seccomp_filter(options["seccomp"])
     if options["mechanism"] == "namespaces":
-        state["nobody"] = fences.enter_namespaces(options["visible"], options["hidden"])
+        state["user"] = fences.enter_namespaces(options["visible"], options["hidden"])
         # A user namespace counts its own processes: of root's, nobody else is nobody; else three come before a program.
-        state["namespaces"], state["others"] = True, 0 if state["nobody"] else 3
+        state["namespaces"], state["others"] = True, 3 if state["user"] is None else 0
     else:
         fences.adopt_orphans()
         fences.hide_memory()  # programs may have the same user, and look neither into this process nor into who watches
         signal.signal(signal.SIGTERM, lambda *_: _tidy_up(state["scratch"]))  # before there is anything to leave
         state["scratch"] = options["scratch"] or tempfile.mkdtemp(prefix="grpo-sandbox-")
-        # In bubblewrap's namespace there is no other user.
-        state["nobody"] = options["mechanism"] == "limits" and os.geteuid() == 0
-        if state["nobody"]:
-            os.chmod(state["scratch"], 0o711)
+        if options["mechanism"] == "limits":  # in bubblewrap's namespace there is no other user, and no other worker
+            if os.geteuid() == 0:
+                state["user"] = _own_user()
+                os.chmod(state["scratch"], 0o711)
+            else:
+                state["sharing"] = options["workers"]
     state["landlock"] = fences.landlock_version()
     if state["landlock"] and not state["namespaces"]:
         state["reads"] = fences.readable(options["visible"], options["hidden"], state["scratch"])
     fences.one_arena()
     gc.collect()
     gc.freeze()  # forks share this memory as long as nobody writes to it
-    reply({"seccomp": state["seccomp"] is not None, **{name: state[name] for name in ("landlock", "scratch")}})
+    said = {name: state[name] for name in ("landlock", "scratch", "user")}
+    reply({"seccomp": state["seccomp"] is not None, **said})
     parent, jobs = os.getppid(), select.poll()
     jobs.register(0, select.POLLIN)
     while os.getppid() == parent:

@@ -146,11 +146,11 @@ def _unshare_all() -> None:
         raise OSError("the ids of root and nobody cannot be mapped into a user namespace")
 
 
-def enter_namespaces(visible: list[str], hidden: list[str]) -> bool:
+def enter_namespaces(visible: list[str], hidden: list[str]) -> int | None:
     """Becomes the first process of namespaces of all kinds, with a file tree of its own; the process before waits.
 
     Returns:
-      Whether programs have another user than the parent has: where that is root, they are nobody.
+      Whom programs are to become, where the parent is root: nobody.
     """
     root, parent = os.geteuid() == 0, os.getppid()
     _unshare_all()
@@ -168,7 +168,7 @@ def enter_namespaces(visible: list[str], hidden: list[str]) -> bool:
         name = b"sandbox"
         _call("sethostname", name, len(name))
     _own_tree(visible, hidden)
-    return root
+    return NOBODY if root else None
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
@@ -355,17 +355,17 @@ def seccomp_filter(module: str | None) -> Any:
     return made
 
 
-def drop_privileges(nobody: bool, *, reads_all: bool = False) -> None:
-    """No capability is left, and none can be had again; `nobody`: root becomes that user first.
+def drop_privileges(user: int | None, *, reads_all: bool = False) -> None:
+    """No capability is left, and none can be had again; `user`: root becomes that one first.
 
     `reads_all`: but for the one to read any file, where the host gives it: for who says by other means what is read.
     """
     if reads_all:
         _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    if nobody:
+    if user is not None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(user, user, user)
     no_new_privileges()
     with contextlib.suppress(OSError):
         for capability in range(64):

@@ -145,12 +145,12 @@ def _in_bubblewrap(seccomp: str | None, limits: ProgramLimits) -> list[str]:
 class Worker:
     """A process that runs a program after the other; of one thread at a time."""
 
-    def __init__(self, mechanism: str, limits: ProgramLimits):
-        """Raises SandboxError where this one does not work here."""
+    def __init__(self, mechanism: str, limits: ProgramLimits, workers: int = 1):
+        """Raises SandboxError where this one does not work here; `workers`: how many there are of its kind."""
         self._mechanism, self._limits, module = mechanism, limits, importlib.util.find_spec("pyseccomp")
         options = {
             "mechanism": mechanism, "visible": _visible(), "hidden": _hidden(), "seccomp": module and module.origin,
-            "modules": _MODULES, "scratch": _BUBBLE if mechanism == "bubblewrap" else None,
+            "modules": _MODULES, "scratch": _BUBBLE if mechanism == "bubblewrap" else None, "workers": workers,
         }  # fmt: skip
         # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
         flags = ["-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP, json.dumps(options)]

@@ -11,7 +11,10 @@ some 30. Programs share nothing but that process's memory, as it was before all 
 
 Limits are of CPU time first, so that a busy machine changes no verdict, with wall time as a backstop. Memory and CPU
 time are each process's own, but for the time of those that a program waits for: it has up to `processes` times as much.
-Without namespaces files are bounded each, not all of a program's together.
+Without namespaces files are bounded each, not all of a program's together. And there the kernel counts all processes of
+a user. Where root makes the sandbox, each worker's programs have a user of their own; else all have ours, and each may go
+up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves each its `processes`, unless
+another program takes more than its own, or we start many ourselves.
 """
 
 import contextlib
@@ -194,8 +197,8 @@ def _tried(mechanism: str) -> Isolation:
             arrived = bool(udp.recv(1))
         other.communicate(b"\n")
     keyrings = [ring for ring in (first["keyring"], worked["keyring"], fences.session_keyring()) if ring is not None]
-    # Who watches, or what another worker runs, may have the same user, and is not there to be tried.
-    apart = mechanism == "namespaces" or worker.hello["landlock"] >= 6
+    # Else who watches, and what another worker runs, has the same user, and is not there to be tried.
+    apart = mechanism == "namespaces" or worker.hello["user"] is not None or worker.hello["landlock"] >= 6
     none = lambda *names: not any(worked[name] for name in names)
     return Isolation(
         mechanism=mechanism, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"] > 0,
@@ -220,7 +223,8 @@ class _Crew:
     """Workers, each used by one thread at a time and replaced when it is broken."""
 
     def __init__(self, mechanism: str, limits: ProgramLimits, size: int):
-        self._mechanism, self._limits, self._lock, self.closed = mechanism, limits, threading.Lock(), False
+        self._mechanism, self._limits, self._size = mechanism, limits, size
+        self._lock, self.closed = threading.Lock(), False
         self._busy: dict[threading.Thread, Worker] = {}
         self._stopped: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
@@ -250,7 +254,7 @@ class _Crew:
 
     def _take(self, worker: Worker | None) -> Worker:
         self._check()
-        worker = worker or Worker(self._mechanism, self._limits)
+        worker = worker or Worker(self._mechanism, self._limits, self._size)
         with self._lock:
             self._busy[threading.current_thread()] = worker
         try:
