@@ -88,8 +88,6 @@ def test_equality_is_that_of_assertions(reward):
     for text, expected in programs.items():
         tests = [{"call": "f", "args": [], "result": expected}]
         assert judge(reward, f"def f(): return {text}", tests=tests) == [1]
-    tests = [{"call": "f", "args": [], "result": float("nan")}]
-    assert judge(reward, "def f(): return float('nan')", tests=tests) == [0]
 
 
 def test_standard_input_and_output(reward):
@@ -259,6 +257,36 @@ def test_other_assertions_are_refused_by_name(reward, test):
 def test_tests_of_no_kind_are_refused(reward, tests):
     with pytest.raises(RewardError, match="expected"):
         reward.check(tests)
+
+
+@pytest.mark.parametrize(
+    ("test", "why"),
+    [
+        ({"call": "f", "args": [], "kwarg": {"x": 1}, "result": 1}, "nobody reads 'kwarg'"),
+        ({"call": "f", "args": [], "result": 1, "stdin": "", "stdout": ""}, "nobody reads 'stdin', 'stdout'"),
+        ({"stdin": "", "stdout": "", "timeout": 3}, "nobody reads 'timeout'"),
+        ({"call": "f", "args": [], "kwargs": None, "result": 1}, "must be a mapping"),
+        ({"call": "f", "args": [], "result": float("nan")}, "NaN is not even itself"),
+        ({"call": "f", "args": [], "result": [1, {"x": float("nan")}]}, "NaN is not even itself"),
+        ("assert f() == [1e999 - 1e999]", "malformed node"),
+    ],
+)
+def test_tests_that_say_too_much_or_can_never_pass_are_refused(reward, test, why):
+    with pytest.raises(RewardError, match=why):
+        reward.check([test])
+
+
+@pytest.mark.parametrize(
+    ("setup", "why"),
+    [("import (", "is no Python"), ("import math\nreturn 3", "is no Python"), ("x\0", "is no Python"),
+     ("from __future__ import annotations\nimport math", "imports from __future__"), (3, "is no text")],
+)  # fmt: skip
+def test_a_setup_that_cannot_be_used_is_refused_by_name(reward, setup, why):
+    for tests in (TESTS, ["check(f)"], [{"stdin": "", "stdout": ""}]):
+        with pytest.raises(RewardError, match=f"the column 'setup' holds .*, which {why}"):
+            reward.check(tests, setup)
+        with pytest.raises(RewardError, match=why):
+            judge(reward, HONEST, tests=tests, setup=setup)
 
 
 WORDS = ["assert ", "f", "check", "candidate", "(", ")", "[", "]", "{", "}", "==", " == ", "1", "-", "+", ",", "=",

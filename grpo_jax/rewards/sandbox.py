@@ -12,9 +12,9 @@ some 30. Programs share nothing but that process's memory, as it was before all 
 Limits are of CPU time first, so that a busy machine changes no verdict, with wall time as a backstop. Memory and CPU
 time are each process's own, but for the time of those that a program waits for: it has up to `processes` times as much.
 Without namespaces files are bounded each, not all of a program's together. And there the kernel counts all processes of
-a user. Where root makes the sandbox, each worker's programs have a user of their own; else all have ours, and each may go
-up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves each its `processes`, unless
-another program takes more than its own, or we start many ourselves.
+a user. Where root makes the sandbox, each worker's programs have a user of their own; else all have ours, and each may
+go up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves each its `processes`,
+unless another program takes more than its own, or we start many ourselves.
 """
 
 import contextlib
