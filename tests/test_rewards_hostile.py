@@ -262,6 +262,8 @@ BEYOND = {
     "queue": "import ctypes; return max(ctypes.CDLL(None).msgget(0, 0o600) for _ in range(9))",
     "semaphores": "import ctypes; return max(ctypes.CDLL(None).semget(0, 9, 0o600) for _ in range(9))",
     "memfd": "import os; return os.memfd_create('x')",
+    "requests": "import ctypes, os; number = 206 if os.uname().machine == 'x86_64' else 0; "
+    "return ctypes.CDLL(None).syscall(number, 8, ctypes.create_string_buffer(8))",
 }
 
 

@@ -107,7 +107,7 @@ def test_without_seccomp_memory_has_no_bound_and_that_is_said(monkeypatch, mecha
     weakened(monkeypatch)
     found = sandbox._tried(mechanism)
     assert not found.memory
-    assert found.files
+    assert found.files == (fences.user_keyring() is None), "a user's keyring is shared"
     assert not found.strong
     assert "memory beyond the limit" in found.description
 
@@ -115,6 +115,9 @@ def test_without_seccomp_memory_has_no_bound_and_that_is_said(monkeypatch, mecha
 def test_a_keyring_that_programs_share_is_found_out(monkeypatch):
     if fences.session_keyring() is None:
         unavailable("this process can have no keys")
+    changed(monkeypatch, "fences", {"return _keyctl(0, -4, 0)": "return None"})  # the user's is shared anyway
+    weakened(monkeypatch)
+    assert sandbox._tried("limits").files
     weakened(monkeypatch, **{"fences.new_session_keyring()": "pass"})
     assert not sandbox._tried("limits").files
 
@@ -317,6 +320,12 @@ import signal
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 while signal.SIGUSR1 not in signal.sigpending(): time.sleep(0.01)
 """
+
+
+def test_a_large_input_arrives():
+    job = Job(program="import sys\nprint(len(sys.stdin.read()))", stdin="x" * 8_000_000)
+    with Sandbox(ProgramLimits(), workers=1) as box:
+        assert box.run(job).stdout == b"8000000\n"
 
 
 def test_who_watches_too_late_changes_no_verdict():

@@ -20,7 +20,7 @@ from typing import Any
 __all__ = [
     "DEVICES", "NOBODY", "adopt_orphans", "dies_with_parent", "drop_privileges", "enter_namespaces", "hide_memory",
     "landlock", "landlock_version", "new_session_keyring", "no_new_privileges", "one_arena", "readable",
-    "seccomp_filter", "separate", "session_keyring", "write_all",
+    "seccomp_filter", "separate", "session_keyring", "user_keyring", "write_all",
 ]  # fmt: skip
 
 NOBODY = 65534
@@ -83,6 +83,11 @@ def _keyctl(*arguments: object) -> int | None:
 def session_keyring() -> int | None:
     """The number of the session's keyring; None: this process can have no keys."""
     return _keyctl(0, -3, 0)
+
+
+def user_keyring() -> int | None:
+    """The same of the user's, which all processes of a user in a namespace share: only refusing calls is against it."""
+    return _keyctl(0, -4, 0)
 
 
 def new_session_keyring() -> None:
@@ -319,7 +324,7 @@ _REFUSED = (
     "socket", "unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen",
     "fsmount", "mount_setattr", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "bpf", "keyctl",
     "add_key", "request_key", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter",
-    "io_uring_register", "kexec_load", "init_module", "finit_module", "delete_module", "open_by_handle_at",
+    "io_uring_register", "io_setup", "kexec_load", "init_module", "finit_module", "delete_module", "open_by_handle_at",
     "name_to_handle_at", "quotactl", "swapon", "swapoff", "reboot", "acct", "syslog", "personality", "fanotify_init",
     "memfd_secret", "vmsplice", "migrate_pages", "move_pages", "lookup_dcookie",
     # Memory that no limit counts, or that is the host's where it shares an IPC namespace with programs.

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_jax.rewards.fences import DEVICES
+from grpo_jax.rewards.fences import DEVICES, write_all
 from grpo_jax.rewards.literals import encode
 
 __all__ = ["Job", "ProgramLimits", "Ran", "SandboxError", "Worker", "call"]
@@ -176,8 +176,8 @@ class Worker:
         data = json.dumps({**vars(job), "limits": vars(self._limits)}).encode()
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(struct.pack(">I", len(data)) + data)
-        except OSError as error:
+            write_all(self._process.stdin.fileno(), struct.pack(">I", len(data)) + data)
+        except (OSError, ValueError) as error:  # the second where the pipe is closed
             raise SandboxError(f"the sandbox's process has ended: {error}") from error
         said = self._read(self._limits.wall_seconds + _GRACE)
         said["stdout"], lines = base64.b64decode(said["stdout"]), base64.b64decode(said["results"])

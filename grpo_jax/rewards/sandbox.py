@@ -10,7 +10,9 @@ the standard library and has never seen another program, which takes a few milli
 some 30. Programs share nothing but that process's memory, as it was before all of them.
 
 Limits are of CPU time first, so that a busy machine changes no verdict, with wall time as a backstop. Memory and CPU
-time are each process's own, but for the time of those that a program waits for: it has up to `processes` times as much.
+time are each process's own, but for the time of those that a program waits for: at a time it has up to `processes`
+times as much. Time of processes that nobody waits for is not counted: wall time alone bounds one that goes on and on by
+children.
 Without namespaces files are bounded each, not all of a program's together. And there the kernel counts all processes of
 a user. Where root makes the sandbox, each worker's programs have a user of their own; else all have ours, and each may
 go up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves each its `processes`,
@@ -141,7 +143,7 @@ def attempts(tcp, udp, path, pid, secret):
         "modes": works(lambda: os.chmod(path + "/secret", 0)),
         "files": works(lambda: open(path + "/secret").read()),
         "environment": other(lambda pid: secret in open(f"/proc/{pid}/environ").read()),
-        "keyring": fences.session_keyring(),
+        "keyrings": [fences.session_keyring(), fences.user_keyring()],
         "signals": other(lambda pid: os.kill(pid, 0)),
         "limits": other(lambda pid: resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))),
         "priority": other(lambda pid: os.setpriority(os.PRIO_PROCESS, pid, 19)),
@@ -196,7 +198,8 @@ def _tried(mechanism: str) -> Isolation:
             udp.setblocking(False)
             arrived = bool(udp.recv(1))
         other.communicate(b"\n")
-    keyrings = [ring for ring in (first["keyring"], worked["keyring"], fences.session_keyring()) if ring is not None]
+    of = (first["keyrings"], worked["keyrings"], [fences.session_keyring(), fences.user_keyring()])
+    keyrings = [ring for rings in of for ring in rings if ring is not None]
     # Else who watches, and what another worker runs, has the same user, and is not there to be tried.
     apart = mechanism == "namespaces" or worker.hello["user"] is not None or worker.hello["landlock"] >= 6
     none = lambda *names: not any(worked[name] for name in names)
