@@ -184,6 +184,7 @@ def test_bubblewrap(monkeypatch):
         left = box.run(Job(program="import os, time\nif os.fork() == 0: time.sleep(1000)", calls=()))
         assert left.ended == "exit"
         worker = box._crew._idle.get()
+        assert worker is not None
         end = time.monotonic() + 30  # whoever has watched the last program is about to end
         while len(children := descendants(worker._process.pid)) > 2 and time.monotonic() < end:
             time.sleep(0.05)
