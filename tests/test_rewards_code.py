@@ -88,8 +88,6 @@ def test_equality_is_that_of_assertions(reward):
     for text, expected in programs.items():
         tests = [{"call": "f", "args": [], "result": expected}]
         assert judge(reward, f"def f(): return {text}", tests=tests) == [1]
-    tests = [{"call": "f", "args": [], "result": float("nan")}]
-    assert judge(reward, "def f(): return float('nan')", tests=tests) == [0]
 
 
 def test_standard_input_and_output(reward):
@@ -101,6 +99,33 @@ def test_standard_input_and_output(reward):
     assert judge(reward, good, threads, main, "print(3)", "", late, f"{good}\nprint(4)", tests=tests) == [
         1, 1, 1, 0, 0, 0, 0,
     ]  # fmt: skip
+
+
+LATE = "import threading, time\ndef late():\n    time.sleep(0.2)\n    print(3)\nthreading.Thread(target=late).start()\n"
+MAINS = {
+    "exit": "print(3)\nexit()\nprint(4)",
+    "quit": "print(3)\nif True: quit(0)",
+    "an exit with a thread left": f"{LATE}raise SystemExit",
+    "a handler at exit": "import atexit, io, os, sys\nsys.stdout = io.StringIO()\n"
+    "atexit.register(lambda: os.write(1, sys.stdout.getvalue().encode()))\nprint(3)\nsys.exit()",
+    "a handler after threads": f"import atexit\natexit.register(print, 4)\n{LATE}",
+    "threads that nobody ends": "from concurrent.futures import ThreadPoolExecutor\n"
+    "print(next(ThreadPoolExecutor(2).map(abs, [-3])))",
+    "a file that nobody closes": "out = open(1, 'w')\nout.write('3')",
+    "a last word": "class C:\n    def __del__(self): print(3)\nc = C()",
+    "its file and arguments": "import os, sys\nos.chdir(os.path.dirname(__file__))\nprint(len(sys.argv) + 2)",
+}
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_main_programs_end_as_an_interpreter_does(reward, name):
+    expected = "3\n4" if name == "a handler after threads" else "3"
+    assert judge(reward, MAINS[name], tests=[{"stdin": "", "stdout": expected}]) == [1]
+
+
+@pytest.mark.parametrize("end", ["exit(1)", "quit('no')", "raise ValueError", "import os\nos._exit(2)"])
+def test_a_main_program_that_says_it_failed_has(reward, end):
+    assert judge(reward, f"print(3, flush=True)\n{end}", tests=[{"stdin": "", "stdout": "3"}]) == [0]
 
 
 def test_both_kinds_of_tests(reward):
@@ -232,6 +257,36 @@ def test_other_assertions_are_refused_by_name(reward, test):
 def test_tests_of_no_kind_are_refused(reward, tests):
     with pytest.raises(RewardError, match="expected"):
         reward.check(tests)
+
+
+@pytest.mark.parametrize(
+    ("test", "why"),
+    [
+        ({"call": "f", "args": [], "kwarg": {"x": 1}, "result": 1}, "nobody reads 'kwarg'"),
+        ({"call": "f", "args": [], "result": 1, "stdin": "", "stdout": ""}, "nobody reads 'stdin', 'stdout'"),
+        ({"stdin": "", "stdout": "", "timeout": 3}, "nobody reads 'timeout'"),
+        ({"call": "f", "args": [], "kwargs": None, "result": 1}, "must be a mapping"),
+        ({"call": "f", "args": [], "result": float("nan")}, "NaN is not even itself"),
+        ({"call": "f", "args": [], "result": [1, {"x": float("nan")}]}, "NaN is not even itself"),
+        ("assert f() == [1e999 - 1e999]", "malformed node"),
+    ],
+)
+def test_tests_that_say_too_much_or_can_never_pass_are_refused(reward, test, why):
+    with pytest.raises(RewardError, match=why):
+        reward.check([test])
+
+
+@pytest.mark.parametrize(
+    ("setup", "why"),
+    [("import (", "is no Python"), ("import math\nreturn 3", "is no Python"), ("x\0", "is no Python"),
+     ("from __future__ import annotations\nimport math", "imports from __future__"), (3, "is no text")],
+)  # fmt: skip
+def test_a_setup_that_cannot_be_used_is_refused_by_name(reward, setup, why):
+    for tests in (TESTS, ["check(f)"], [{"stdin": "", "stdout": ""}]):
+        with pytest.raises(RewardError, match=f"the column 'setup' holds .*, which {why}"):
+            reward.check(tests, setup)
+        with pytest.raises(RewardError, match=why):
+            judge(reward, HONEST, tests=tests, setup=setup)
 
 
 WORDS = ["assert ", "f", "check", "candidate", "(", ")", "[", "]", "{", "}", "==", " == ", "1", "-", "+", ",", "=",

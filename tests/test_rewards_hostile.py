@@ -42,7 +42,9 @@ def limited(marked):
     found = sandbox._tried("limits")
     if not found.strong:
         unavailable(found.description)
-    with sandboxes.by(found), sandboxes.reward(marked) as made:
+    with contextlib.ExitStack() as stack:
+        with sandboxes.by(found):  # no longer than it is made: the other one may be made while this one lives
+            made = stack.enter_context(sandboxes.reward(marked))
         yield made
 
 
@@ -260,6 +262,8 @@ BEYOND = {
     "queue": "import ctypes; return max(ctypes.CDLL(None).msgget(0, 0o600) for _ in range(9))",
     "semaphores": "import ctypes; return max(ctypes.CDLL(None).semget(0, 9, 0o600) for _ in range(9))",
     "memfd": "import os; return os.memfd_create('x')",
+    "requests": "import ctypes, os; number = 206 if os.uname().machine == 'x86_64' else 0; "
+    "return ctypes.CDLL(None).syscall(number, 8, ctypes.create_string_buffer(8))",
 }
 
 

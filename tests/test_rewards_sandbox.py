@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from grpo_jax.rewards import fences, programs, sandbox
+from grpo_jax.rewards import fences, literals, programs, sandbox
 from grpo_jax.rewards.sandbox import Isolation, Job, ProgramLimits, Sandbox, SandboxError, call, isolation
 from tests import unavailable
 from tests.sandboxes import marked, settled
@@ -40,12 +40,19 @@ def test_isolation_is_found_out_and_said_in_a_line():
          "sandbox: limits + seccomp + Landlock; NOT isolated: files of the host (namespaces"),
         (Isolation(**{**vars(STRONG), "memory": False}),
          "sandbox: namespaces (user, pid, mount, net, ipc, uts) + Landlock; NOT isolated: memory beyond the limit ("),
+        (Isolation(**{**vars(STRONG), "mechanism": "bubblewrap", "seccomp": True, "memory": False, "why": "no"}),
+         "sandbox: bubblewrap (the same namespaces) + seccomp + Landlock; NOT isolated: memory beyond the limit ("
+         "namespaces: no; allow user namespaces"),
+        (Isolation(**{**vars(STRONG), "mechanism": "bubblewrap", "signals": False}),
+         "sandbox: bubblewrap (the same namespaces) + Landlock; NOT isolated: signals (namespaces: "),
     ],
 )  # fmt: skip
 def test_descriptions(found, said):
     assert found.description.startswith(said)
     assert ("pip install pyseccomp" in found.description) == (not found.strong and not found.seccomp)
     assert found.strong == ("all is isolated" in said)
+    assert ("Landlock that keeps signals in" in found.description) == (not found.signals)
+    assert ("install bubblewrap" in found.description) == (found.mechanism == "limits")
     assert dataclasses.replace(found, processes=False).strong == found.strong
 
 
@@ -69,18 +76,26 @@ def test_what_isolates_is_logged_once(monkeypatch, caplog):
 
 def weakened(monkeypatch, **lines):
     """The other side with some lines replaced, and no seccomp."""
-    name = "grpo_jax.rewards.confined"
     monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    changed(monkeypatch, "confined", lines)
+
+
+def changed(monkeypatch, module, lines):
+    """A module of the other side with some lines replaced."""
+    name = f"grpo_jax.rewards.{module}"
     for line, instead in lines.items():
         text = programs._MODULES[name]
         assert line in text
         monkeypatch.setitem(programs._MODULES, name, text.replace(line, instead))
 
 
+NO_LANDLOCK = {"def landlock_version() -> int:\n": "def landlock_version() -> int:\n    return 0\n"}
+
+
 def test_what_is_said_of_isolation_is_what_is_tried(monkeypatch):
     """A sandbox that lets everything through is found out: root stays root, and Landlock does nothing."""
     weakened(monkeypatch, **{
-        'if state["landlock"]:': "if False:", 'os.geteuid() == 0\n': "False\n", "fences.new_session_keyring()": "pass",
+        'if state["landlock"]:': "if False:", 'os.geteuid() == 0:': "False:", "fences.new_session_keyring()": "pass",
     })  # fmt: skip
     found = sandbox._tried("limits")
     assert (found.network, found.writes, found.signals, found.files, found.memory, found.processes) == (False,) * 6
@@ -92,7 +107,7 @@ def test_without_seccomp_memory_has_no_bound_and_that_is_said(monkeypatch, mecha
     weakened(monkeypatch)
     found = sandbox._tried(mechanism)
     assert not found.memory
-    assert found.files
+    assert found.files == (fences.user_keyring() is None), "a user's keyring is shared"
     assert not found.strong
     assert "memory beyond the limit" in found.description
 
@@ -100,6 +115,9 @@ def test_without_seccomp_memory_has_no_bound_and_that_is_said(monkeypatch, mecha
 def test_a_keyring_that_programs_share_is_found_out(monkeypatch):
     if fences.session_keyring() is None:
         unavailable("this process can have no keys")
+    changed(monkeypatch, "fences", {"return _keyctl(0, -4, 0)": "return None"})  # the user's is shared anyway
+    weakened(monkeypatch)
+    assert sandbox._tried("limits").files
     weakened(monkeypatch, **{"fences.new_session_keyring()": "pass"})
     assert not sandbox._tried("limits").files
 
@@ -166,6 +184,7 @@ def test_bubblewrap(monkeypatch):
         left = box.run(Job(program="import os, time\nif os.fork() == 0: time.sleep(1000)", calls=()))
         assert left.ended == "exit"
         worker = box._crew._idle.get()
+        assert worker is not None
         end = time.monotonic() + 30  # whoever has watched the last program is about to end
         while len(children := descendants(worker._process.pid)) > 2 and time.monotonic() < end:
             time.sleep(0.05)
@@ -174,6 +193,60 @@ def test_bubblewrap(monkeypatch):
     while any(pathlib.Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in children)
+
+
+FILLS = """
+import os
+def fills(path):
+    try:
+        with open(f"{path}/x", "wb") as file:
+            return file.write(bytes(8 << 20))
+    except OSError:
+        return 0
+def f(*paths):
+    found = [path for path in paths if os.path.exists(f"{path}/x")]
+    return [found, [path for path in paths if fills(path)], sum(map(fills, [".", "..", "../.."])) >> 20]
+"""
+
+
+def test_bubblewrap_without_landlock(monkeypatch):
+    """Nothing outside one directory of a program's size is written, and nothing there is left for the next program."""
+    changed(monkeypatch, "fences", NO_LANDLOCK)
+    try:
+        found = sandbox._tried("bubblewrap")
+    except SandboxError as error:
+        unavailable(f"bubblewrap does not work here: {error}")
+    assert (found.landlock, found.network, found.writes, found.files, found.processes) == (False, *[True] * 4)
+    assert not found.signals, "who watches has the same user"
+    hidden = [path for path in programs._hidden() if pathlib.Path(path).is_dir()]
+    with contextlib.closing(programs.Worker("bubblewrap", ProgramLimits(file_mib=12))) as worker:
+        job = Job(program=FILLS, calls=(call("f", "/", "/dev", "/dev/shm", "/run", "/tmp", "..", "/usr/lib", *hidden),))
+        for _ in range(2):
+            ((_, said),) = worker.run(job).results
+            kept, filled, mib = literals.plain(said)
+            assert (kept, filled) == ([], [".."])
+            assert mib < 12
+
+
+@pytest.mark.parametrize("what", ["/", "/dev", "left"])
+def test_what_can_be_written_in_bubblewrap_is_found_out(monkeypatch, what):
+    """Without Landlock, a root or /dev that can be written, and what one program leaves to the next."""
+    changed(monkeypatch, "fences", NO_LANDLOCK)
+    if what == "left":
+        changed(monkeypatch, "confined", {'        _empty(state["scratch"])\n': "        pass\n"})
+    made, mount = programs._in_bubblewrap, ["--remount-ro", what]
+
+    def without(*args):
+        words = made(*args)
+        places = [place for place in range(len(words)) if words[place : place + 2] == mount]
+        assert len(places) == (what != "left")
+        return [word for place, word in enumerate(words) if not {place, place - 1} & {*places}]
+
+    monkeypatch.setattr(programs, "_in_bubblewrap", without)
+    try:
+        assert not sandbox._tried("bubblewrap").writes
+    except SandboxError as error:
+        unavailable(f"bubblewrap does not work here: {error}")
 
 
 def descendants(pid):
@@ -250,6 +323,12 @@ while signal.SIGUSR1 not in signal.sigpending(): time.sleep(0.01)
 """
 
 
+def test_a_large_input_arrives():
+    job = Job(program="import sys\nprint(len(sys.stdin.read()))", stdin="x" * 8_000_000)
+    with Sandbox(ProgramLimits(), workers=1) as box:
+        assert box.run(job).stdout == b"8000000\n"
+
+
 def test_who_watches_too_late_changes_no_verdict():
     """A watcher that is stopped, as by a busy machine, while a program uses more than its limit and ends."""
     calls, limits = (call("f", 0.1), call("f", 0.7)), ProgramLimits(cpu_seconds=0.5)
@@ -308,6 +387,60 @@ def test_wall_time():
     over = ran("import time\ndef f(): time.sleep(1000)", wall_seconds=0.5)
     assert over.ended == "wall"
     assert over.cpu_seconds < 0.5
+
+
+GREEDY = """
+import os, time
+def f():
+    n = 0
+    try:
+        while True:
+            if os.fork() == 0:
+                time.sleep(1000)
+            n += 1
+    except BlockingIOError:
+        print(n, flush=True)
+    time.sleep(1000)
+"""
+THREADS = """
+import concurrent.futures
+def f():
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        return sum(threads.map(abs, [1, -2, 3]))
+"""
+
+
+@pytest.mark.parametrize("mechanism", ["namespaces", "limits"])
+def test_no_program_takes_the_processes_of_another(monkeypatch, mechanism):
+    """Two that have started all that they may, while a third, which was there before them, has not begun."""
+    if mechanism == "limits" and os.geteuid() != 0:
+        pytest.skip("without namespaces they are counted together")
+    try:
+        found = sandbox._tried(mechanism)
+    except SandboxError as error:
+        unavailable(f"{mechanism}: {error}")
+    monkeypatch.setattr(sandbox, "isolation", lambda: found)
+    with Sandbox(ProgramLimits(wall_seconds=3), workers=3, allow_weak=True) as box:
+        late = Job(program=f"import time\ntime.sleep(1.5)\n{THREADS}", calls=(call("f"),))
+        greedy = Job(program=GREEDY, calls=(call("f"),))
+        hungry = [box.run(greedy), *box.map(box.run, [late, greedy, greedy])]
+    assert hungry[1].results == (("returned", ["int", "6"]),)
+    for ran in (hungry[0], *hungry[2:]):
+        assert ran.ended == "wall"
+        if os.geteuid() == 0:
+            assert ran.stdout == b"7\n"
+
+
+def test_workers_of_roots_have_users_of_their_own():
+    if os.geteuid() != 0:
+        unavailable("this is no root")
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(contextlib.closing(programs.Worker("limits", ProgramLimits()))) for _ in range(3)]
+        users = {worker.hello["user"] for worker in made}
+        assert len(users) == 3
+        for worker in made:
+            ran = worker.run(Job(program="import os\ndef f(): return os.getuid()", calls=(call("f"),)))
+            assert ran.results == (("returned", ["int", f"{worker.hello['user']:x}"]),)
 
 
 # Without namespaces ---------------------------------------------------------------------------------

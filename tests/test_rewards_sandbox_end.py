@@ -158,20 +158,30 @@ import os, sys
 sys.path.insert(0, {place!r})
 from grpo_jax.rewards import sandbox
 from grpo_jax.rewards.sandbox import *
-assert os.getuid() == 65534
+assert os.getuid() == {user}
 program = "import os\\ndef f(): return [os.getuid(), os.getpid(), os.listdir('.')]"
 with Sandbox(workers=1) as box:
     ran = box.run(Job(program=program, calls=(call("f"),)))
 print(isolation().strong, isolation().processes, ran.results)
 for mechanism in "bubblewrap", "limits":
-    print(sandbox._tried(mechanism).strong, sandbox._tried(mechanism).processes)
+    found = sandbox._tried(mechanism)
+    print(found.strong, found.processes)
+sandbox.isolation = lambda: found
+many = "import os, time\\ndef f():\\n for _ in range(7):\\n  if not os.fork(): break\\n time.sleep(1000)"
+late = "import time, threading\\ntime.sleep(1.5)\\ndef f():\\n for _ in range(5): threading.Timer(1, int).start()"
+with Sandbox(ProgramLimits(wall_seconds=3), workers=3) as box:
+    jobs = [Job(program=text, calls=(call("f"),)) for text in (late, many, many)]
+    print(*((ran.ended, ran.results) for ran in box.map(box.run, jobs)))
 """
 
 
-def test_as_an_ordinary_user():
-    """Root's tests do not show what others may: the same once more as nobody, with the system's own interpreter.
+@pytest.mark.parametrize("user", [65534, 12345])
+def test_as_an_ordinary_user(user):
+    """Root's tests do not show what others may: the same once more as others, with the system's own interpreter.
 
-    And a copy of what the sandbox is, since nobody may read neither every checkout nor every virtual environment.
+    As nobody, whose number is the same in a namespace and outside, and as one whose number is not.
+
+    And by a copy of what the sandbox is, since they may read neither every checkout nor every virtual environment.
     """
     python, seccomp = "/usr/bin/python3", importlib.util.find_spec("pyseccomp")
     if os.geteuid() != 0:
@@ -188,10 +198,10 @@ def test_as_an_ordinary_user():
             shutil.copy(ROOT / f"grpo_jax/rewards/{name}.py", package)
         shutil.copy(str(seccomp.origin), place)
         done = subprocess.run(
-            [python, "-c", ORDINARY.format(place=place)], user=65534, group=65534, extra_groups=[],
+            [python, "-c", ORDINARY.format(place=place, user=user)], user=user, group=user, extra_groups=[],
             capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]},
         )  # fmt: skip
     assert done.stdout.split("\n") == [
         "True True (('returned', ['list', [['int', 'fffe'], ['int', '1'], ['list', []]]]),)", "True True", "True False",
-        "",
+        "('exit', (('returned', None),)) ('wall', ()) ('wall', ())", "",
     ], done.stderr  # fmt: skip

@@ -94,6 +94,18 @@ class _Test:
         return self.call is not None and "assert" in self.call
 
 
+def _reachable(expected: Any) -> Any:
+    """What is expected, where some answer of a program is equal to it; else ValueError."""
+    if not matches(expected, encode(expected)):
+        raise ValueError("nothing equals what is expected: NaN is not even itself")
+    return expected
+
+
+def _nothing_of(more: Mapping[Any, Any]) -> None:
+    if more:
+        raise ValueError(f"nobody reads {', '.join(map(repr, more))}")
+
+
 def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
     """`assert name(literals) == literal`; `function`: what the name `candidate` stands for.
 
@@ -108,9 +120,7 @@ def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
                 raise ValueError("arguments behind **")
             named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in made.keywords}
             asked = call(function or name, *map(ast.literal_eval, made.args), **named)
-            expected = ast.literal_eval(right)
-            encode(expected)  # else no program could say it
-            return _Test(call=asked, expected=expected)
+            return _Test(call=asked, expected=_reachable(ast.literal_eval(right)))
     raise ValueError("another shape")
 
 
@@ -141,6 +151,19 @@ def _from_checker(setup: str, checker: str, function: str) -> tuple[_Test, ...]:
             if tests:
                 return tuple(tests)
     raise ValueError(f"no {checker} of assertions in the setup")
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _wrong_with(setup: str) -> str:
+    """Why a setup cannot be used; empty where it can."""
+    try:
+        body = ast.parse(setup).body
+        compile(setup, "<setup>", "exec")
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        return f"is no Python ({error})"
+    if any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in body):
+        return "imports from __future__, and it comes after the program, where that is no Python"
+    return ""
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -219,6 +242,8 @@ class CodeReward:
         return Judged(items, failed=failed, seconds=seconds)
 
     def _tests(self, tests: Any, setup: str) -> list[_Test]:
+        if problem := _wrong_with(setup) if isinstance(setup, str) else "is no text":
+            raise RewardError(f"the column 'setup' holds {_described(setup)}, which {problem}.")
         if not isinstance(tests, list | tuple) or not tests:
             raise RewardError(f"the column 'tests' holds {_described(tests)}; expected a list of one or more tests.")
         return [one for test in tests for one in self._test(test, setup)]
@@ -226,10 +251,12 @@ class CodeReward:
     def _test(self, test: Any, setup: str) -> tuple[_Test, ...]:
         try:
             match test:
-                case {"call": str(name), "args": list() | tuple() as args, "result": expected}:
-                    encode(expected)
-                    return (_Test(call=call(name, *args, **test.get("kwargs", {})), expected=expected),)
-                case {"stdin": str(stdin), "stdout": str(expected)}:
+                case {"call": str(name), "args": list() | tuple() as args, "result": expected, **more}:
+                    named = more.pop("kwargs", {})
+                    _nothing_of(more)
+                    return (_Test(call=call(name, *args, **named), expected=_reachable(expected)),)
+                case {"stdin": str(stdin), "stdout": str(expected), **more}:
+                    _nothing_of(more)
                     return (_Test(stdin=stdin, expected=_lines(expected)),)
                 case str():
                     return _from_text(test, setup)

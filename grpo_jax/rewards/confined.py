@@ -9,6 +9,7 @@ when the parent is gone. A program is forked from a process that has never seen 
 result ever comes to this side.
 """
 
+import atexit
 import base64
 import contextlib
 import gc
@@ -19,6 +20,8 @@ import resource
 import select
 import shutil
 import signal
+import site
+import socket
 import struct
 import sys
 import tempfile
@@ -94,17 +97,28 @@ def _set_up(job: dict, state: dict, files: list[int]) -> None:
     os.chdir(state["directory"])
     tempfile.tempdir = state["directory"]  # it has looked for one already, as who we were
     os.umask(0o077)
-    fences.drop_privileges(state["nobody"], reads_all=state["nobody"] and state["reads"] is not None)
+    fences.drop_privileges(state["user"], reads_all=None not in (state["user"], state["reads"]))
     try:
         os.scandir(os.path.dirname(os.__file__)).close()
     except PermissionError as error:
         raise RuntimeError(
-            f"root's programs run as nobody, who may not read Python's library ({error}): make it readable for all, or "
-            "run as an ordinary user"
+            f"root's programs run as another user, who may not read Python's library ({error}): make it readable "
+            "for all, or run as an ordinary user"
         ) from None
     _limit(job["limits"], state["others"])
     if state["seccomp"] is not None:
         state["seccomp"].load()
+
+
+def _run_main(text: str, module: types.ModuleType) -> None:
+    """A main program, and what an interpreter does when it ends, however that is."""
+    try:
+        exec(compile(text, "<program>", "exec"), module.__dict__)
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads; idle ones of executors end
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        module.__dict__.clear()  # files that are still open are written, and what has a `__del__` may say something
 
 
 def run_program(job: dict) -> int:
@@ -115,14 +129,18 @@ def run_program(job: dict) -> int:
     """
     calls, text = job["calls"], job["program"]
     module = types.ModuleType("__main__" if calls is None else "program")
+    module.__file__ = os.path.abspath(sys.argv[0])
     sys.modules[module.__name__] = module  # data classes look there
 
     def say(kind: str, content: object) -> None:
         fences.write_all(3, json.dumps([kind, content]).encode() + b"\n")
 
     try:
+        if calls is None:
+            _run_main(text, module)
+            return 0
         exec(compile(text, "<program>", "exec"), module.__dict__)
-        for call in calls or ():
+        for call in calls:
             try:
                 if "assert" in call:
                     exec(compile(call["assert"], "<test>", "exec"), module.__dict__)
@@ -133,10 +151,6 @@ def run_program(job: dict) -> int:
                 say("returned", literals.encode(value))
             except Exception as error:
                 say("raised", f"{type(error).__name__}: {error}"[:200])
-        if calls is None:
-            for thread in threading.enumerate():
-                if thread is not threading.current_thread() and not thread.daemon:
-                    thread.join()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
@@ -162,16 +176,18 @@ def watch(state: dict) -> None:
         reply(_watched(job, state))
         return
     fences.adopt_orphans()
-    fences.hide_memory()  # the program has the same user, and may not look into this process
     state["directory"] = tempfile.mkdtemp(dir=state["scratch"])
-    if state["nobody"]:
-        os.chown(state["directory"], fences.NOBODY, fences.NOBODY)
-    state["others"] = _processes_of(fences.NOBODY if state["nobody"] else os.geteuid())
+    user = os.geteuid()
+    if state["user"] is not None:
+        user = state["user"]
+        os.chown(state["directory"], user, fences.NOBODY)
+    # Nor are this program's what the other workers start from here on: each who watches, and a program's processes.
+    state["others"] = _processes_of(user) + (state["sharing"] - 1) * (1 + job["limits"]["processes"])
     try:
         message = _watched(job, state)
     finally:
         end_children()
-        shutil.rmtree(state["directory"], ignore_errors=True)
+        _empty(state["scratch"])
     reply(message)
 
 
@@ -260,6 +276,22 @@ def _drain(texts: dict, limits: dict) -> None:
 # Without a process namespace ------------------------------------------------------------------------
 
 
+def _own_user() -> int:
+    """A user that nobody else is: limits of processes, signals and keys go by users.
+
+    No other sandbox takes it while this process lives: the name of a socket says that it is taken.
+    """
+    for user in range(fences.NOBODY, fences.NOBODY - 10_000, -1):
+        taken = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            taken.bind(f"\0grpo-sandbox-{user}")
+            if not _processes_of(user):
+                taken.detach()
+                return user
+        taken.close()
+    raise RuntimeError("there is no user left whom programs could be")
+
+
 def _processes_of(user: int) -> int:
     """Processes and threads there are of a user: a limit on their number counts all."""
     count = 0
@@ -285,6 +317,15 @@ def end_children() -> None:
                 os.waitpid(pid, 0)
 
 
+def _empty(directory: str) -> None:
+    """Removes what is in it: without Landlock a program may have left something beside its own directory, too."""
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            os.unlink(entry.path)
+
+
 # One job after the other ----------------------------------------------------------------------------
 
 
@@ -292,31 +333,40 @@ def main(options: dict) -> None:
     """Says hello with what isolates, then takes jobs until the parent is gone."""
     os.environ.clear()
     sys.path[:] = map(os.path.realpath, sys.path)
+    sys.argv[:] = sys.orig_argv[:] = ["program.py"]
+    site.setquit()  # exit() and quit(): nobody has run `site`, which adds what is installed beside the library
     for name in _LOADED:
         importlib.import_module(name)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, the kernel takes this first, and not the training
-    state = {"namespaces": False, "nobody": False, "directory": "/tmp", "scratch": None, "others": 0, "reads": None}
+    state = {
+        "namespaces": False, "user": None, "sharing": 1, "directory": "/tmp", "scratch": None, "others": 0,
+        "reads": None,
+    }  # fmt: skip
     state["seccomp"] = fences.seccomp_filter(options["seccomp"])
     if options["mechanism"] == "namespaces":
-        state["nobody"] = fences.enter_namespaces(options["visible"], options["hidden"])
+        state["user"] = fences.enter_namespaces(options["visible"], options["hidden"])
         # A user namespace counts its own processes: of root's, nobody else is nobody; else three come before a program.
-        state["namespaces"], state["others"] = True, 0 if state["nobody"] else 3
+        state["namespaces"], state["others"] = True, 3 if state["user"] is None else 0
     else:
         fences.adopt_orphans()
+        fences.hide_memory()  # programs may have the same user, and look neither into this process nor into who watches
         signal.signal(signal.SIGTERM, lambda *_: _tidy_up(state["scratch"]))  # before there is anything to leave
-        state["scratch"] = tempfile.mkdtemp(prefix="grpo-sandbox-")
-        # In bubblewrap's namespace there is no other user.
-        state["nobody"] = options["mechanism"] == "limits" and os.geteuid() == 0
-        if state["nobody"]:
-            os.chmod(state["scratch"], 0o711)
+        state["scratch"] = options["scratch"] or tempfile.mkdtemp(prefix="grpo-sandbox-")
+        if options["mechanism"] == "limits":  # in bubblewrap's namespace there is no other user, and no other worker
+            if os.geteuid() == 0:
+                state["user"] = _own_user()
+                os.chmod(state["scratch"], 0o711)
+            else:
+                state["sharing"] = options["workers"]
     state["landlock"] = fences.landlock_version()
     if state["landlock"] and not state["namespaces"]:
         state["reads"] = fences.readable(options["visible"], options["hidden"], state["scratch"])
     fences.one_arena()
     gc.collect()
     gc.freeze()  # forks share this memory as long as nobody writes to it
-    reply({"seccomp": state["seccomp"] is not None, **{name: state[name] for name in ("landlock", "scratch")}})
+    said = {name: state[name] for name in ("landlock", "scratch", "user")}
+    reply({"seccomp": state["seccomp"] is not None, **said})
     parent, jobs = os.getppid(), select.poll()
     jobs.register(0, select.POLLIN)
     while os.getppid() == parent:

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
-    "NOBODY", "adopt_orphans", "dies_with_parent", "drop_privileges", "enter_namespaces", "hide_memory", "landlock",
-    "landlock_version", "new_session_keyring", "no_new_privileges", "one_arena", "readable", "seccomp_filter",
-    "separate", "session_keyring", "write_all",
+    "DEVICES", "NOBODY", "adopt_orphans", "dies_with_parent", "drop_privileges", "enter_namespaces", "hide_memory",
+    "landlock", "landlock_version", "new_session_keyring", "no_new_privileges", "one_arena", "readable",
+    "seccomp_filter", "separate", "session_keyring", "user_keyring", "write_all",
 ]  # fmt: skip
 
 NOBODY = 65534
@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP = 1, 4, 
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAP_DAC_READ_SEARCH = 2
 _KEYCTL = {"x86_64": 250, "aarch64": 219}  # this call's number; those below are the same everywhere
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -85,6 +85,11 @@ def session_keyring() -> int | None:
     return _keyctl(0, -3, 0)
 
 
+def user_keyring() -> int | None:
+    """The same of the user's, which all processes of a user in a namespace share: only refusing calls is against it."""
+    return _keyctl(0, -4, 0)
+
+
 def new_session_keyring() -> None:
     """Neither keys of the host nor those that a program has left are found from here on."""
     _keyctl(1, None)
@@ -106,25 +111,26 @@ def write_all(fd: int, data: bytes) -> None:
 # Namespaces -----------------------------------------------------------------------------------------
 
 
-def _map_ids(pid: int, root: bool) -> None:
-    """Who is who in a new user namespace: inside a program is nobody, and outside nobody too, or its user."""
-    if not root:
+def _map_ids(pid: int, user: int, group: int) -> None:
+    """Who is who in a new user namespace: inside a program is nobody, and outside nobody too, or this user."""
+    if user:
         with open(f"/proc/{pid}/setgroups", "w") as file:
             file.write("deny")
-    for name, own in (("gid_map", os.getegid()), ("uid_map", os.geteuid())):
+    for name, own in (("gid_map", group), ("uid_map", user)):
         with open(f"/proc/{pid}/{name}", "w") as file:
-            file.write(f"0 0 1\n{NOBODY} {NOBODY} 1\n" if root else f"{NOBODY} {own} 1\n")
+            file.write(f"{NOBODY} {own} 1\n" if user else f"0 0 1\n{NOBODY} {NOBODY} 1\n")
 
 
-def _unshare_all(root: bool) -> None:
+def _unshare_all() -> None:
     """New namespaces of all kinds; the next child is the first of the process namespace.
 
     Raises:
       OSError: the kernel, or whoever configured it, refuses.
     """
-    if not root:
+    user, group = os.geteuid(), os.getegid()  # in a namespace that does not know them yet, nobody's would be said
+    if user:
         _call("unshare", sum(_CLONE.values()))
-        _map_ids(os.getpid(), root)
+        _map_ids(os.getpid(), user, group)
         return
     # Only who stays outside may map ids other than one's own: a child that waits until there is something to map.
     (listen, go), pid = os.pipe(), os.getpid()
@@ -134,7 +140,7 @@ def _unshare_all(root: bool) -> None:
         mapped = False
         with contextlib.suppress(OSError):
             if os.read(listen, 1):
-                _map_ids(pid, root)
+                _map_ids(pid, user, group)
                 mapped = True
         os._exit(not mapped)
     os.close(listen)
@@ -145,14 +151,14 @@ def _unshare_all(root: bool) -> None:
         raise OSError("the ids of root and nobody cannot be mapped into a user namespace")
 
 
-def enter_namespaces(visible: list[str], hidden: list[str]) -> bool:
+def enter_namespaces(visible: list[str], hidden: list[str]) -> int | None:
     """Becomes the first process of namespaces of all kinds, with a file tree of its own; the process before waits.
 
     Returns:
-      Whether programs have another user than the parent has: where that is root, they are nobody.
+      Whom programs are to become, where the parent is root: nobody.
     """
     root, parent = os.geteuid() == 0, os.getppid()
-    _unshare_all(root)
+    _unshare_all()
     first = os.fork()
     if first:
         end = os.pidfd_open(first)
@@ -167,7 +173,7 @@ def enter_namespaces(visible: list[str], hidden: list[str]) -> bool:
         name = b"sandbox"
         _call("sethostname", name, len(name))
     _own_tree(visible, hidden)
-    return root
+    return NOBODY if root else None
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
@@ -197,7 +203,7 @@ def _own_tree(visible: list[str], hidden: list[str]) -> None:
         if os.path.isdir(f"/new{path}"):
             _mount("tmpfs", f"/new{path}", "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, "size=4k,mode=755")
     os.makedirs("/new/dev", exist_ok=True)
-    for path in _DEVICES:
+    for path in DEVICES:
         open(f"/new{path}", "w").close()
         _mount(f"/old{path}", f"/new{path}", None, _MS_BIND)
     os.makedirs("/new/tmp", exist_ok=True)
@@ -259,7 +265,7 @@ def readable(visible: list[str], hidden: list[str], scratch: str) -> int:
             _allow(rules, path, names)
         for part in _without(path, hidden):
             _allow(rules, part, file)
-    for path in _DEVICES:
+    for path in DEVICES:
         _allow(rules, path, file)
     _allow(rules, scratch, file | names)
     return rules
@@ -318,7 +324,7 @@ _REFUSED = (
     "socket", "unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen",
     "fsmount", "mount_setattr", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "bpf", "keyctl",
     "add_key", "request_key", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter",
-    "io_uring_register", "kexec_load", "init_module", "finit_module", "delete_module", "open_by_handle_at",
+    "io_uring_register", "io_setup", "kexec_load", "init_module", "finit_module", "delete_module", "open_by_handle_at",
     "name_to_handle_at", "quotactl", "swapon", "swapoff", "reboot", "acct", "syslog", "personality", "fanotify_init",
     "memfd_secret", "vmsplice", "migrate_pages", "move_pages", "lookup_dcookie",
     # Memory that no limit counts, or that is the host's where it shares an IPC namespace with programs.
@@ -354,17 +360,17 @@ def seccomp_filter(module: str | None) -> Any:
     return made
 
 
-def drop_privileges(nobody: bool, *, reads_all: bool = False) -> None:
-    """No capability is left, and none can be had again; `nobody`: root becomes that user first.
+def drop_privileges(user: int | None, *, reads_all: bool = False) -> None:
+    """No capability is left, and none can be had again; `user`: root becomes that one first.
 
     `reads_all`: but for the one to read any file, where the host gives it: for who says by other means what is read.
     """
     if reads_all:
         _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    if nobody:
+    if user is not None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(user, user, user)
     no_new_privileges()
     with contextlib.suppress(OSError):
         for capability in range(64):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_jax.rewards.fences import DEVICES, write_all
 from grpo_jax.rewards.literals import encode
 
 __all__ = ["Job", "ProgramLimits", "Ran", "SandboxError", "Worker", "call"]
@@ -36,6 +37,7 @@ for name, text in {"grpo_jax": "", "grpo_jax.rewards": "", **options["modules"]}
     exec(compile(text, name, "exec"), module.__dict__)
 module.start(options)
 """
+_BUBBLE = "/grpo-sandbox"  # what can be written in bubblewrap's file tree
 _GRACE = 30.0  # seconds beyond a program's wall time, after which the sandbox itself is broken
 _START = 60.0  # seconds it may take to start
 _LARGEST = 64 << 20  # bytes of a reply
@@ -122,28 +124,33 @@ def _hidden() -> list[str]:
 
 
 def _in_bubblewrap(seccomp: str | None, limits: ProgramLimits) -> list[str]:
-    """The interpreter, where nothing but what is visible can be seen; a temporary directory as large as a program's."""
+    """The interpreter, where nothing but what is visible can be seen, and one directory alone can be written.
+
+    That one is as large as a program's. Everything else is read-only without Landlock, too: what bubblewrap makes of
+    itself (its root, its /dev with a /dev/shm) has no bound.
+    """
     bwrap, python = shutil.which("bwrap"), os.path.realpath(sys.executable)
     if bwrap is None:
         raise SandboxError("bwrap is not installed")
     shown = [word for path in (*_visible(), python) for word in ("--ro-bind-try", path, path)]
-    empty = [word for path in _hidden() for word in ("--size", "4096", "--tmpfs", path)]
+    empty = [word for path in _hidden() for word in ("--tmpfs", path, "--remount-ro", path)]
+    devices = [word for path in DEVICES for word in ("--dev-bind", path, path)]
     return [
         bwrap, "--unshare-all", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox", "--proc", "/proc",
-        "--dev", "/dev", "--size", str(limits.file_mib << 20), "--tmpfs", "/tmp", *shown, *empty,
-        *(["--ro-bind", seccomp, seccomp] if seccomp else []), "--chdir", "/tmp", python,
+        "--tmpfs", "/dev", *devices, "--remount-ro", "/dev", "--size", str(limits.file_mib << 20), "--tmpfs", _BUBBLE,
+        *shown, *empty, *(["--ro-bind", seccomp, seccomp] if seccomp else []), "--remount-ro", "/", python,
     ]  # fmt: skip
 
 
 class Worker:
     """A process that runs a program after the other; of one thread at a time."""
 
-    def __init__(self, mechanism: str, limits: ProgramLimits):
-        """Raises SandboxError where this one does not work here."""
+    def __init__(self, mechanism: str, limits: ProgramLimits, workers: int = 1):
+        """Raises SandboxError where this one does not work here; `workers`: how many there are of its kind."""
         self._mechanism, self._limits, module = mechanism, limits, importlib.util.find_spec("pyseccomp")
         options = {
             "mechanism": mechanism, "visible": _visible(), "hidden": _hidden(), "seccomp": module and module.origin,
-            "modules": _MODULES,
+            "modules": _MODULES, "scratch": _BUBBLE if mechanism == "bubblewrap" else None, "workers": workers,
         }  # fmt: skip
         # As isolated as -I, but with the same hashes in every run: the order of a set may decide a verdict.
         flags = ["-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP, json.dumps(options)]
@@ -169,8 +176,8 @@ class Worker:
         data = json.dumps({**vars(job), "limits": vars(self._limits)}).encode()
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(struct.pack(">I", len(data)) + data)
-        except OSError as error:
+            write_all(self._process.stdin.fileno(), struct.pack(">I", len(data)) + data)
+        except (OSError, ValueError) as error:  # the second where the pipe is closed
             raise SandboxError(f"the sandbox's process has ended: {error}") from error
         said = self._read(self._limits.wall_seconds + _GRACE)
         said["stdout"], lines = base64.b64decode(said["stdout"]), base64.b64decode(said["results"])

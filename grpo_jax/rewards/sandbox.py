@@ -10,8 +10,13 @@ the standard library and has never seen another program, which takes a few milli
 some 30. Programs share nothing but that process's memory, as it was before all of them.
 
 Limits are of CPU time first, so that a busy machine changes no verdict, with wall time as a backstop. Memory and CPU
-time are each process's own, but for the time of those that a program waits for: it has up to `processes` times as much.
-Without namespaces files are bounded each, not all of a program's together.
+time are each process's own, but for the time of those that a program waits for: at a time it has up to `processes`
+times as much. Time of processes that nobody waits for is not counted: wall time alone bounds one that goes on and on by
+children.
+Without namespaces files are bounded each, not all of a program's together. And there the kernel counts all processes of
+a user. Where root makes the sandbox, each worker's programs have a user of their own; else all have ours, and each may
+go up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves each its `processes`,
+unless another program takes more than its own, or we start many ourselves.
 """
 
 import contextlib
@@ -84,10 +89,12 @@ class Isolation:
         namespaces = (
             f"namespaces: {self.why or 'they isolate less'}; allow user namespaces: sysctl user.max_user_namespaces "
             "above 0, kernel.apparmor_restrict_unprivileged_userns=0, and in a container a seccomp profile that lets "
-            "unshare through; or install bubblewrap"
+            f"unshare through{'; or install bubblewrap' * (self.mechanism == 'limits')}"
         )
         seccomp = "`pip install pyseccomp` and the system's libseccomp for a filter of system calls"
-        return "; and ".join([namespaces] * (self.mechanism == "limits") + [seccomp] * (not self.seccomp))
+        landlock = "a kernel with Landlock that keeps signals in, Linux 6.12"
+        given = {namespaces: self.mechanism != "namespaces", seccomp: not self.seccomp, landlock: not self.signals}
+        return "; and ".join(advice for advice, helps in given.items() if helps)
 
 
 # In this order: the second needs a program that may be allowed more than we are, counts files less exactly, and bounds
@@ -122,13 +129,21 @@ def attempts(tcp, udp, path, pid, secret):
             return False
     def other(attempt):
         return works(lambda: attempt(pid))
+    def writes(place):
+        made = works(lambda: open(f"{place}/{secret}", "w"))
+        works(lambda: os.unlink(f"{place}/{secret}"))
+        return made
+    left = os.path.exists(f"../{secret}")
+    works(lambda: open(f"../{secret}", "w"))
     return {
+        "left": left,
         "connected": works(lambda: socket.create_connection(("127.0.0.1", tcp), timeout=5)),
         "sent": works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"!", ("127.0.0.1", udp))),
-        "writes": works(lambda: open(path + "/written", "w")) or works(lambda: os.chmod(path + "/secret", 0)),
+        "writes": any(list(map(writes, (path, "/", "/dev", "/dev/shm")))),
+        "modes": works(lambda: os.chmod(path + "/secret", 0)),
         "files": works(lambda: open(path + "/secret").read()),
         "environment": other(lambda pid: secret in open(f"/proc/{pid}/environ").read()),
-        "keyring": fences.session_keyring(),
+        "keyrings": [fences.session_keyring(), fences.user_keyring()],
         "signals": other(lambda pid: os.kill(pid, 0)),
         "limits": other(lambda pid: resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))),
         "priority": other(lambda pid: os.setpriority(os.PRIO_PROCESS, pid, 19)),
@@ -183,13 +198,14 @@ def _tried(mechanism: str) -> Isolation:
             udp.setblocking(False)
             arrived = bool(udp.recv(1))
         other.communicate(b"\n")
-    keyrings = [ring for ring in (first["keyring"], worked["keyring"], fences.session_keyring()) if ring is not None]
-    # What another worker runs has the same user, and it is not there to be tried.
-    apart = mechanism != "limits" or worker.hello["landlock"] >= 6
+    of = (first["keyrings"], worked["keyrings"], [fences.session_keyring(), fences.user_keyring()])
+    keyrings = [ring for rings in of for ring in rings if ring is not None]
+    # Else who watches, and what another worker runs, has the same user, and is not there to be tried.
+    apart = mechanism == "namespaces" or worker.hello["user"] is not None or worker.hello["landlock"] >= 6
     none = lambda *names: not any(worked[name] for name in names)
     return Isolation(
         mechanism=mechanism, seccomp=worker.hello["seccomp"], landlock=worker.hello["landlock"] > 0,
-        network=none("connected") and not arrived, writes=none("writes"),
+        network=none("connected") and not arrived, writes=none("writes", "modes", "left"),
         signals=none("signals", "limits", "priority", "affinity") and apart,
         files=none("files", "environment") and len(set(keyrings)) == len(keyrings),
         memory=none("shared", "memfd", "forks"), processes=none("processes"),
@@ -210,7 +226,8 @@ class _Crew:
     """Workers, each used by one thread at a time and replaced when it is broken."""
 
     def __init__(self, mechanism: str, limits: ProgramLimits, size: int):
-        self._mechanism, self._limits, self._lock, self.closed = mechanism, limits, threading.Lock(), False
+        self._mechanism, self._limits, self._size = mechanism, limits, size
+        self._lock, self.closed = threading.Lock(), False
         self._busy: dict[threading.Thread, Worker] = {}
         self._stopped: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
@@ -240,7 +257,7 @@ class _Crew:
 
     def _take(self, worker: Worker | None) -> Worker:
         self._check()
-        worker = worker or Worker(self._mechanism, self._limits)
+        worker = worker or Worker(self._mechanism, self._limits, self._size)
         with self._lock:
             self._busy[threading.current_thread()] = worker
         try:
