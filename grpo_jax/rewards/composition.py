@@ -31,7 +31,7 @@ def gated(reward: Reward, *, by: str, above: float = 0.5, otherwise: float | Non
 
     def passing(scores: Mapping[str, Judged], **arguments: Any) -> Any:
         gate = scores[by]
-        chosen = [i for i, score in enumerate(gate) if score is not None and score > above]
+        chosen = [i for i, score in enumerate(gate) if isinstance(score, float) and score > above]
         unknown = [score is None and failed for score, failed in zip(gate, gate.failed, strict=True)]
         places = chosen, unknown, otherwise, time.perf_counter()
         if own:
