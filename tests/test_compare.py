@@ -23,7 +23,7 @@ TINY = [*resume.TINY, "--loss.entropy_coef=0.01"]  # so small a policy has no re
 def run(workdir: pathlib.Path, *given: str, module: str = "compare", check: bool = True):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": resume.FLAGS}
     command = [sys.executable, "-m", f"experiments.{module}", f"--workdir={workdir}", *TINY, *given]
-    done = subprocess.run(command, cwd=resume.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=resume.ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

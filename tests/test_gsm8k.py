@@ -31,7 +31,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 def run(module: str, *flags: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
     command = [sys.executable, "-c", WITHOUT, f"experiments.{module}", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

@@ -30,7 +30,7 @@ SEVERAL_UPDATES = ["--update.epochs=2", "--update.minibatches=2", "--update.micr
 def run(workdir: pathlib.Path, *flags: str, kill_at: str = "", kill_with: str = "SIGKILL", check: bool = True):
     environment = {**os.environ, "KILL_AT": kill_at, "KILL_WITH": kill_with, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     command = [sys.executable, "-m", "tests.kill_at", f"--workdir={workdir}", *TINY, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     if check:
         expected = 0 if not kill_at else -signal.SIGKILL if kill_with == "SIGKILL" else 128 + getattr(signal, kill_with)
         assert done.returncode == expected, done.stdout + done.stderr
@@ -131,7 +131,7 @@ def test_baselines_get_the_time_that_grpo_took_and_the_report_shows_them(tmp_pat
 
 def test_help_is_for_people():
     command = [sys.executable, "-m", "experiments.countdown", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200).stdout
     for flag in ("--workdir", "--loss.kl_coef", "--rollout.group_size", "--mesh.fsdp"):
         assert flag in shown
     assert "beta; 0: no reference is held" in shown

@@ -24,7 +24,7 @@ def train(workdir: pathlib.Path, *flags: str, kill_at: str = "", status: int = 0
     environment = {**os.environ, "KILL_AT": kill_at, "KILL_WITH": "SIGKILL", "KILL_IN": "reward_model",
                    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}  # fmt: skip
     command = [sys.executable, "-m", "tests.kill_at", f"--workdir={workdir}", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == (-signal.SIGKILL if kill_at else status), done.stdout + done.stderr
     return done
 
@@ -189,6 +189,6 @@ def test_every_flag_changes_something(tiny, tmp_path):
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
     command = [sys.executable, "-m", "tests.flags_of_reward_model", str(model), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"idle": [], "not covered": [], "unexplained": []}

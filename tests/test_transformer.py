@@ -374,7 +374,7 @@ EVERYTHING = TransformerConfig(
 OTHER = {
     "vocab_size": 25, "layers": 4, "width": 24, "heads": 2, "kv_heads": 4, "head_width": 4, "mlp_width": 16,
     "rope_base": 100.0, "norm_epsilon": 1e-3, "compute_dtype": "bfloat16", "sampler_dtype": "int8",
-    "attention": "splash", "remat": True,
+    "attention": "splash", "remat": True, "score": True,
     "tied": True, "scale_embedding": False, "qkv_bias": False, "qk_norm": False, "post_norms": False,
     "unit_offset": False, "activation": "silu", "query_scale": 0, "attention_cap": 0.0, "logit_cap": 0.0,
     "windows": (3, 0), "window_rope_base": 0.0, "rope_factor": 4.0, "rope_low_factor": 0.5, "rope_high_factor": 8.0,
