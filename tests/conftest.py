@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from tests import sandboxes
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -51,3 +52,10 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(isolation().description)
     except SandboxError as error:
         terminalreporter.write_line(f"sandbox: none ({error})")
+
+
+@pytest.fixture(scope="module")
+def marked():
+    """What marks the processes of a module's sandboxes."""
+    with sandboxes.marked() as mark:
+        yield mark

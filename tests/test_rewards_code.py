@@ -21,12 +21,6 @@ CANARY = f"canary-{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="module")
-def marked():
-    with sandboxes.marked() as mark:
-        yield mark
-
-
-@pytest.fixture(scope="module")
 def reward(marked):
     if not isolation().strong:
         unavailable(isolation().description)

@@ -22,12 +22,6 @@ CANARY = f"canary-{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="module")
-def marked():
-    with sandboxes.marked() as mark:
-        yield mark
-
-
-@pytest.fixture(scope="module")
 def reward(marked):
     """By namespaces, or bubblewrap's."""
     if not isolation().complete:

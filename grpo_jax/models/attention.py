@@ -23,12 +23,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Attend", "capped", "make_attention", "queries_at_a_time"]
+__all__ = ["MASKED", "Attend", "capped", "make_attention", "queries_at_a_time"]
 
 # (query [R, S, H, C], key [R, S, K, C], value [R, S, K, C], positions [R, S], segments [R, S]) -> [R, S, H, C]
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-_MASKED = -1e30  # finite, so that a row without any key gives a uniform softmax and not NaN
+MASKED = -1e30  # a score; finite, so that who sees no key gets numbers and not NaN
 _LANES = 128  # of a TPU's vector register: blocks of splash attention are multiples of it
 # 512 x 512 float32 scores are 1 MiB of the 16 MiB of scoped VMEM, so that they, their gradients and blocks of heads
 # as wide as 256 fit on every TPU; smaller blocks spend their time between blocks.
@@ -91,7 +91,7 @@ def _xla(spec: _Spec, mesh: Mesh | None) -> Attend:
         grouped = query.reshape(r, s, key.shape[2], -1, c)
         scores = jnp.einsum("rskgc,rtkc->rkgst", grouped, key, preferred_element_type=jnp.float32) * spec.scale
         scores = capped(scores, spec.soft_cap)
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1).astype(value.dtype)
         return jnp.einsum("rkgst,rtkc->rskgc", weights, value).reshape(query.shape)
 
     def attend(query, key, value, positions, segments):

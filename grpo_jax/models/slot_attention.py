@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.models.attention import capped
+from grpo_jax.models.attention import MASKED, capped
 from grpo_jax.sharding import BATCH_AXES
 
 __all__ = ["AttendBlock", "attend_slots", "cache_axes", "cache_shapes", "make_kernel"]
@@ -28,7 +28,6 @@ __all__ = ["AttendBlock", "attend_slots", "cache_axes", "cache_shapes", "make_ke
 # exponentials [N, K, M, 1], and what they mix [N, K, M, C]. No K where there is one head of keys.
 AttendBlock: TypeAlias = Callable[[jax.Array, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
-_MASKED = -1e30  # finite, so that a slot without any key gives numbers and not NaN
 _TILE = 64  # columns that are read together, at most
 # Of the kernel, whose products have at least so many rows and columns; two tiles of keys and of values, of which one is
 # on its way, take 64 KiB of the 99 that the processors of the smallest GPUs have.
@@ -163,7 +162,7 @@ def _attend_block(query, cache, visible, *, scale, soft_cap):
     scores = capped(scores * scale, soft_cap)
     seen = jnp.repeat(visible, query.shape[-2] // visible.shape[-2], axis=-2)
     seen = jnp.expand_dims(seen, range(1, query.ndim - 2))
-    scores = jnp.where(seen, scores, _MASKED)
+    scores = jnp.where(seen, scores, MASKED)
     most = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - most)
     mixed = jnp.einsum("...mt,...tc->...mc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
@@ -250,7 +249,7 @@ def _tiles_kernel(
         most, total, mixed = carry
         columns = pl.ds(order[i] * tile, tile)
         scores = capped(triton.dot(q, key[:, columns]) * scale, soft_cap)
-        scores = jnp.where((seen[columns] != 0)[None], scores, _MASKED)
+        scores = jnp.where((seen[columns] != 0)[None], scores, MASKED)
         largest = jnp.maximum(most, scores.max(axis=1))
         weights, fade = jnp.exp(scores - largest[:, None]), jnp.exp(most - largest)
         values = value[columns, :]
@@ -260,7 +259,7 @@ def _tiles_kernel(
             fade[:, None] * mixed + triton.dot(weights.astype(values.dtype), values),
         )
 
-    nothing = jnp.full(queries, _MASKED), jnp.zeros(queries), jnp.zeros(query.shape)
+    nothing = jnp.full(queries, MASKED), jnp.zeros(queries), jnp.zeros(query.shape)
     for ref, result in zip(results, jax.lax.fori_loop(0, filled[()], read, nothing), strict=True):
         mask = real if result.ndim == 1 else real[:, None]
         triton.store(ref.at[(slice(None),) * result.ndim], result, mask=mask)
