@@ -252,8 +252,10 @@ class GroupRollouts:
                     state, prompts, first, interrupt, ahead, lambda: not journal.knows(step, wave)
                 )
             sampled = time.perf_counter()
-            # Of what waves leave to train on, it is known only when they are scored.
+            # Of what waves leave to train on, it is known only when they are scored. A GPU's runtime holds us here
+            # until the pass ends, for it has a loop; others do not.
             reference = self._reference(state, rollout) if config.max_waves == 1 else None
+            asked = time.perf_counter()
             scores = journaled_scores(score, host, journal, step, wave)
             scored = time.perf_counter()
         jax.block_until_ready(reference)  # what the device is asked next would wait for it too
@@ -270,8 +272,8 @@ class GroupRollouts:
             rollout=rollout,
             reference=reference,
             rollout_seconds=sampled - started,
-            reward_seconds=scored - sampled,
-            reference_seconds=referred - scored,
+            reward_seconds=scored - asked,
+            reference_seconds=(asked - sampled) + (referred - scored),
         )
 
     def _sample(
@@ -281,14 +283,15 @@ class GroupRollouts:
         """Completions where the sampler left them, and on the host; and what gives their scores.
 
         Where the sampler cuts a rollout to the memory, functions see a part of it at a time, whole groups; and each
-        part `ahead`, while the next is sampled, if they `may_score` before all are there and none uses the device.
+        part `ahead`, while the device samples the next or reads the last as the reference does, if they `may_score`
+        by now and none uses the device.
         """
         params = state.params if self.params_of is None else self.params_of(state)
         texts, ids = [prompt.text for prompt in prompts], range(first, first + len(prompts))
         parts: list[Rollout] = []
         hosts: list[Rollout] = []
         scored: list[Callable[[], Scores]] = []
-        begun, overlaps, on_device = 0, False, any(reward.on_device for reward in self.rewards)
+        begun, overlaps = 0, not any(reward.on_device for reward in self.rewards) and may_score()
 
         def look() -> None:
             interrupt()
@@ -301,7 +304,6 @@ class GroupRollouts:
             of_part = prompts[begun : begun + len(part.prompt_tokens)]
             begun += len(of_part)
             scored.append(functools.partial(self._score, of_part, hosts[-1]))
-            overlaps = overlaps or (begun < len(prompts) and not on_device and may_score())
             if overlaps:
                 ahead.add(scored[-1])
         host = hosts[0] if len(hosts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *hosts)

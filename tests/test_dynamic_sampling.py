@@ -23,6 +23,7 @@ from grpo_jax.sampler import Sampler
 from grpo_jax.training import UpdateConfig, init_train_state, make_reference_logprobs, make_train_step
 from grpo_jax.types import Groups, Rollout
 from tests import oracle
+from tests.test_rollouts import Journal
 
 P, G, L, T, WAVES = 4, 2, 2, 3, 3
 
@@ -102,14 +103,6 @@ CONFIG = TransformerConfig(
 )
 POLICY = make_policy(CONFIG)
 SIZES = {"max_prompt_tokens": L, "max_tokens": T}
-
-
-class Journal(dict):
-    def read(self, step, wave, digest):
-        return self.get((step, wave, digest))
-
-    def write(self, step, wave, digest, scores):
-        self[step, wave, digest] = scores
 
 
 class Run:

@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 import types
 
 import jax
@@ -25,6 +26,7 @@ CONFIG = TransformerConfig(
 )
 POLICY = make_policy(CONFIG)
 P, G = 4, 4
+LIMIT = 120  # seconds that nothing here takes, on a busy machine neither
 
 
 def make_sampler(tokenizer=TOKENIZER, stop=(), **mesh):
@@ -187,31 +189,32 @@ def test_the_kl_may_be_taken_from_the_reward(name, mesh):
 
 
 @pytest.mark.parametrize("kl_in_reward", [False, True])
-def test_the_reference_has_its_completions_before_they_are_scored(sampler, kl_in_reward):
-    """So that the device computes while the host scores."""
-    objective = objective_of("grpo", kl_coef=0.5, kl_in_reward=kl_in_reward)
-    happened, values = [], np.random.default_rng(4).normal(size=P * G)
+def test_the_reference_and_the_rewards_are_computed_at_the_same_time(sampler, kl_in_reward):
+    """Each waits for the other: a GPU's runtime holds who asks for the reference until it has been computed."""
+    both, values = threading.Barrier(2, timeout=LIMIT), np.random.default_rng(4).normal(size=P * G)
 
     def reference(params, rollout, temperature):
-        happened.append("reference")
         assert params is not None
+        both.wait()
         return jnp.full(rollout.mask.shape, -2.0) * temperature
 
     def reward(**_):
-        happened.append("reward")
+        both.wait()
         return list(values)
 
-    options = {"objective": objective, "reference_logprobs": reference}
-    batch = collect(sampler, reward, **options).batch
-    assert happened == ["reference", "reward"]
+    options = {"objective": objective_of("grpo", kl_coef=0.5, kl_in_reward=kl_in_reward)}
+    batch = collect(sampler, reward, reference_logprobs=reference, **options).batch
     if kl_in_reward:
         assert batch.ref_logprobs is None  # spent
     else:
         np.testing.assert_array_equal(batch.ref_logprobs, np.full(batch.mask.shape, -2.0))
-    assert (
-        collect(sampler, reward, **options | {"objective": objective_of("grpo", kl_coef=0.0)}).batch.ref_logprobs
-        is None
-    )
+
+
+def test_nobody_computes_a_reference_that_nothing_asks_for(sampler):
+    objective = objective_of("grpo", kl_coef=0.0)
+    values = list(np.random.default_rng(4).normal(size=P * G))
+    batch = collect(sampler, lambda **_: values, objective=objective, reference_logprobs=pytest.fail).batch
+    assert batch.ref_logprobs is None
 
 
 def test_what_does_not_fit_together_is_refused_at_once(sampler):

@@ -15,9 +15,7 @@ from grpo_jax.loop import Stopped
 from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Judged, Reward, RewardError
 from grpo_jax.sampler import Plan
-from tests.test_rollouts import G, Journal, P, collect, make_sampler, objective_of
-
-LIMIT = 120  # seconds that nothing here takes, on a busy machine neither
+from tests.test_rollouts import LIMIT, G, Journal, P, collect, make_sampler, objective_of
 
 
 @pytest.fixture(scope="module")

@@ -44,10 +44,11 @@ def write_checkpoint(directory: pathlib.Path, config: TransformerConfig, seed: i
     """A random model as transformers initializes and saves it, with no end in its generation configuration."""
     raw = write_config(config)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(raw.pop("model_type"), **raw, pad_token_id=PAD, eos_token_id=None)
-    )
-    model.save_pretrained(directory)
+    model_config = transformers.AutoConfig.for_model(
+        raw.pop("model_type"), **raw, pad_token_id=PAD, eos_token_id=None
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        transformers.AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
 
 
 def load_model(directory: pathlib.Path, dtype: str = "float32") -> Any:
