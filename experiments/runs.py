@@ -343,7 +343,7 @@ def directory_of(argv: list[str], flag: flags.FlagHolder) -> pathlib.Path:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
-        logging_of_python.getLogger("grpo_jax").setLevel("INFO")
+        logging_of_python.getLogger("grpo_jax").setLevel("INFO")  # how well programs are isolated
     if not flag.value.strip():
         raise app.UsageError(f"--{flag.name} is empty: name a directory.")
     return pathlib.Path(flag.value)

@@ -78,10 +78,12 @@ def test_no_claim_scores(either, marked, name):
     judged_and_gone(either, marked, CHEATS[name])
 
 
-@pytest.mark.parametrize("name", HARMS)
+@pytest.mark.parametrize(
+    ("either", "name"),
+    [*(("reward", name) for name in HARMS), *(("limited", name) for name in HARMS if name not in NOT_BY_LIMITS)],
+    indirect=["either"],
+)
 def test_no_harm_is_done(either, marked, name):
-    if name in NOT_BY_LIMITS and either._sandbox._crew._mechanism == "limits":
-        return
     judged_and_gone(either, marked, HARMS[name])
 
 
