@@ -189,10 +189,12 @@ def _vocabulary(kernel: jax.Array, bias: jax.Array | None):
     """Chunks of this device's part of the vocabulary: their number, and chunk(j) -> (first, kernel, bias, new).
 
     All have one size, so that the last may begin before the one before it ends: `new` [1, v] says which ids it adds.
+    A size of whole tiles (with 4,096 ids a chunk, 128), which products of accelerators are made of.
     """
-    ids = kernel.shape[0]
-    count = -(-ids // _IDS)
-    size = -(-ids // count)
+    ids, tile = kernel.shape[0], max(1, _IDS // 32)
+    size = -(-ids // -(-ids // _IDS))
+    size = min(-(-size // tile) * tile, ids)
+    count = -(-ids // size)
 
     def chunk(j):
         first = jnp.minimum(j * size, ids - size)

@@ -263,7 +263,7 @@ def _times(experienced: Experience, step: float, update: float, elapsed: float) 
         "time/step_seconds": step,
         "time/rollout_seconds": rollout,
         "time/reward_seconds": rewards,
-        "time/reference_seconds": reference,  # beyond the rewards, beside which it runs
+        "time/reference_seconds": reference,
         "time/update_seconds": update,
         "time/other_seconds": step - rollout - rewards - reference - update,
         "time/rollout_tokens_per_second": experienced.rollout_tokens / rollout if rollout else 0.0,

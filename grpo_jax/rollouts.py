@@ -16,7 +16,7 @@ from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.objectives import Objective
 from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
-from grpo_jax.rewards import Reward, Scores
+from grpo_jax.rewards import Reward, RewardError, Scores
 from grpo_jax.sampler import Sampler, check_stop, join
 from grpo_jax.scoring import (
     Ahead,
@@ -96,7 +96,7 @@ class Experience:
     train_tokens: int = 0  # prompts and completions, as the update sees them
     rollout_seconds: float = 0.0
     reward_seconds: float = 0.0
-    reference_seconds: float = 0.0  # what was left of the reference's pass when the rewards were there
+    reference_seconds: float = 0.0  # what the reference's pass adds; a GPU holds us for all of it, beside the rewards
 
 
 # One program each, where their operations one by one would be a dozen to compile, and to wait for at every step.
@@ -258,6 +258,11 @@ class GroupRollouts:
             asked = time.perf_counter()
             scores = journaled_scores(score, host, journal, step, wave)
             scored = time.perf_counter()
+        if {*scores.by_name} != (names := {reward.name for reward in self.rewards}):
+            raise RewardError(
+                f"the journal has rewards {sorted(scores.by_name)} of step {step}, and the run has {sorted(names)}: "
+                "give them their names back, or begin a new workdir."
+            )
         jax.block_until_ready(reference)  # what the device is asked next would wait for it too
         referred = time.perf_counter()
         groups = self._groups(scores, host)

@@ -111,8 +111,7 @@ class Sampler:
           stop: strings, special tokens among them, that end a completion as an EOS does.
           slots: completions decoded at a time, about; a slot whose completion has ended takes the next. 0: on a CPU
             8192 / max_tokens, or 16 where that is less; elsewhere all, or as many as fit, since an accelerator reads
-            its weights at every token, which takes as long for few as for hundreds. Where lengths differ much and
-            caches are larger than weights, a quarter of all reads fewer bytes.
+            its weights at every token, which takes as long for few as for hundreds.
           chunk: tokens between two turns of the host.
           memory: bytes of a device; None: what it says. A rollout that does not fit beside `copies` is cut.
           copies: of the trainer's parameters that are held meanwhile: 4 with Adam's moments and a reference, 1 where
@@ -123,8 +122,12 @@ class Sampler:
                 f"the tokenizer has eos_ids={tokenizer.eos_ids!r} and pad_id={tokenizer.pad_id!r}: sampling needs at "
                 "least one id that ends a completion, and one to pad with (an EOS id will do)."
             )
-        if max_tokens < 1 or slots < 0:
-            raise ValueError(f"max_tokens={max_tokens} must be 1 or more, slots={slots} 0 or more.")
+        check_stop(stop)
+        if min(group_size, max_tokens, max_prompt_tokens, chunk) < 1 or slots < 0:
+            raise ValueError(
+                f"group_size={group_size}, max_tokens={max_tokens}, max_prompt_tokens={max_prompt_tokens} and "
+                f"chunk={chunk} must be 1 or more, slots={slots} 0 or more."
+            )
         self.tokenizer, self.group_size = tokenizer, group_size
         self.max_prompt_tokens, self.max_tokens = max_prompt_tokens, max_tokens
         self.mesh, self._policy, self._slots, self._chunk = mesh, policy, slots, chunk
@@ -207,7 +210,8 @@ class Sampler:
           limits: [P, G] int32, where completions are cut before `max_tokens`; 0: nothing is sampled. None: nowhere.
 
         Raises:
-          ValueError: the prompts do not divide over the mesh, or one is empty or too long.
+          ValueError: there are no prompts, or not as many ids; they do not divide over the mesh; one is empty or too
+            long.
         """
         return join(list(self.waves(params, prompts, prompt_ids, sampling_params, interrupt, limits)))
 
@@ -315,6 +319,10 @@ class Sampler:
 
     def _begin(self, params, prompts, prompt_ids, sampling_params, limits) -> Iterator[tuple[Any, ...]]:
         """For as many prompts as are sampled at a time: prefilled, state, decode, their tokens and mask."""
+        if not len(prompts) or len(prompt_ids) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts with {len(prompt_ids)} ids: expected one or more, each with its id."
+            )
         plan = self.plan(params, len(prompts))
         tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
         shape = len(prompts), self.group_size

@@ -139,7 +139,6 @@ class Ahead:
     def add(self, function: Callable[[], Any]) -> None:
         """Returns at once."""
         before, future = self._futures[-1:], Future()
-        self._futures.append(future)
 
         def run() -> None:
             for other in before:
@@ -153,6 +152,7 @@ class Ahead:
 
         # Not an executor: the interpreter waits for the threads of those when it ends, for one that hangs too.
         threading.Thread(target=run, name="rewards", daemon=True).start()
+        self._futures.append(future)  # of a thread that could not start nobody may wait
 
     def check(self) -> None:
         """Raises what a function has raised so far."""
@@ -283,6 +283,7 @@ def rollout_metrics(rewards: Sequence[Reward], fresh: ScoredGroups) -> dict[str,
     # "All right" and "all wrong" are said of the first reward: the one that judges, by convention.
     judged = fresh.scores.by_name[rewards[0].name].reshape(fresh.total.shape)
     verdicts = judged.reshape(-1)[~fresh.scores.of_failed(rewards[0].name)]  # where it failed nothing is known
+    verdicts = verdicts[~np.isnan(verdicts)]  # nor is there anything to be right where it does not apply
     metrics["accuracy"] = (verdicts > 0.5).mean() if verdicts.size else 0.0
     metrics["frac_groups_all_right"] = (constant & (judged.min(axis=1) > 0.5)).mean()
     metrics["frac_groups_all_wrong"] = (constant & (judged.max(axis=1) <= 0.5)).mean()

@@ -4,10 +4,11 @@ Metric names are those that TRL users know. Names under `time/` are measured and
 all others are the same bits whenever a run is repeated or resumed.
 
 `time/step_seconds` is from the end of one update to the end of the next, without evaluations, and the sum of five:
-`rollout` (prompts, sampling, the completions on the host), `reward`, `reference` (what was left of its pass when the
-rewards were there), `update` (the old policy's pass included) and `other` (advantages; logs, checkpoint and profile of
-the step before). A rollout that is cut to the memory is scored wave by wave while the next is sampled, and `reward` is
-what was left of that.
+`rollout` (prompts, sampling, the completions on the host), `reward`, `reference` (they run beside each other: what was
+left of its pass when the rewards were there; on a GPU, which holds whoever asks for it, `reward` is what was left of
+those), `update` (the old policy's pass included) and `other` (advantages; logs, checkpoint and profile of the step
+before). A rollout that is cut to the memory is scored wave by wave while the next is sampled, and `reward` is what was
+left of that.
 `time/rewards/NAME/p50_seconds`, `p95_seconds` and `max_seconds` are of the completions of a step: what one took, where
 the function says so (`rewards.Judged`), else its whole call. A step whose rewards were read from the journal has none.
 `time/elapsed_seconds` is the sum of all steps so far; `time/evaluation_seconds` stands where there was one.

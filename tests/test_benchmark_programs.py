@@ -408,15 +408,16 @@ def test_roofline():
     assert of["update_share_of_product"]["values"] == pytest.approx(expected)
 
 
-def test_work_by_loops():
+@pytest.mark.parametrize(("dtype", "width"), [("", 4), ("bfloat16", 2), ("int8", 4)])
+def test_work_by_loops(dtype, width):
     """Bytes and FLOP of ragged completions, token by token."""
-    w = Workload(**{**TINY, "tokens": 6}, lengths="geometric")
+    w = Workload(**{**TINY, "tokens": 6}, lengths="geometric", sampler_dtype=dtype)
     m, limits = w.model, w.limits
     assert len(np.unique(limits)) > 2
     dense = m.layers * (
         m.width * m.heads * m.head_width * 2 + m.width * m.kv_heads * m.head_width * 2 + 3 * m.width * m.mlp_width
     )
-    head, kv = m.vocab_size * m.width, 2 * m.kv_heads * m.head_width * m.layers * 4
+    head, kv = m.vocab_size * m.width, 2 * m.kv_heads * m.head_width * m.layers * width
     per_key = 4 * m.heads * m.head_width * m.layers
     read = flop = update = 0
     for t in range(1, limits.max()):  # a token after the first

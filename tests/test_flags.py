@@ -20,6 +20,7 @@ from grpo_jax.models.transformer import init_params, make_policy
 from grpo_jax.rewards import Reward
 from grpo_jax.types import Rollout
 from tests.silent import silent_rollout
+from tests.test_rollouts import Journal
 
 OTHER = {
     "task": {"numbers": 4, "max_number": 12, "max_target": 20, "effort": 1.0},
@@ -108,7 +109,7 @@ def advantages_of(name, config):
                  Reward(name="s", function=lambda **_: [0.0, 9.0, 1.0, 0.0, 0.0, 2.0])],
         advantages=config, objective=objectives.make_objective(objectives.LossConfig(objective=name)),
     )  # fmt: skip
-    journal = types.SimpleNamespace(read=lambda *_: None, write=lambda *_: None)
+    journal = Journal()
     batch = experience(types.SimpleNamespace(params=None, cursor=0, step=0), journal, lambda: None).batch
     return np.asarray(batch.advantages).tolist(), np.asarray(batch.mask).tolist()
 
@@ -167,7 +168,7 @@ def observe_rollout(config, tmp_path):
     surplus = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), experiment.surplus)
     params = fresh_params(config)
     state = types.SimpleNamespace(params=params, reference=params, cursor=0, step=0, surplus=surplus)
-    journal = types.SimpleNamespace(read=lambda *_: None, write=lambda *_: None)
+    journal = Journal()
     experience = experiment.rollouts()(state, journal, lambda: None)
     plan = experiment.sampler.plan(state.params, 2)  # slots change no token
     return np.asarray(experience.batch.completion_tokens).tolist(), experience.prompts_consumed, plan.slots

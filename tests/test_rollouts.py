@@ -1,5 +1,6 @@
 import dataclasses
 import threading
+import time
 import types
 
 import jax
@@ -208,6 +209,24 @@ def test_the_reference_and_the_rewards_are_computed_at_the_same_time(sampler, kl
         assert batch.ref_logprobs is None  # spent
     else:
         np.testing.assert_array_equal(batch.ref_logprobs, np.full(batch.mask.shape, -2.0))
+
+
+def test_what_the_reference_holds_us_for_is_its_own(sampler):
+    def reference(params, rollout, temperature):
+        time.sleep(0.2)
+        return jnp.zeros(rollout.mask.shape)
+
+    asks = {"objective": objective_of("grpo", kl_coef=0.5), "reference_logprobs": reference}
+    experience = collect(sampler, lambda completions, **_: [1.0] * len(completions), **asks)
+    assert experience.reference_seconds >= 0.2
+
+
+def test_a_journal_of_rewards_with_other_names_is_no_replay(sampler):
+    """A file may be mended while a run stands still, and its `Reward` renamed."""
+    journal, ones = Journal(), lambda completions, **_: [1.0] * len(completions)
+    collect(sampler, [Reward(name="before", function=ones)], journal)
+    with pytest.raises(RewardError, match=r"\['before'\] of step 2, and the run has \['now'\]"):
+        collect(sampler, [Reward(name="now", function=ones)], journal)
 
 
 def test_nobody_computes_a_reference_that_nothing_asks_for(sampler):

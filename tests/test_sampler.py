@@ -221,6 +221,25 @@ def test_a_stream_shows_completions_as_they_come(params, rollout, slots):
         next(make().stream(params, PROMPTS, range(P), SamplingParams(), every=0))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk": 0}, "chunk=0 must be 1 or more"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"stop": "Question:"}, "must be a tuple of strings"),
+    ],
+)
+def test_what_a_sampler_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize(("prompts", "ids"), [([], []), (PROMPTS, range(P + 1))])
+def test_prompts_have_ids(params, prompts, ids):
+    with pytest.raises(ValueError, match=f"{len(prompts)} prompts with {len(ids)} ids"):
+        make()(params, prompts, ids, SamplingParams())
+
+
 def test_a_stream_waits_for_the_other_bytes_of_a_character(params, monkeypatch):
     sampler = make()
     monkeypatch.setattr(sampler.tokenizer, "decode", lambda ids: "é" if len(ids) > 4 else "\ufffd" * bool(ids))

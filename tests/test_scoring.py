@@ -304,6 +304,13 @@ def test_metrics_of_rewards_by_hand():
     })  # fmt: skip
 
 
+def test_accuracy_is_of_what_was_judged():
+    """A problem that the judge has nothing to say of is neither right nor wrong."""
+    scores = Scores(by_name={"a": np.array([1.0, np.nan, 0.0, np.nan])})
+    rewards = [Reward(name="a", function=None)]
+    assert rollout_metrics(rewards, fresh(scores, rewards, 2))["accuracy"] == 0.5
+
+
 def test_a_reward_that_nobody_knows_is_null_in_the_samples():
     scores = Scores(by_name={"a": np.array([1.0, np.nan])}, failed={"a": np.array([False, True])})
     rewards = [Reward(name="a", function=None)]

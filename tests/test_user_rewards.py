@@ -90,6 +90,13 @@ def test_a_function_or_a_reward_of_a_file_or_a_module(file):
     assert user_rewards.named([]) == {}
 
 
+def test_a_file_that_two_rewards_are_of_runs_once(tmp_path):
+    file = tmp_path / "two.py"
+    file.write_text("made = []\ndef a(**_): return made\ndef b(**_): return made\n")
+    a, b = user_rewards.named([f"{file}:a", f"{file}:b"])["rewards"].rewards
+    assert a.function() is b.function()
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

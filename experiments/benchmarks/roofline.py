@@ -91,7 +91,7 @@ def work_of(workload: Workload, weight_bytes: int, slots: int) -> Work:
     m, lengths, prompt = workload.model, workload.limits.astype(np.float64), workload.prompt_tokens
     attention = m.width * m.head_width * (2 * m.heads + 2 * m.kv_heads)
     body, head = m.layers * (attention + 3 * m.width * m.mlp_width), m.vocab_size * m.width
-    width = jnp.dtype(m.compute_dtype).itemsize
+    width = jnp.dtype(workload.decoding_dtype).itemsize
     cached = 2 * m.layers * m.kv_heads * m.head_width * width  # bytes of a token's keys and values
     later = lengths - 1  # tokens of each completion that are decoded, after that of the prefill
     steps = max(later.max(), later.sum() / (slots or lengths.size))
@@ -136,13 +136,16 @@ def run(options: Options) -> dict[str, Any]:
     def once() -> dict[str, float]:
         taken = {name: measure.seconds(part)[0] for name, part in parts.items()}
         decode, update = max(taken["whole"] - taken["first"], 1e-9), taken["update"]
-        flops = rates.get(f"{options.dtype}_flop_per_second", rates["float32_flop_per_second"])
+        flops, decode_flops = (
+            rates.get(f"{dtype}_flop_per_second", rates["float32_flop_per_second"])
+            for dtype in (options.dtype, options.decoding_dtype)
+        )
         return {
             "prefill_seconds": taken["first"], "decode_seconds": decode, "update_seconds": update,
             "decode_bytes_per_second": work.decode_bytes / decode, "decode_flop_per_second": work.decode_flop / decode,
             "update_flop_per_second": work.update_flop / update,
             "decode_share_of_copy": work.decode_bytes / decode / rates["copy_bytes_per_second"],
-            "decode_share_of_product": work.decode_flop / decode / flops,
+            "decode_share_of_product": work.decode_flop / decode / decode_flops,
             "update_share_of_product": work.update_flop / update / flops,
         }  # fmt: skip
 

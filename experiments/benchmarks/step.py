@@ -2,7 +2,7 @@
 
 python -m experiments.benchmarks.step [--size=5m] [--tokens=512 --lengths=geometric] [--peer_microbatches=1]
 
-Both: float32, temperature 1, one update of AdamW a step, gradients clipped to norm 1, beta 0.04. Needs `.[parity]`.
+Both: one dtype, temperature 1, one update of AdamW a step, gradients clipped to norm 1, beta 0.04. Needs `.[parity]`.
 """
 
 import pathlib

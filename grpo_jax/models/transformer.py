@@ -14,6 +14,7 @@ indexing a stack inside the decode loop makes XLA copy all of it at every token.
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from typing import Any, cast
 
@@ -81,6 +82,8 @@ class TransformerConfig:
             raise ValueError(f"compute_dtype={self.compute_dtype!r} must be 'float32' or 'bfloat16'.")
         if self.sampler_dtype not in ("", "float32", "bfloat16", "int8"):
             raise ValueError(f"sampler_dtype={self.sampler_dtype!r} must be 'float32', 'bfloat16', 'int8' or empty.")
+        if self.sampler_dtype == "int8" and importlib.util.find_spec("qwix") is None:
+            raise ValueError("sampler_dtype='int8' needs qwix: pip install 'grpo-jax[int8]'.")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} must be one of {sorted(_ACTIVATIONS)}.")
         if not self.windows or min(self.windows) < 0:
@@ -116,10 +119,8 @@ _CONTRACTED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1
 
 def _quantized(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer whose matrices are 8-bit integers with a scale for each output."""
-    try:
-        import qwix  # an extra
-    except ImportError as error:
-        raise ImportError("sampler_dtype='int8' needs qwix: pip install 'grpo-jax[int8]'.") from error
+    import qwix  # an extra
+
     return layer | {
         name: qwix.quantize(layer[name], "int8", channelwise_axes=range(axes, layer[name].ndim))
         for name, axes in _CONTRACTED.items()
