@@ -119,6 +119,11 @@ def test_iterations_go_on_with_the_reward_model_on_new_pairs(straight):
     before, after = (last_state(seed / place) for place in ("reward_model", "without_KL/reward_model_1"))
     same = [np.array_equal(before[name], after[name]) for name in before if "params" in name]
     assert not all(same)
+    losses = [
+        untimed(seed / place / "metrics.jsonl")[1]["loss"] for place in ("reward_model", "without_KL/reward_model_1")
+    ]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head that is 0 prefers neither
+    assert abs(losses[1] - np.log(2)) > 1e-5  # one that has learned goes on
 
 
 def test_killed_and_gone_on_with_it_ends_with_the_same_bits(straight, tmp_path):
