@@ -194,7 +194,7 @@ def test_as_an_ordinary_user(user):
         package.mkdir(parents=True)
         for init in (package, package.parent):
             (init / "__init__.py").touch()
-        for name in ("sandbox", "programs", "confined", "fences", "literals"):
+        for name in ("sandbox", "programs", "confined", "disk", "fences", "literals"):
             shutil.copy(ROOT / f"grpo_jax/rewards/{name}.py", package)
         shutil.copy(str(seccomp.origin), place)
         done = subprocess.run(
