@@ -56,3 +56,24 @@ def test_what_is_not_found_is_looked_for_again(tmp_path, monkeypatch, error, tim
 
     monkeypatch.setattr(os, "scandir", moved)
     assert disk.is_over(str(tmp_path), 1) == over
+
+
+def test_all_is_removed_however_deep(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "link").symlink_to(outside)
+    here = os.open(own, os.O_RDONLY)
+    for name in ["x"] * 1100 + ["y" * 250] * 20:
+        os.mkdir(name, dir_fd=here)
+        inner = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(os.open("file", os.O_CREAT, 0o000, dir_fd=inner))
+        os.chmod(name, 0o300, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    disk.empty(str(own))
+    assert list(own.iterdir()) == []
+    assert (outside / "kept").exists()

@@ -85,12 +85,12 @@ def test_no_harm_is_done(either, marked, name):
     judged_and_gone(either, marked, HARMS[name])
 
 
-FULL = ("exit", (("failed", "OSError: [Errno 28] No space left on device"),))
+FULL = "OSError: [Errno 28] No space left on device"
 ENDS = {  # by namespaces, and by limits alone where they end it otherwise
     "a memory bomb": [("exit", (("failed", "MemoryError: "),))],
     "a sparse file": [("exit", (("failed", "OSError: [Errno 27] File too large"),))],
-    "a full disk": [FULL, ("disk", ())],
-    "many files": [FULL, ("disk", ())],
+    "a full disk": [("exit", (("failed", FULL),)), ("disk", ())],
+    "many files": [("exit", (("failed", f"{FULL}: '999'"),)), ("disk", ())],
     "endless output": [("output", ())],
     "endless errors": [("cpu", ())],
     "endless results": [("output", ())],
@@ -127,7 +127,8 @@ def written(directory):
 WRITES = {
     "a full disk": HARMS["a full disk"],
     "many files": HARMS["many files"],
-    "far below": "import os\nwhile True:\n    os.mkdir('x' * 250)\n    os.chdir('x' * 250)\n",
+    "deep": "import os\nwhile True:\n    os.mkdir('x')\n    os.chdir('x')\n",
+    "deeper than a path": "import os\nwhile True:\n    os.mkdir('x' * 250)\n    os.chdir('x' * 250)\n",
     "not to be listed": "import os\nos.mkdir('x', 0o300)\nos.chdir('x')\n" + HARMS["a full disk"],
     "moved": """
 import os, threading

@@ -18,7 +18,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import site
 import socket
@@ -187,7 +186,7 @@ def watch(state: dict) -> None:
         message = _watched(job, state)
     finally:
         end_children()
-        _empty(state["scratch"])
+        disk.empty(state["scratch"])  # all of it: without Landlock a program may have left something beside its own
     reply(message)
 
 
@@ -325,15 +324,6 @@ def end_children() -> None:
                 os.waitpid(pid, 0)
 
 
-def _empty(directory: str) -> None:
-    """Removes what is in it: without Landlock a program may have left something beside its own directory, too."""
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            os.unlink(entry.path)
-
-
 # One job after the other ----------------------------------------------------------------------------
 
 
@@ -388,7 +378,9 @@ def _tidy_up(scratch: str | None) -> None:
     """What the kernel does where there are namespaces."""
     end_children()
     if scratch is not None:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            disk.empty(scratch)
+            os.rmdir(scratch)
     os._exit(0)
 
 
