@@ -166,7 +166,7 @@ def test_what_is_written_without_namespaces_is_bounded(name):
         assert written(worker.hello["scratch"]) == (0, 0)
     assert (ran.ended, ran.results) == ("disk", ())
     entries, mib = (max(each) for each in zip(*most, strict=True))
-    assert entries < 20_000
+    assert entries < 10_000
     assert mib < 1000
 
 
