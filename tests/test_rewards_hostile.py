@@ -1,6 +1,7 @@
 """Hostile programs: none of many scores, harms the host, sees or reaches anything of it, or outlives its judge."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import platform
@@ -8,14 +9,15 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 
 import pytest
 
 from grpo_jax.rewards import programs, sandbox
-from grpo_jax.rewards.sandbox import Job, call, isolation
+from grpo_jax.rewards.sandbox import Job, SandboxError, call, isolation
 from tests import sandboxes, unavailable
-from tests.hostile import CHEATS, HARMS, NOT_BY_LIMITS
+from tests.hostile import CHEATS, HARMS
 from tests.sandboxes import HONEST, LIMITS, judge, settled
 
 CANARY = f"canary-{uuid.uuid4().hex}"
@@ -78,13 +80,114 @@ def test_no_claim_scores(either, marked, name):
     judged_and_gone(either, marked, CHEATS[name])
 
 
-@pytest.mark.parametrize(
-    ("either", "name"),
-    [*(("reward", name) for name in HARMS), *(("limited", name) for name in HARMS if name not in NOT_BY_LIMITS)],
-    indirect=["either"],
-)
+@pytest.mark.parametrize("name", HARMS)
 def test_no_harm_is_done(either, marked, name):
     judged_and_gone(either, marked, HARMS[name])
+
+
+FULL = "OSError: [Errno 28] No space left on device"
+ENDS = {  # by namespaces, and by limits alone where they end it otherwise
+    "a memory bomb": [("exit", (("failed", "MemoryError: "),))],
+    "a sparse file": [("exit", (("failed", "OSError: [Errno 27] File too large"),))],
+    "a full disk": [("exit", (("failed", FULL),)), ("disk", ())],
+    "many files": [("exit", (("failed", f"{FULL}: '999'"),)), ("disk", ())],
+    "endless output": [("output", ())],
+    "endless errors": [("cpu", ())],
+    "endless results": [("output", ())],
+    "an endless loop that ignores signals": [("cpu", ())],
+    "raising its limits": [("exit", (("returned", ["list", []]),))],  # none of them
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_harm(either, name):
+    ran = either._sandbox.run(Job(program=HARMS[name], calls=(call("f"),)))
+    alone = either._sandbox._crew._mechanism == "limits"
+    assert (ran.ended, ran.results) == ENDS[name][-1 if alone else 0]
+
+
+def started(mechanism, **limits):
+    """A worker, closed at the end of a block."""
+    try:
+        return contextlib.closing(programs.Worker(mechanism, programs.ProgramLimits(**limits)))
+    except SandboxError as error:
+        unavailable(f"{mechanism} does not work here: {error}")
+
+
+def written(directory):
+    """How many files and directories there are below one, and their MiB on the disk."""
+    blocks = []
+    for top, directories, files in os.walk(directory):
+        for name in directories + files:
+            with contextlib.suppress(OSError):
+                blocks.append(os.lstat(os.path.join(top, name)).st_blocks)
+    return len(blocks), sum(blocks) >> 11
+
+
+WRITES = {
+    "a full disk": HARMS["a full disk"],
+    "many files": HARMS["many files"],
+    "deep": "import os\nwhile True:\n    os.mkdir('x')\n    os.chdir('x')\n",
+    "deeper than a path": "import os\nwhile True:\n    os.mkdir('x' * 250)\n    os.chdir('x' * 250)\n",
+    "not to be listed": "import os\nos.mkdir('x', 0o300)\nos.chdir('x')\n" + HARMS["a full disk"],
+    "moved": """
+import os, threading
+os.mkdir('a')
+place = os.open('a', os.O_RDONLY)
+def move():
+    while True:
+        os.rename('a', 'b')
+        os.rename('b', 'a')
+threading.Thread(target=move).start()
+for i in range(10**9):
+    os.write(os.open(f'{i % 40}', os.O_RDWR | os.O_CREAT, dir_fd=place), b'x' * (1 << 20))
+    os.closerange(place + 1, 60)
+""",
+    "by others": "import os\nfor _ in range(3): os.fork()\nos.mkdir(str(os.getpid()))\nos.chdir(str(os.getpid()))\n"
+    + HARMS["a full disk"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_without_namespaces_is_bounded(name):
+    """By a look at it now and then: a program gets as far as it comes in that time, and CPU time is 20 s here."""
+    with started("limits", file_mib=4, cpu_seconds=20) as worker:
+        most, done = [(0, 0)], threading.Event()
+
+        def look():
+            while not done.wait(0.005):
+                most.append(written(worker.hello["scratch"]))
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        ran = worker.run(Job(program=WRITES[name], calls=()))
+        done.set()
+        thread.join()
+        assert written(worker.hello["scratch"]) == (0, 0)
+    assert (ran.ended, ran.results) == ("disk", ())
+    entries, mib = (max(each) for each in zip(*most, strict=True))
+    assert entries < 10_000
+    assert mib < 1000
+
+
+SET_ASIDE = """
+import ctypes, fcntl, os, struct
+def f():
+    file = os.open('x', os.O_RDWR | os.O_CREAT)
+    ctypes.CDLL(None).fallocate(file, 1, ctypes.c_long(0), ctypes.c_long(3 << 20))  # FALLOC_FL_KEEP_SIZE
+    for request in (0x40305828, 0x4030582a, 0x40305839):
+        try: fcntl.ioctl(file, request, struct.pack('hhqqiI4i', 0, 0, 0, 3 << 20, 0, 0, 0, 0, 0, 0))
+        except OSError: pass
+    aside = os.fstat(file).st_blocks
+    os.posix_fallocate(file, 0, 1 << 20)
+    return [aside, os.fstat(file).st_size]
+"""
+
+
+def test_no_room_is_set_aside_beyond_the_size_of_a_file(either):
+    """One call would have the whole disk, whatever the limit of a file's size; libraries write instead."""
+    ran = either._sandbox.run(Job(program=SET_ASIDE, calls=(call("f"),)))
+    assert ran.results == (("returned", ["list", [["int", "0"], ["int", f"{1 << 20:x}"]]]),)
 
 
 @pytest.fixture
@@ -168,7 +271,7 @@ def f():
 def test_what_is_installed_beside_pythons_library_cannot_be_read(mechanism):
     there = [path for place in programs._hidden() for path in pathlib.Path(place).iterdir()]
     assert there, "else this says nothing"
-    with contextlib.closing(programs.Worker(mechanism, programs.ProgramLimits())) as worker:
+    with started(mechanism) as worker:
         assert worker.run(Job(program=INSTALLED, calls=(call("f"),))).results == (
             ("returned", ["list", [True, ["list", []]]]),
         )
@@ -234,8 +337,7 @@ def test_no_privileges(attempt):
         "c.unshare(0x10000000)", "c.unshare(0x20000)", "c.unshare(0x40000000)", "c.chroot(b'/tmp')", "c.setuid(0)",
         "c.setgid(0)", "c.sethostname(b'x', 1)", "c.pivot_root(b'/tmp', b'/tmp')", "c.mknod(b'x', 0o60777, 0x801)",
         "c.settimeofday(ctypes.create_string_buffer(16), None)", "c.reboot(0x1234567)", "c.setpriority(0, 0, -5)",
-        "c.personality(0x0040000) if 0 else c.acct(b'x')", "c.swapon(b'x', 0)", "c.iopl(3)",
-        "c.shmat(0, None, 0) if c.shmget(0x1234, 16, 0o666) >= 0 else -1",
+        "c.personality(0x0040000)", "c.acct(b'x')", "c.swapon(b'x', 0)", "c.iopl(3)",
     ):  # fmt: skip
         assert attempt(f"{c}return {each}") in (["int", "-1"], "AttributeError"), each
     assert attempt("import os; os.execv('/bin/sh', ['sh'])") in ("FileNotFoundError", "PermissionError")
@@ -245,11 +347,11 @@ def test_no_privileges(attempt):
 def test_descriptors_of_the_host_are_not_there(attempt, tmp_path):
     with (tmp_path / "open").open("w") as file:
         os.set_inheritable(file.fileno(), True)
-        body = "import os; return [fd for fd in range(4096) if __import__('contextlib').suppress and _open(fd)]"
+        body = "import os; return [fd for fd in range(4096) if _open(fd)]"
         probe = (
             "def _open(fd):\n    import os\n    try: os.fstat(fd)\n    except OSError: return False\n    return True\n"
         )
-        ran = attempt.__closure__ and attempt(f"exec({probe!r}, globals()); {body}")
+        ran = attempt(f"exec({probe!r}, globals()); {body}")
         assert ran == ["list", [["int", f"{fd:x}"] for fd in range(4)]]
 
 
@@ -269,6 +371,18 @@ def test_there_is_no_memory_that_no_limit_counts(either, kind):
     assert ran.results in (
         (("returned", ["int", "-1"]),), (("raised", "PermissionError: [Errno 1] Operation not permitted"),)
     )  # fmt: skip
+
+
+def test_no_segment_of_the_host_is_attached(either):
+    c = ctypes.CDLL(None)
+    segment = c.shmget(0, 4096, 0o666)
+    assert segment >= 0
+    try:
+        attach = "def f(segment):\n    import ctypes\n    return ctypes.CDLL(None).shmat(segment, None, 0)"
+        ran = either._sandbox.run(Job(program=attach, calls=(call("f", segment),)))
+    finally:
+        c.shmctl(segment, 0, None)
+    assert ran.results == (("returned", ["int", "-1"]),)
 
 
 OTHERS = {
@@ -313,7 +427,7 @@ def get():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are this machine's")
 def test_programs_share_no_keys_even_without_seccomp(monkeypatch, mechanism):
     monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
-    with contextlib.closing(programs.Worker(mechanism, programs.ProgramLimits())) as worker:
+    with started(mechanism) as worker:
         put, get = (worker.run(Job(program=KEYS, calls=(call(name),))).results for name in ("put", "get"))
     assert put == (("returned", True),)
     assert get == (("raised", "OSError: [Errno 126] syscall: Required key not available"),)

@@ -233,7 +233,7 @@ def test_what_can_be_written_in_bubblewrap_is_found_out(monkeypatch, what):
     """Without Landlock, a root or /dev that can be written, and what one program leaves to the next."""
     changed(monkeypatch, "fences", NO_LANDLOCK)
     if what == "left":
-        changed(monkeypatch, "confined", {'        _empty(state["scratch"])\n': "        pass\n"})
+        changed(monkeypatch, "confined", {'disk.empty(state["scratch"])': "pass"})
     made, mount = programs._in_bubblewrap, ["--remount-ro", what]
 
     def without(*args):

@@ -24,11 +24,12 @@ PARENT = """
 import os, sys, threading, time
 sys.path.insert(0, {root!r})
 from grpo_jax.rewards import programs, sandbox
-visible = programs._visible
-programs._visible = lambda: [*visible(), {mark!r}]
 if {plain}:
     sandbox.isolation = lambda: sandbox.Isolation(mechanism="limits", seccomp=False, landlock=True, network=True,
         writes=True, signals=True, files=True, memory=True, processes=True)
+sandbox.isolation()  # before anything is marked: what it tries is not waited for
+visible = programs._visible
+programs._visible = lambda: [*visible(), {mark!r}]
 box = sandbox.Sandbox(sandbox.ProgramLimits(wall_seconds=1000, cpu_seconds=1000), workers=2)
 program = "import ctypes, os, time\\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\\nif os.fork() == 0: os.setsid()\\n"
 program += "time.sleep(1000)"
@@ -77,6 +78,7 @@ CALLER = """
 import sys, threading, time
 sys.path.insert(0, {root!r})
 from grpo_jax.rewards import programs, sandbox
+sandbox.isolation()
 visible = programs._visible
 programs._visible = lambda: [*visible(), {mark!r}]
 box = sandbox.Sandbox(sandbox.ProgramLimits(wall_seconds=1000), workers=2)
@@ -194,7 +196,7 @@ def test_as_an_ordinary_user(user):
         package.mkdir(parents=True)
         for init in (package, package.parent):
             (init / "__init__.py").touch()
-        for name in ("sandbox", "programs", "confined", "fences", "literals"):
+        for name in ("sandbox", "programs", "confined", "disk", "fences", "literals"):
             shutil.copy(ROOT / f"grpo_jax/rewards/{name}.py", package)
         shutil.copy(str(seccomp.origin), place)
         done = subprocess.run(

@@ -18,7 +18,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import site
 import socket
@@ -30,7 +29,7 @@ import time
 import traceback
 import types
 
-from grpo_jax.rewards import fences, literals
+from grpo_jax.rewards import disk, fences, literals
 
 # What programs import most: loaded once, before the first of them.
 _LOADED = (
@@ -38,7 +37,7 @@ _LOADED = (
     "io", "itertools", "math", "operator", "random", "re", "statistics", "string", "typing",
 )  # fmt: skip
 _PARKED, _READY = 60, 80  # free file descriptors
-_TICK = 0.02  # seconds between looks at a program's clock
+_TICK = 0.02  # seconds between looks at a program's clock, and at its files
 
 
 # Messages -------------------------------------------------------------------------------------------
@@ -187,7 +186,7 @@ def watch(state: dict) -> None:
         message = _watched(job, state)
     finally:
         end_children()
-        _empty(state["scratch"])
+        disk.empty(state["scratch"])  # all of it: without Landlock a program may have left something beside its own
     reply(message)
 
 
@@ -215,7 +214,8 @@ def _watched(job: dict, state: dict) -> dict:
         os.close(fd)
     broken = b"".join(iter(lambda: os.read(ready, 1 << 16), b""))
     os.close(ready)
-    ended, texts = _until_it_ends(program, {out: bytearray(), said: bytearray()}, job["limits"], started)
+    files = None if state["namespaces"] else state["directory"]  # where no file system of its own bounds them
+    ended, texts = _until_it_ends(program, {out: bytearray(), said: bytearray()}, job["limits"], started, files)
     with contextlib.suppress(ProcessLookupError):
         os.kill(program, signal.SIGKILL)
     _, status, usage = os.wait4(program, 0)
@@ -225,6 +225,8 @@ def _watched(job: dict, state: dict) -> dict:
         ended = "cpu"  # however late a busy machine has let us look
     elif ended == "exit" and any(len(text) > job["limits"]["output_kib"] << 10 for text in texts.values()):
         ended = "output"  # it was quicker than whoever reads
+    elif ended == "exit" and files is not None and disk.is_over(files, job["limits"]["file_mib"]):
+        ended = "disk"
     if ended != "exit":
         texts[said] = bytearray()  # how far it got depends on when we looked
     if broken:
@@ -236,13 +238,14 @@ def _watched(job: dict, state: dict) -> dict:
     }  # fmt: skip
 
 
-def _until_it_ends(program: int, texts: dict, limits: dict, started: float) -> tuple[str, dict]:
+def _until_it_ends(program: int, texts: dict, limits: dict, started: float, files: str | None) -> tuple[str, dict]:
     """Reads what a program says until it ends, or has used up a limit: which one."""
     most, end, poll = limits["output_kib"] << 10, os.pidfd_open(program), select.poll()
     clock = (~program << 3) | 2  # the CPU time of a process, of all its threads
     for fd in (end, *texts):
         poll.register(fd, select.POLLIN)
     poll.register(0, 0)  # says only when the parent is gone
+    looked = started
     while True:
         for fd, event in poll.poll(1000 * _TICK):
             if fd == 0:
@@ -261,6 +264,10 @@ def _until_it_ends(program: int, texts: dict, limits: dict, started: float) -> t
                 return "cpu", texts
         if time.monotonic() - started > limits["wall_seconds"]:
             return "wall", texts
+        if files is not None and time.monotonic() - looked > _TICK:
+            if disk.is_over(files, limits["file_mib"]):
+                return "disk", texts
+            looked = time.monotonic()
 
 
 def _drain(texts: dict, limits: dict) -> None:
@@ -317,15 +324,6 @@ def end_children() -> None:
                 os.waitpid(pid, 0)
 
 
-def _empty(directory: str) -> None:
-    """Removes what is in it: without Landlock a program may have left something beside its own directory, too."""
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            os.unlink(entry.path)
-
-
 # One job after the other ----------------------------------------------------------------------------
 
 
@@ -380,7 +378,9 @@ def _tidy_up(scratch: str | None) -> None:
     """What the kernel does where there are namespaces."""
     end_children()
     if scratch is not None:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            disk.empty(scratch)
+            os.rmdir(scratch)
     os._exit(0)
 
 

@@ -352,6 +352,11 @@ def seccomp_filter(module: str | None) -> Any:
             with contextlib.suppress(OSError, ValueError):  # a call that this kernel or library does not know
                 made.add_rule(seccomp.ERRNO(1), name)
         made.add_rule(seccomp.ERRNO(1), "prlimit64", seccomp.Arg(0, seccomp.NE, 0))  # limits of another process
+        # These give a file room beyond the limit of its size: libraries write instead.
+        made.add_rule(seccomp.ERRNO(errno.EOPNOTSUPP), "fallocate")
+        for request in (0x40305828, 0x4030582A, 0x40305839):  # FS_IOC_RESVSP, FS_IOC_RESVSP64, FS_IOC_ZERO_RANGE
+            wanted = seccomp.Arg(1, seccomp.MASKED_EQ, 0xFFFFFFFF, request)
+            made.add_rule(seccomp.ERRNO(errno.EOPNOTSUPP), "ioctl", wanted)
         made.add_rule(seccomp.ERRNO(38), "clone3")  # whose flags lie in memory: without it clone is used
         for flag in _CLONE.values():
             made.add_rule(seccomp.ERRNO(1), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, flag, flag))

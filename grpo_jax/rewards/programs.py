@@ -27,7 +27,7 @@ __all__ = ["Job", "ProgramLimits", "Ran", "SandboxError", "Worker", "call"]
 # Read once: a worker that is replaced after hours is what the first one was, whatever has become of the files.
 _MODULES = {
     f"grpo_jax.rewards.{name}": pathlib.Path(__file__).with_name(f"{name}.py").read_text()
-    for name in ("literals", "fences", "confined")
+    for name in ("literals", "fences", "disk", "confined")
 }
 _BOOTSTRAP = """
 import json, sys, types
@@ -55,7 +55,7 @@ class ProgramLimits:
     cpu_seconds: float = 2.0  # CPU time of a program, whatever else the machine does
     wall_seconds: float = 60.0  # a backstop for programs that sleep; far more than a busy machine needs
     memory_mib: int = 256  # address space
-    file_mib: int = 16  # the temporary directory, and each file
+    file_mib: int = 16  # the temporary directory, of 1000 files and directories, and each file
     output_kib: int = 256  # of standard output, and of what calls return
     processes: int = 8  # processes and threads
 
@@ -86,7 +86,7 @@ class Job:
 class Ran:
     """What came of a program; all of it but `ended` and the times is what the program says."""
 
-    ended: str  # exit: by itself or by a signal; else the limit that it has used up: cpu, wall or output
+    ended: str  # exit: by itself or by a signal; else the limit that it has used up: cpu, wall, output or disk
     code: int  # its exit code, or minus the signal
     cpu_seconds: float  # its own, and of those of its processes that it has waited for
     seconds: float

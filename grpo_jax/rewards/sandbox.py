@@ -13,10 +13,13 @@ Limits are of CPU time first, so that a busy machine changes no verdict, with wa
 time are each process's own, but for the time of those that a program waits for: at a time it has up to `processes`
 times as much. Time of processes that nobody waits for is not counted: wall time alone bounds one that goes on and on by
 children.
-Without namespaces files are bounded each, not all of a program's together. And there the kernel counts all processes of
-a user. Where root makes the sandbox, each worker's programs have a user of their own; else all have ours, and each may
-go up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves each its `processes`,
-unless another program takes more than its own, or we start many ourselves.
+
+With limits alone a program's files are on the host's disk. Who watches it looks at them every 20 ms, and ends it where
+they are larger than `file_mib` together, or more than 1000; it has what it writes between two looks beyond that. Not
+seen is what it deletes and holds open (64 files a process) or mapped: its time alone bounds that. And there the kernel
+counts all processes of a user. Where root makes the sandbox, each worker's programs have a user of their own; else all
+have ours, and each may go up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves
+each its `processes`, unless another program takes more than its own, or we start many ourselves.
 """
 
 import contextlib
