@@ -13,7 +13,7 @@ from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
 from grpo_jax.rewards import Reward
-from grpo_jax.rewards.model import ModelReward, Scorer, same_tokens
+from grpo_jax.rewards.model import ModelReward, Scorer, check_processes, same_tokens
 
 __all__ = ["OpenedScorer", "RewardModelConfig", "padding"]
 
@@ -41,7 +41,8 @@ class OpenedScorer:
     """A reward model, without its parameters."""
 
     def __init__(self, config: RewardModelConfig, mesh: Mesh):
-        """Raises ValueError where there is none in the directory."""
+        """Raises ValueError where there is none in the directory, or there are several processes."""
+        check_processes()  # before anything is loaded
         self._config, self._mesh, given = config, mesh, pathlib.Path(config.directory)
         self._workdir = given if (given / "checkpoints").is_dir() else None
         place = given if self._workdir is None else given / "model"

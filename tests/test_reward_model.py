@@ -34,6 +34,7 @@ from grpo_jax.preferences import (
 )  # fmt: skip
 from grpo_jax.reward_model import Pairs, bradley_terry, make_pair_step, scored_tokens, scores
 from grpo_jax.rewards import Reward, score
+from grpo_jax.rewards.composition import gated
 from grpo_jax.rewards.model import ModelReward, Scorer, round_up, same_tokens
 from grpo_jax.sharding import MeshConfig, make_mesh
 from grpo_jax.training import init_train_state
@@ -221,6 +222,35 @@ def test_a_reward_model_scores_the_tokens_that_were_sampled(judge, scorer):
     lines = [[2, 3, 5, 1], [2, 3, 3, 4, 1], [4, 9, 9, 9]]
     np.testing.assert_array_equal(found, scorer(judge[1], lines))
     assert len({*found.tolist()}) == 3
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2], ids=str)
+def test_few_numbers_of_sequences_are_compiled(judge, alone, mesh, monkeypatch):
+    """As many as pass a gate, another number at every step."""
+    config, params = judge
+    mesh, rows = make_mesh(mesh), []
+    of = reward_model.scores
+    monkeypatch.setattr(reward_model, "scores", lambda *a, **b: rows.append(len(a[2])) or of(*a, **b))
+    scorer = Scorer(make_policy(config, mesh), mesh, vocab_size=20, pad_id=None)
+    lines, expected = [TOKENS[i, :n].tolist() for i, n in enumerate(LENGTHS)], alone(params)
+    for count in (13, 3, 5, 7, 11):
+        np.testing.assert_allclose(scorer(params, lines[:count]), expected[:count], atol=1e-5)
+    assert sorted(rows) == [4, 8, 16]
+
+
+def test_behind_a_gate_it_says_the_same_of_those_that_pass(judge, scorer):
+    tokenizer, passes = ByteTokenizer("abcdefgh"), [False, True, True, False, True]
+    ids = [[5, 1], [3, 4, 1], [9, 9, 9], [3, 1], [7, 6, 5, 1]]
+    model = Reward(
+        name="model", function=ModelReward(scorer=scorer, params=judge[1], tokenizer=tokenizer), on_device=True
+    )
+    exact = Reward(name="exact", function=lambda **_: [float(right) for right in passes])
+    behind = gated(model, by="exact")
+    assert behind.on_device
+    of = lambda reward: score(
+        [exact, reward], prompts=["ab"] * 5, completions=[*map(tokenizer.decode, ids)], completion_ids=ids, columns={}
+    ).by_name["model"]  # fmt: skip
+    np.testing.assert_allclose(of(behind), np.where(passes, of(model), math.nan), atol=1e-5)
 
 
 def test_through_text_where_tokenizers_differ(judge, scorer):

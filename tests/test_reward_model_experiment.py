@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from experiments import scorers
@@ -165,6 +166,13 @@ def test_what_is_no_reward_model_is_said(made, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": "m", "rollout": {}, "reward": {"format": 0}}))
     with pytest.raises(ValueError, match="is the workdir of another experiment"):
         opened(tmp_path)
+
+
+def test_several_processes_are_refused_before_anything_is_read(tmp_path, monkeypatch):
+    mesh = sharding.make_mesh()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="a reward model scores in one process, and there are 2"):
+        scorers.OpenedScorer(scorers.RewardModelConfig(directory=str(tmp_path)), mesh)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The pool under everything that functions do to it. CPU time is limited, never the wall clock of a test."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import random
@@ -228,6 +229,15 @@ def test_injected_faults_lose_nothing(tmp_path):
     assert attempts == [1 + (item["hangs"] or item["doomed"][0]) for item in items]  # nobody else is tried again
 
 
+def test_an_item_is_tried_again_by_a_worker_that_has_judged_no_other():
+    """Whose memory may have grown as much: what waited behind the item goes before it, to the worker that replaces."""
+    with Pool(1, on_failure="none") as once:
+        judged = once.judge(JOBS + "remember", [{"alone": i == 1} for i in range(20)])
+    assert judged[1] == 0
+    assert judged.failed == [False] * 20
+    assert sum(judged) > 20  # the others share workers
+
+
 def test_workers_that_are_killed_while_idle_are_replaced_and_nothing_is_blamed(pool):
     for _ in range(3):
         for pid in set(pool.judge(JOBS + "pid", [{}] * 20)):
@@ -281,6 +291,41 @@ def test_what_a_function_does_wrong_is_an_error_whatever_the_policy(pool, tmp_pa
     assert text == ["2"]  # which `score` refuses, as it does nan
     assert nan[0] != nan[0]
     assert pool.judge(JOBS + "length", [{"completion": "x"}]) == [1]  # all of that has harmed nothing
+
+
+def test_a_worker_that_cannot_be_started_is_an_error_that_says_why(monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "no room for a process")
+
+    with Pool(1) as once:
+        with monkeypatch.context() as full:
+            full.setattr(subprocess, "Popen", refuse)
+            with pytest.raises(
+                RewardError, match=r"worker process for .*length could not be started: .*no room for a process"
+            ) as refused:
+                once.judge(JOBS + "length", [{"completion": "x"}])
+        assert isinstance(refused.value.__cause__, OSError)
+        assert once.judge(JOBS + "length", [{"completion": "x"}]) == [1]  # and goes on
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_thread_that_cannot_be_started_is_an_error_and_the_next_call_starts_it(which, tmp_path, monkeypatch):
+    start, asked, before = threading.Thread.start, [], threading.active_count()
+
+    def refuse_one(thread):
+        asked.append(thread)
+        if len(asked) == which + 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_one)
+    pair = [{"place": str(tmp_path), "name": name, "other": other} for name, other in ("ab", "ba")]
+    with Pool(2) as both:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            both.judge(JOBS + "length", [{"completion": "x"}])
+        assert both.judge(JOBS + "meet", pair) == [1, 1]
+    assert len(asked) == 3
+    assert threading.active_count() == before
 
 
 def test_bad_values_are_named():

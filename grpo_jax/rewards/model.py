@@ -14,14 +14,23 @@ from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer, pad
 from grpo_jax.memory import device_memory
 from grpo_jax.types import Policy, PyTree
 
-__all__ = ["ModelReward", "Scorer", "round_up", "same_tokens"]
+__all__ = ["ModelReward", "Scorer", "check_processes", "round_up", "same_tokens"]
 
 _LEAST = 16  # columns; narrower arrays are not worth a program of their own
 
 
-def round_up(length: int) -> int:
-    """Columns for sequences up to that long: a power of two, so that few programs are compiled, and the same again."""
-    return max(_LEAST, 1 << max(length - 1, 0).bit_length())
+def round_up(length: int, least: int = _LEAST) -> int:
+    """So many columns, or rows, or more: a power of two, so that few programs are compiled, and the same again."""
+    return max(least, 1 << max(length - 1, 0).bit_length())
+
+
+def check_processes() -> None:
+    """Raises ValueError where there are several: each has completions of its own, and all would run one program."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"a reward model scores in one process, and there are {jax.process_count()}, each with completions of "
+            "its own: train on the devices of one, or leave the reward model out."
+        )
 
 
 class Scorer:
@@ -60,7 +69,7 @@ class Scorer:
                     f"{self._vocab_size} that the reward model has. Do the tokenizers of policy and reward model agree?"
                 )
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = -(-len(lines) // shards) * shards
+        rows = shards * round_up(-(-len(lines) // shards), least=1)  # behind a gate their number is another each time
         tokens, mask = pad([*lines, *[()] * (rows - len(lines))], round_up(max(map(len, lines), default=1)))
         placed = jax.device_put((tokens, mask), sharding.batch_sharding(self.mesh))
         return np.asarray(self._scores(params, *placed))[: len(lines)]
@@ -89,8 +98,7 @@ class ModelReward:
     It runs on the device: `Reward(function=ModelReward(...), on_device=True)`.
 
     Raises:
-      ValueError: there are several processes: each has completions of its own, and all would have to run the same
-        program.
+      ValueError: there are several processes, see `check_processes`.
     """
 
     scorer: Scorer
@@ -100,11 +108,7 @@ class ModelReward:
     end_id: int | None = None  # of `own`, what ends a completion
 
     def __post_init__(self) -> None:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"a reward model scores in one process, and there are {jax.process_count()}, each with completions of "
-                "its own: train on the devices of one, or leave the reward model out."
-            )
+        check_processes()
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]],

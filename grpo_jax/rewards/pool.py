@@ -110,7 +110,7 @@ class Pool:
     def judge(self, function: str, items: Sequence[Mapping[str, Any]]) -> Judged:
         """Calls a function with each item as its keyword arguments.
 
-        An item in whose course a worker ends, by a limit or a crash, is tried once more, in another worker.
+        An item in whose course a worker ends, by a limit or a crash, is tried once more, in a fresh one.
 
         Args:
           function: "module:name", or "file.py:name".
@@ -119,7 +119,8 @@ class Pool:
         Raises:
           ValueError: `function` is neither, or there is no such file.
           RewardError: it cannot be loaded, or raised, or an item cannot be sent; or an item failed, by that policy.
-          RuntimeError: the pool is closed, or belongs to the process that this one was forked from.
+          RuntimeError: the pool is closed, or belongs to the process that this one was forked from, or the system
+            starts no thread.
         """
         run = _Run(_resolved(function), items)
         tasks = [_Task(run, i, _pickled(run, i)) for i in range(len(items))]
@@ -165,22 +166,23 @@ class Pool:
         return Judged((outcome.item for outcome in run.outcomes), failed=failed, seconds=seconds)
 
     def _start(self) -> None:
-        if self._threads:
-            return
-        atexit.register(self.close)
-        self._processes = [Process(self._limits) for _ in range(self._count)]
-        self._threads = [
-            threading.Thread(target=self._serve, args=(process,), name="reward workers", daemon=True)
-            for process in self._processes
-        ]
-        for thread in self._threads:
+        """One thread a worker; after one that the system did not start, the next call starts what is missing."""
+        if not self._threads:
+            atexit.register(self.close)
+        while len(self._threads) < self._count:
+            process = Process(self._limits)
+            thread = threading.Thread(target=self._serve, args=(process,), name="reward workers", daemon=True)
             thread.start()
+            self._processes.append(process)
+            self._threads.append(thread)
 
     def _serve(self, process: Process) -> None:
         try:
             while tasks := self._take():
                 run = tasks[0].run
                 try:
+                    if tasks[0].again:
+                        process.end()  # what others have left in this worker is not the item's fault
                     outcomes = process.judge(run.function, [task.payload for task in tasks])
                     for task, outcome in zip(tasks, outcomes, strict=True):
                         with self._changed:

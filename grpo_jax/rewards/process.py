@@ -76,7 +76,7 @@ class Process:
           payloads: pickled keyword arguments.
 
         Raises:
-          RewardError: the function cannot be loaded, or workers end whenever they start.
+          RewardError: the function cannot be loaded, or workers do not start, or end whenever they do.
         """
         if not self._sent(function, payloads):
             yield from [None] * len(payloads)
@@ -102,9 +102,12 @@ class Process:
             self._socket.settimeout(seconds)
             self._write((function, payloads))
             error = self._reply(seconds, {"loaded"}).get("error")
-        except OSError:
+        except OSError as error:
+            started = self._process is not None
             status, said = self.end()
             self._starts = (self._starts + 1) % _STARTS
+            if not self._starts and not started:
+                raise RewardError(f"a worker process for {function} could not be started: {error}.") from error
             if not self._starts:
                 raise RewardError(
                     f"{_STARTS} worker processes in a row ended before {function} was loaded, the last with status "
@@ -117,16 +120,20 @@ class Process:
         return True
 
     def _start(self) -> None:
-        self._socket, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | _SET
         command = [sys.executable, "-P", worker.__file__, str(theirs.fileno()), str(os.getpid())]
-        self._replies: BinaryIO = self._socket.makefile("rb")
-        self._numbers = itertools.count()  # of its replies
         with theirs:
-            self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    pass_fds=[theirs.fileno()], start_new_session=True,
+                )  # fmt: skip
+            except OSError:
+                ours.close()
+                raise
+        self._socket, self._numbers = ours, itertools.count()  # of its replies
+        self._replies: BinaryIO = ours.makefile("rb")
         limits = self._limits
         self._write((sys.path, limits.cpu_seconds, limits.wall_seconds, limits.memory_mib * 2**20))
 
