@@ -20,7 +20,7 @@ from grpo_jax.microbatches import frozen_logprobs, pack_microbatches
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.preferences import Pair, PairEvaluator, PairExperience
 from grpo_jax.rewards import Reward
-from grpo_jax.rewards.model import ModelReward, Scorer
+from grpo_jax.rewards.model import ModelReward, Scorer, check_processes
 from grpo_jax.rollouts import Demonstrations, Experience, GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import Journal, completion_texts
@@ -146,7 +146,8 @@ class Experiment:
     """The pieces of one configuration and seed, shared by the phases of the run."""
 
     def __init__(self, config: dict[str, Any], seed: int):
-        """Raises ValueError where the pieces do not fit together."""
+        """Raises ValueError where the pieces do not fit together, or there are several processes."""
+        check_processes()
         self.config, self.seed, self.mesh = config, seed, sharding.make_mesh(config["mesh"])
         rollout, self.model = config["rollout"], config["model"].transformer
         self.scored = dataclasses.replace(self.model, score=True)
