@@ -115,7 +115,7 @@ def check(rewards: Sequence[Reward], samples: Sequence[tuple[Prompt, str]], toke
 
 
 def said_of_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> str:
-    """A line for each file that is another than when the run in the workdir was started last; empty where none is.
+    """A line for each file that is another than when the run in the workdir was started last; nothing where none is.
 
     Such a run goes on, for a function that raised is mended and the run continued; steps that are replayed read what
     was recorded. What was rewarded by which file, this line says.
@@ -125,11 +125,15 @@ def said_of_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> str:
         return ""
     theirs = runs.saved_configuration(workdir).get("rewards", {"functions": (), "digests": ()})
     before = dict(zip(theirs["functions"], theirs["digests"], strict=True))
-    return "".join(
-        f"--reward={function}: its file has changed since the run was last started ({before[function]} -> {digest}); "
-        "from here on the new one counts\n"
+    changed = {
+        _parts(function)[0]: f"{before[function]} -> {digest}"
         for function, digest in zip(ours.functions, ours.digests, strict=True)
         if before.get(function, digest) != digest
+    }
+    return "".join(
+        f"--reward: {place} has changed since the run was last started ({digests}); steps that are still to come are "
+        "rewarded by what it holds now, weights and names included\n"
+        for place, digests in changed.items()
     )
 
 
@@ -137,17 +141,16 @@ def _parts(function: str) -> tuple[str, str, float | None]:
     """Place, name, weight."""
     match = _FORM.fullmatch(function)
     try:
-        if match is None:
-            raise ValueError
-        weight = None if match["weight"] is None else float(match["weight"])
-        if weight is not None and not math.isfinite(weight):
-            raise ValueError
-        return match["place"], match["name"], weight
+        weight = None if match is None or match["weight"] is None else float(match["weight"])
     except ValueError:
+        weight = math.nan
+    if match is None or not math.isfinite(weight or 0):
+        wrong = "" if match is None else f"{match['weight']!r} is no finite number; "
         raise ValueError(
-            f"--reward={function} must be FILE.py:NAME or package.module:NAME, with =WEIGHT behind it if not 1: "
-            "--reward=my_rewards.py:brevity=0.5"
-        ) from None
+            f"--reward={function}: {wrong}expected FILE.py:NAME or package.module:NAME, with =WEIGHT behind it if not "
+            "1: --reward=my_rewards.py:brevity=0.5"
+        )
+    return match["place"], match["name"], weight
 
 
 def _digest(place: str) -> str:

@@ -354,7 +354,7 @@ def test_integers_are_split_over_devices_as_what_they_stand_for(config, params):
 
 def test_int8_without_qwix(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ValueError, match=r"grpo-jax\[int8\]"):
+    with pytest.raises(ValueError, match=r"\.\[int8\]"):
         dataclasses.replace(config, sampler_dtype="int8")
 
 

@@ -100,12 +100,12 @@ def test_a_file_that_two_rewards_are_of_runs_once(tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("brevity", "--reward=brevity must be FILE.py:NAME or package.module:NAME, with =WEIGHT behind it"),
-        ("FILE:", "must be FILE.py:NAME"),
-        ("FILE:a b", "must be FILE.py:NAME"),
-        ("FILE:brevity=", "must be FILE.py:NAME"),
-        ("FILE:brevity=much", "must be FILE.py:NAME"),
-        ("FILE:brevity*2", "must be FILE.py:NAME"),
+        ("brevity", "--reward=brevity: expected FILE.py:NAME or package.module:NAME, with =WEIGHT behind it"),
+        ("FILE:", "expected FILE.py:NAME"),
+        ("FILE:a b", "expected FILE.py:NAME"),
+        ("FILE:brevity=", "expected FILE.py:NAME"),
+        ("FILE:brevity=much", "'much' is no finite number; expected FILE.py:NAME"),
+        ("FILE:brevity*2", "expected FILE.py:NAME"),
         ("none.py:brevity", "there is no file .*none.py"),
         ("no_such.module:f", "there is no module no_such.module"),
         ("no_such_module:f", "there is no module no_such_module; a file is named with .py at its end"),
@@ -163,7 +163,8 @@ def value_or_message(function, argument):
 def test_any_specification_is_parts_or_an_error_that_says_what_was_expected(text):
     parts, message = value_or_message(user_rewards._parts, text)
     if message is not None:
-        assert message.startswith(f"--reward={text} must be FILE.py:NAME or package.module:NAME")
+        assert message.startswith(f"--reward={text}: ")
+        assert "expected FILE.py:NAME or package.module:NAME" in message
     else:
         place, name, weight = parts
         assert text == f"{place}:{name}" or text.startswith(f"{place}:{name}=")
@@ -235,7 +236,7 @@ def test_a_reward_model_is_tried_too_and_changed_files_are_said(file, tmp_path):
     file.write_text(FILE + "\n")
     first, second = asked(user_rewards.named([f"{file}:brevity"]), False).splitlines()
     assert first.startswith("reward m x 1")
-    assert second.startswith(f"--reward={file}:brevity: its file has changed")
+    assert second.startswith(f"--reward: {file} has changed")
 
 
 # Part of the configuration -----------------------------------------------------------------------------------------
@@ -260,8 +261,8 @@ def test_a_run_does_not_go_on_with_other_rewards_and_says_when_a_file_has_change
     file.write_text(FILE + "\n")
     changed = section(f"{file}:brevity", f"{file}:short")
     said = user_rewards.said_of_changes(workdir, changed).splitlines()
-    assert len(said) == 2
-    assert said[0].startswith(f"--reward={file}:brevity: its file has changed since the run was last started (")
+    assert len(said) == 1  # of a file, however many rewards it has
+    assert said[0].startswith(f"--reward: {file} has changed since the run was last started (")
     open_(changed)  # what raised is mended, and the run goes on
     assert user_rewards.said_of_changes(workdir, changed) == ""
     assert user_rewards.said_of_changes(workdir, section()) == ""

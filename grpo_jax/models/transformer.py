@@ -83,7 +83,7 @@ class TransformerConfig:
         if self.sampler_dtype not in ("", "float32", "bfloat16", "int8"):
             raise ValueError(f"sampler_dtype={self.sampler_dtype!r} must be 'float32', 'bfloat16', 'int8' or empty.")
         if self.sampler_dtype == "int8" and importlib.util.find_spec("qwix") is None:
-            raise ValueError("sampler_dtype='int8' needs qwix: pip install 'grpo-jax[int8]'.")
+            raise ValueError("sampler_dtype='int8' needs qwix: pip install -e '.[int8]'.")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} must be one of {sorted(_ACTIVATIONS)}.")
         if not self.windows or min(self.windows) < 0:

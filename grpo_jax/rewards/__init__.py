@@ -199,7 +199,9 @@ def score(
         completion, and no judge of it has failed.
     """
     if len({r.name for r in rewards}) < len(rewards):
-        raise RewardError(f"two reward functions have the same name: {[r.name for r in rewards]}.")
+        raise RewardError(
+            f"two reward functions have the same name: {[r.name for r in rewards]}; give one another: Reward(name=...)."
+        )
     arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     taken = arguments.keys() | ({"scores"} if any(r.after for r in rewards) else set())
     if taken := sorted(taken & columns.keys()):
