@@ -38,8 +38,8 @@ class UserRewards:
         Raises:
           RewardError: a file cannot be loaded, or does not hold what is named.
         """
-        modules: dict[str, ModuleType] = {}  # a file that several are of runs once
-        return [_reward(function, modules) for function in self.functions]
+        load = functools.cache(_module)  # a file that several are of runs once
+        return [_reward(function, load) for function in self.functions]
 
 
 def named(functions: Sequence[str]) -> dict[str, Any]:
@@ -186,16 +186,12 @@ def _module(place: str) -> ModuleType:
     return module
 
 
-def _reward(function: str, modules: dict[str, ModuleType]) -> Reward:
+def _reward(function: str, load: Callable[[str], ModuleType]) -> Reward:
     place, name, weight = _parts(function)
-    if place not in modules:
-        try:
-            modules[place] = _module(place)
-        except Exception as error:
-            raise RewardError(
-                f"--reward={function}: {place} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
-    module = modules[place]
+    try:
+        module = load(place)
+    except Exception as error:
+        raise RewardError(f"--reward={function}: {place} cannot be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if isinstance(found, Reward):
         return found if weight is None else dataclasses.replace(found, weight=weight)

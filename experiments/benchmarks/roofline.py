@@ -91,7 +91,7 @@ def work_of(workload: Workload, weight_bytes: int, slots: int) -> Work:
     m, lengths, prompt = workload.model, workload.limits.astype(np.float64), workload.prompt_tokens
     attention = m.width * m.head_width * (2 * m.heads + 2 * m.kv_heads)
     body, head = m.layers * (attention + 3 * m.width * m.mlp_width), m.vocab_size * m.width
-    width = jnp.dtype(workload.decoding_dtype).itemsize
+    width = jnp.dtype(m.decoding_dtype).itemsize
     cached = 2 * m.layers * m.kv_heads * m.head_width * width  # bytes of a token's keys and values
     later = lengths - 1  # tokens of each completion that are decoded, after that of the prefill
     steps = max(later.max(), later.sum() / (slots or lengths.size))
@@ -138,7 +138,7 @@ def run(options: Options) -> dict[str, Any]:
         decode, update = max(taken["whole"] - taken["first"], 1e-9), taken["update"]
         flops, decode_flops = (
             rates.get(f"{dtype}_flop_per_second", rates["float32_flop_per_second"])
-            for dtype in (options.dtype, options.decoding_dtype)
+            for dtype in (options.dtype, options.model.decoding_dtype)
         )
         return {
             "prefill_seconds": taken["first"], "decode_seconds": decode, "update_seconds": update,

@@ -94,11 +94,6 @@ class Workload(Options):
         return {"compute_dtype": self.dtype, "attention": self.attention, "sampler_dtype": self.sampler_dtype}
 
     @property
-    def decoding_dtype(self) -> str:
-        """Of the sampler's products and caches; integers are matrices alone."""
-        return self.dtype if self.sampler_dtype in ("", "int8") else self.sampler_dtype
-
-    @property
     def model(self) -> TransformerConfig:
         """The shape, as computed with here."""
         sizes = dict(zip(_FIELDS, SIZES[self.size], strict=True))

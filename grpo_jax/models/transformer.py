@@ -95,6 +95,11 @@ class TransformerConfig:
             )
 
     @property
+    def decoding_dtype(self) -> str:
+        """Of the sampler's products and caches; integers are matrices alone."""
+        return self.compute_dtype if self.sampler_dtype in ("", "int8") else self.sampler_dtype
+
+    @property
     def pattern(self) -> tuple[int, ...]:
         """The windows that the training pass scans over; no longer than the layers."""
         return self.windows[: self.layers]
@@ -278,8 +283,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     tiled = platform == "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
     block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
-    int8 = config.sampler_dtype == "int8"
-    sampler_dtype = dtype if int8 else jnp.dtype(config.sampler_dtype or dtype)
+    int8, sampler_dtype = config.sampler_dtype == "int8", jnp.dtype(config.decoding_dtype)
     shapes, param_axes = abstract_params(config)
     scale, pattern = (config.query_scale or config.head_width) ** -0.5, config.pattern
     attention = {
