@@ -121,7 +121,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)
     """A warm start, GRPO, and what came of it."""
     config = experiment.config
     params = games.warmed(experiment, workdir)
-    print(description(experiment), flush=True)
+    print(description(experiment, workdir), end="", flush=True)
     rows = experiment.train(params, workdir, config["loss"].objective, profile)
     summary = runs.summary(workdir, rows, config["train"].seed, runs.parameters(config["model"]))
     runs.finish(workdir, rows, summary, "Programming puzzles")
@@ -131,14 +131,13 @@ def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)
     )
 
 
-def description(experiment: Experiment) -> str:
-    """What runs, in words."""
+def description(experiment: Experiment, workdir: pathlib.Path) -> str:
+    """What runs, in lines."""
     config = experiment.config
     return (
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {runs.parameters(config['model']):,} parameters\n"
         f"{runs.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
-        f"{runs.remarks(config['loss'], config['update'])}"
-        "compiling, once: it takes some 20 seconds until the first step"
+        f"{runs.remarks(config['loss'], config['update'])}{games.compiling(workdir)}"
     )
 
 

@@ -184,7 +184,8 @@ def main(argv: list[str]) -> None:
         f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
         f"{runs.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
         f"{runs.remarks(config['loss'], config['update'])}"
-        "compiling, once: it takes some 20 seconds until the first step",
+        f"{games.compiling(workdir)}",
+        end="",
         flush=True,
     )
     rows = experiment.train(params, workdir, config["loss"].objective, profile)

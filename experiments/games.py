@@ -34,6 +34,7 @@ __all__ = [
     "Task",
     "UpdateConfig",
     "WarmStartConfig",
+    "compiling",
     "configuration",
     "define_flags",
     "demonstrations",
@@ -278,6 +279,13 @@ def warmed(experiment: Experiment, workdir: pathlib.Path) -> Any:
         update=training.UpdateConfig(), steps=config.steps, checkpoints=CheckpointConfig(every=1000),
     )  # fmt: skip
     return state.params
+
+
+def compiling(workdir: pathlib.Path) -> str:
+    """A line about what comes before the first step; nothing where the run is complete, and no step comes."""
+    if (workdir / "summary.json").exists():
+        return ""
+    return "compiling, once: it takes some 20 seconds until the first step, and until then Ctrl-C waits\n"
 
 
 def evaluate_only(experiment: Experiment, workdir: pathlib.Path, step: int | None) -> None:

@@ -177,7 +177,9 @@ def train(
     store = Checkpoints(workdir / "checkpoints", checkpoints)
     if store.steps:
         state = store.restore(state)
-        print(f"{title}: continuing at step {int(state.step)} from {workdir}", flush=True)
+        done, left = int(state.step), max(steps - int(state.step), 0)
+        how = f"continuing at step {done} from {workdir}" if left else f"{workdir} is complete, after step {done}"
+        print(f"{title}: {how}", flush=True)
     step = int(state.step)
     log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
     screen, profiler = _Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)

@@ -33,7 +33,10 @@ _COMPILER_OPTIONS = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 8}}
 def check_stop(stop: Sequence[str]) -> None:
     """Raises ValueError unless these are stop strings: a string alone would be taken for its characters."""
     if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"stop={stop!r} must be a tuple of strings, none of them empty: ('Question:',).")
+        raise ValueError(
+            f"stop={stop!r} must be a tuple of strings, none of them empty: ('Question:',), which as a flag is "
+            "--rollout.stop=\"('Question:',)\"."
+        )
 
 
 def _ends(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], list[str]]:

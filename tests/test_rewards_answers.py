@@ -181,6 +181,13 @@ def test_a_boxed_integer(box, answer):
         assert call(boxed_integer, [text, text], [answer.zfill(3), "8"]) == [1, 0]
 
 
+@pytest.mark.parametrize("reward", [gsm8k_strict, gsm8k_flexible, boxed, boxed_integer])
+def test_several_answers_are_refused(reward):
+    assert call(reward, [r"#### 18 \boxed{18}"] * 3, [18, "18", 18.0]) == [1, 1, 1 if reward != boxed else 0]
+    with pytest.raises(ValueError, match=r"holds \['18', '19'\]; expected one answer.*math_verify"):
+        call(reward, [r"#### 18 \boxed{18}"], [["18", "19"]])
+
+
 PIECES = st.lists(
     st.sampled_from(
         [*"0123456789.,$%-# {}\\xab=", "#### ", r"\boxed{", r"\frac", r"\text{ ", "\n", "٣", "\x00", "\ud800"]

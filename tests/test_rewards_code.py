@@ -231,7 +231,7 @@ def test_what_is_expected_never_enters_the_sandbox(reward, monkeypatch):
         "assert abs(f(1) - 2) < 1e-6", "assert f(1) == g(2)", "assert f(x) == 2", "assert f(1)", "assert not f(1)",
         "assert f(f(1)) == 2", "assert o.f(1) == 2", "assert 2 == f(1)", "assert f(1) == 2 == f(3)",
         "assert f(*[1]) == 2", "assert f(1) == {1: open('x')}", "f(1) == 2", "assert f(1) == 2; assert f(2) == 3",
-        "check(f)", "assert f(1) ==",
+        "check(f)",
         "assert f([x for x in 'ab']) == 2", "assert f(1) != 2", "assert f(1) in (2, 3)", "assert f(**{'a': 1}) == 2",
     ],
 )  # fmt: skip
@@ -256,9 +256,15 @@ def test_tests_of_no_kind_are_refused(reward, tests):
 @pytest.mark.parametrize(
     ("test", "why"),
     [
-        ({"call": "f", "args": [], "kwarg": {"x": 1}, "result": 1}, "nobody reads 'kwarg'"),
-        ({"call": "f", "args": [], "result": 1, "stdin": "", "stdout": ""}, "nobody reads 'stdin', 'stdout'"),
-        ({"stdin": "", "stdout": "", "timeout": 3}, "nobody reads 'timeout'"),
+        ({"call": "f", "args": [], "kwarg": {"x": 1}, "result": 1}, "nobody reads its 'kwarg'"),
+        ({"call": "f", "args": [], "result": 1, "stdin": "", "stdout": ""}, "nobody reads its 'stdin', 'stdout'"),
+        ({"stdin": "", "stdout": "", "timeout": 3}, "nobody reads its 'timeout'"),
+        ({"call": "f", "args": []}, "it has no 'result'"),
+        ({"call": "f", "args": (1), "result": 1}, "its 'args' is of type int"),
+        ({"stdin": b"", "stdout": ""}, "its 'stdin' is of type bytes"),
+        ({"input": "", "output": ""}, "it has no 'stdin'"),
+        (3, "it is of type int"),
+        ("assert f(1) ==", "is no Python: invalid syntax"),
         ({"call": "f", "args": [], "kwargs": None, "result": 1}, "must be a mapping"),
         ({"call": "f", "args": [], "result": float("nan")}, "NaN is not even itself"),
         ({"call": "f", "args": [], "result": [1, {"x": float("nan")}]}, "NaN is not even itself"),
@@ -305,7 +311,7 @@ def test_any_test_is_read_or_refused(reward, tests, setup):
 @pytest.mark.parametrize("test", ["assert f(" + "-" * 100_000 + "1) == 1", "assert f(" + "1+" * 100_000 + "1) == 1",
                                   "(" * 100_000, "assert f(" + "[" * 90 + "]" * 90 + ") == 1"])  # fmt: skip
 def test_tests_that_are_too_deep_are_refused(reward, test):
-    with pytest.raises(RewardError, match="no call with literals"):
+    with pytest.raises(RewardError, match=r"no call with literals|no Python: too many nested"):
         reward.check([test])
 
 
@@ -318,6 +324,8 @@ def test_the_risk_of_assertions_can_be_accepted(marked):
     risky = CodeReward(CodeConfig(workers=1, allow_asserts=True, **LIMITS))
     tests, setup = ["assert abs(f(1) - 2) < tolerance", "assert f(3) == 4"], "tolerance = 0.1"
     patched = "import builtins\nbuiltins.abs = lambda x: 0\ndef f(x):\n    return x + 1 if x > 1 else 9"
+    with pytest.raises(RewardError, match="is no Python"):
+        risky.check(["assert f(1"])
     good, wrong = "def f(x): return x + 1.01 * (x < 2) + (x > 2)", "def f(x): return 0"
     assert judge(risky, good, wrong, tests=tests, setup=setup) == [1, 0]
     assert judge(risky, patched, tests=tests, setup=setup) == [1], "that is the risk"

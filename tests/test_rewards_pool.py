@@ -145,6 +145,12 @@ def test_an_item_that_fails_takes_no_other_with_it(pool, caplog, job, arguments,
     assert pool.judge(JOBS + "length", item * 5) == [3] * 5
 
 
+def test_kinds_of_failures_are_counted(pool, caplog):
+    assert pool.judge(JOBS + "leave", [{"how": how} for how in ("_exit", "crash", "_exit")]) == [None] * 3
+    (line,) = caplog.messages
+    assert line.endswith(" In all: of 2, its worker ended with status 3; of 1, its worker ended with status -11.")
+
+
 def test_memory_up_to_the_limit_is_there_again_and_again(pool):
     judged = pool.judge(JOBS + "eat", [{"mib": mib} for mib in (50, 50, 1000, 50, 50)])
     assert judged == [50, 50, None, 50, 50]

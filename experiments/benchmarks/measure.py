@@ -331,6 +331,8 @@ def command(options: type[Output], run: Callable[[Any], dict[str, Any]]) -> None
                 write_atomically(pathlib.Path(given.json), json.dumps(result, indent=2) + "\n")
         except (ValueError, WorkdirError) as error:
             sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("interrupted: nothing is written")
 
     _define(options)
     app.run(main)

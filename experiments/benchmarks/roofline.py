@@ -149,11 +149,11 @@ def run(options: Options) -> dict[str, Any]:
             "update_share_of_product": work.update_flop / update / flops,
         }  # fmt: skip
 
-    measured = measure.turns({"ours": once}, options.rounds)
-    shown = ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in rates.items())
+    measured, floor = measure.turns({"ours": once}, options.rounds), dataclasses.asdict(work)
+    said = lambda values: ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in values.items())
     return measure.report(
-        "experiments.benchmarks.roofline", options, measured, machine_rates=rates, work=dataclasses.asdict(work),
-        notes=[f"the machine: {shown}", f"the floor: {work}"],
+        "experiments.benchmarks.roofline", options, measured, machine_rates=rates, work=floor,
+        notes=[f"the machine: {said(rates)}", f"the floor: {said(floor)}"],
     )  # fmt: skip
 
 

@@ -126,6 +126,11 @@ def _equal(
     """Compares what is extracted with the column `answer`; None where that is None, as in a mixture of tasks."""
     rewards: list[float | None] = []
     for text, gold in zip(completions, answer, strict=True):
+        if not isinstance(gold, str | int | float | None):
+            raise ValueError(
+                f"the column 'answer' holds {gold!r}; expected one answer, as text or a number. `math_verify` takes a "
+                "list of several."
+            )
         right = None if gold is None else canonical(str(gold))
         if right is None and gold is not None:
             raise ValueError(

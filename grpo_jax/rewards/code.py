@@ -21,11 +21,11 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.rewards import Item, Judged, RewardError
-from grpo_jax.rewards.literals import Unsendable, encode, matches
+from grpo_jax.rewards.literals import encode, matches
 from grpo_jax.rewards.sandbox import Job, ProgramLimits, Ran, Sandbox, SandboxError, call
 
 __all__ = ["CodeConfig", "CodeReward", "extract_code"]
@@ -101,9 +101,25 @@ def _reachable(expected: Any) -> Any:
     return expected
 
 
-def _nothing_of(more: Mapping[Any, Any]) -> None:
-    if more:
-        raise ValueError(f"nobody reads {', '.join(map(repr, more))}")
+def _check_entries(test: Mapping[Any, Any], wanted: Mapping[str, Any], optional: Collection[str] = ()) -> None:
+    """ValueError, naming the entry that is not there, of another type than wanted, or that nobody reads."""
+    for name, kinds in wanted.items():
+        if name not in test:
+            raise ValueError(f"it has no {name!r}")
+        if not isinstance(test[name], kinds):
+            raise ValueError(f"its {name!r} is of type {type(test[name]).__name__}")
+    if more := test.keys() - wanted.keys() - {*optional}:
+        raise ValueError(f"nobody reads its {', '.join(sorted(map(repr, more)))}")
+
+
+def _from_entries(test: Mapping[Any, Any]) -> _Test:
+    """A call or a main program; or ValueError."""
+    if "call" in test:
+        _check_entries(test, {"call": str, "args": list | tuple, "result": object}, optional=["kwargs"])
+        named = test.get("kwargs", {})
+        return _Test(call=call(test["call"], *test["args"], **named), expected=_reachable(test["result"]))
+    _check_entries(test, {"stdin": str, "stdout": str})
+    return _Test(stdin=test["stdin"], expected=_lines(test["stdout"]))
 
 
 def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
@@ -250,20 +266,16 @@ class CodeReward:
 
     def _test(self, test: Any, setup: str) -> tuple[_Test, ...]:
         try:
-            match test:
-                case {"call": str(name), "args": list() | tuple() as args, "result": expected, **more}:
-                    named = more.pop("kwargs", {})
-                    _nothing_of(more)
-                    return (_Test(call=call(name, *args, **named), expected=_reachable(expected)),)
-                case {"stdin": str(stdin), "stdout": str(expected), **more}:
-                    _nothing_of(more)
-                    return (_Test(stdin=stdin, expected=_lines(expected)),)
-                case str():
-                    return _from_text(test, setup)
-            raise ValueError(_SHAPES)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, Unsendable) as error:
+            if isinstance(test, Mapping):
+                return (_from_entries(test),)
+            if isinstance(test, str):
+                return _from_text(test, setup)
+            raise ValueError(f"it is of type {type(test).__name__}")
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             if not isinstance(test, str):
-                raise RewardError(f"the test {_described(test)} cannot be judged ({error}): {_SHAPES}.") from None
+                raise RewardError(f"the test {_described(test)} cannot be judged: {error}; {_SHAPES}.") from None
+            if isinstance(error, SyntaxError):
+                raise RewardError(f"the test {_described(test)} is no Python: {error}; {_SHAPES}.") from None
             if self.config.allow_asserts:
                 return (_Test(call={"assert": test}),)
             raise RewardError(

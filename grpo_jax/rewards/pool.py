@@ -18,7 +18,7 @@ import os
 import pathlib
 import pickle
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -158,9 +158,13 @@ class Pool:
         failed = [outcome.failure is not None for outcome in run.outcomes]
         if any(failed):
             first = failed.index(True)
+            # By kind, which is what stands before what the worker wrote.
+            kinds = Counter(outcome.failure.partition(",")[0] for outcome in run.outcomes if outcome.failure)
+            counted = "; ".join(f"of {count}, {kind}" for kind, count in kinds.most_common())
             self._fail(
                 f"{run.function} came to no verdict on {sum(failed)} of {len(failed)} items, the first of them "
                 f"{run.shown(first)}: {run.outcomes[first].failure}, twice."
+                + (f" In all: {counted}." if len(kinds) > 1 else "")
             )
         seconds = [outcome.seconds for outcome in run.outcomes]
         return Judged((outcome.item for outcome in run.outcomes), failed=failed, seconds=seconds)
