@@ -1,6 +1,6 @@
-"""Runs `experiments.countdown`, or that of KILL_IN, and kills it, with SIGKILL or another, at a moment of a step.
+"""Runs the experiment of KILL_IN and kills it, with SIGKILL or another, at a moment of a step.
 
-    KILL_AT=rewards:3 KILL_WITH=SIGKILL python -m tests.kill_at --workdir=...
+    KILL_IN=countdown KILL_AT=rewards:3 KILL_WITH=SIGKILL python -m tests.kill_at --workdir=...
 
 Moments of step n, which counts from 0, in their order: `rollout` (sampled, not scored), `rewards` (scored, not
 journaled), `journal` (journaled, not used), `update` (updated, not logged), `log` (logged, not saved), `save` (while
@@ -40,4 +40,4 @@ kill("journal", telemetry.RewardJournal, "write", lambda self, step, *_: step, a
 kill("update", telemetry.RunLog, "write", lambda self, step, *_: step - 1)
 kill("log", telemetry.RunLog, "write", lambda self, step, *_: step - 1, after=True)
 kill("save", checkpoints.Checkpoints, "save", lambda self, state, *_: int(state.step) - 1, after=True)
-runs.command(importlib.import_module(f"experiments.{os.environ.get('KILL_IN', 'countdown')}").main)
+runs.command(importlib.import_module(f"experiments.{os.environ['KILL_IN']}").main)

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +25,13 @@ from grpo_jax.logprobs import unembed
 from grpo_jax.models.pretrained import load, read_config
 from grpo_jax.models.transformer import init_params, make_policy
 from grpo_jax.sharding import make_mesh
+from tests import processes
 
-ROOT = pathlib.Path(__file__).parents[1]
 TINY = {"size": "tiny", "prompts": 2, "group": 3, "prompt_tokens": 5, "tokens": 8, "microbatches": 2, "rounds": 2}
 
 
 def python(*command: str, status: int = 0) -> str:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == status, done.stdout + done.stderr
+    done = processes.python(*command, status=status, timeout=300)
     return done.stdout + done.stderr
 
 

@@ -1,12 +1,9 @@
 """Objectives side by side: tiny real runs, what is read from their logs, and what is refused."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import matplotlib.figure
 import numpy as np
@@ -15,17 +12,15 @@ import pytest
 from experiments import compare, countdown, plots
 from grpo_jax.data.countdown import Countdown
 from grpo_jax.objectives import OBJECTIVES
+from tests import processes
 from tests import test_resume as resume
 
 TINY = [*resume.TINY, "--loss.entropy_coef=0.01"]  # so small a policy has no reward to learn from
 
 
 def run(workdir: pathlib.Path, *given: str, module: str = "compare", check: bool = True):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": resume.FLAGS}
-    command = [sys.executable, "-m", f"experiments.{module}", f"--workdir={workdir}", *TINY, *given]
-    done = subprocess.run(command, cwd=resume.ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    command = ["-m", f"experiments.{module}", f"--workdir={workdir}", *TINY, *given]
+    return processes.python(*command, status=0 if check else None)
 
 
 def log(workdir: pathlib.Path, name: str, seed: int) -> list[dict]:

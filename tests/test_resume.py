@@ -1,20 +1,14 @@
 """A run that is killed at any moment and started again ends with the same bits as one that never was."""
 
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from experiments import countdown_report
+from tests import processes
 
-ROOT = pathlib.Path(__file__).parent.parent
-# Tests compile much and run little.
-FLAGS = "--xla_backend_optimization_level=0"
 TINY = [
     "--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1", "--model.head_width=8",
     "--model.mlp_width=16", "--task.numbers=2", "--task.max_number=9", "--warm_start.steps=4", "--warm_start.batch=16",
@@ -28,13 +22,8 @@ SEVERAL_UPDATES = ["--update.epochs=2", "--update.minibatches=2", "--update.micr
 
 
 def run(workdir: pathlib.Path, *flags: str, kill_at: str = "", kill_with: str = "SIGKILL", check: bool = True):
-    environment = {**os.environ, "KILL_AT": kill_at, "KILL_WITH": kill_with, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
-    command = [sys.executable, "-m", "tests.kill_at", f"--workdir={workdir}", *TINY, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    if check:
-        expected = 0 if not kill_at else -signal.SIGKILL if kill_with == "SIGKILL" else 128 + getattr(signal, kill_with)
-        assert done.returncode == expected, done.stdout + done.stderr
-    return done
+    command = [f"--workdir={workdir}", *TINY, *flags]
+    return processes.killed("countdown", kill_at, *command, kill_with=kill_with, status=0 if check else None)
 
 
 def untimed(path: pathlib.Path) -> list[dict]:
@@ -130,8 +119,7 @@ def test_baselines_get_the_time_that_grpo_took_and_the_report_shows_them(tmp_pat
 
 
 def test_help_is_for_people():
-    command = [sys.executable, "-m", "experiments.countdown", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200).stdout
+    shown = processes.python("-m", "experiments.countdown", "--help", status=None).stdout
     for flag in ("--workdir", "--loss.kl_coef", "--rollout.group_size", "--mesh.fsdp"):
         assert flag in shown
     assert "beta; 0: no reference is held" in shown

@@ -1,12 +1,9 @@
 """A reward model from preferences with the commands that a user gives, killed and gone on with; and as a reward."""
 
 import json
-import os
 import pathlib
 import shutil
-import signal
 import subprocess
-import sys
 
 import jax
 import pytest
@@ -14,20 +11,17 @@ import pytest
 from experiments import scorers
 from grpo_jax import sharding
 from grpo_jax.data.tokenizer import PretrainedTokenizer
-from tests.test_gsm8k import ROOT, run
+from tests import processes
+from tests.test_gsm8k import run
 from tests.test_resume import last_state, untimed
 
-# Two devices, for bad meshes; other tests have scores and steps on all kinds. Tests compile much and run little.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+# For bad meshes; other tests have scores and steps on all kinds.
+DEVICES = 2
 
 
 def train(workdir: pathlib.Path, *flags: str, kill_at: str = "", status: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "KILL_AT": kill_at, "KILL_WITH": "SIGKILL", "KILL_IN": "reward_model",
-                   "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}  # fmt: skip
-    command = [sys.executable, "-m", "tests.kill_at", f"--workdir={workdir}", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == (-signal.SIGKILL if kill_at else status), done.stdout + done.stderr
-    return done
+    command = [f"--workdir={workdir}", *flags]
+    return processes.killed("reward_model", kill_at, *command, status=status, devices=DEVICES)
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +189,5 @@ def test_every_flag_changes_something(tiny, tmp_path):
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
     )
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
-    command = [sys.executable, "-m", "tests.flags_of_reward_model", str(model), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = processes.python("-m", "tests.flags_of_reward_model", str(model), str(tmp_path), devices=DEVICES)
     assert json.loads(done.stdout.splitlines()[-1]) == {"idle": [], "not covered": [], "unexplained": []}

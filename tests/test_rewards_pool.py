@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import pathlib
 import random
@@ -493,6 +494,22 @@ def test_what_a_worker_wrote_before_it_ended_is_said(caplog, capfd, tmp_path):
     (tmp_path / "breaks.py").write_text("import os\nos.write(2, b'no such thing')\nos._exit(5)")
     with Pool(1) as never, pytest.raises(RewardError, match=r"3 worker .* status 5, .*error:\n  no such thing\.$"):
         never.judge(f"{tmp_path}/breaks.py:f", [{}])
+
+
+def test_what_nobody_reads_is_said_once(monkeypatch, tmp_path):
+    """A worker that ends before its supervisor could pass on what it wrote."""
+    (tmp_path / "breaks.py").write_text("import os\nos.write(2, b'no such thing')\nos._exit(5)")
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    monkeypatch.setattr(process, "_GRACE", 0.5)  # until a supervisor that cannot write is ended
+    monkeypatch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, stderr=writer))
+    with Pool(1) as never, pytest.raises(RewardError, match=r"status 5, .*error:\n  no such thing\.$"):
+        never.judge(f"{tmp_path}/breaks.py:f", [{}])
+    os.close(reader)
+    os.close(writer)
 
 
 def test_no_descriptor_and_no_thread_is_left_behind():

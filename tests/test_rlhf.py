@@ -1,17 +1,13 @@
 """The task of `experiments.rlhf`, and a small run of it: whole, killed and gone on with, in iterations."""
 
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from experiments.rlhf_task import LETTERS, TOKENIZER, demonstration, prefers_first, prompt, rule
-from tests.test_gsm8k import ROOT
+from tests import processes
 from tests.test_resume import last_state, untimed
 
 TINY = [
@@ -20,16 +16,10 @@ TINY = [
     "--rollout.group_size=4", "--rollout.max_tokens=8", "--train.steps=2", "--optimizer.warmup_steps=0",
     "--checkpoints.every=1", "--iterations=2",
 ]  # fmt: skip
-FLAGS = "--xla_backend_optimization_level=0"
 
 
 def run(workdir: pathlib.Path, *flags: str, kill_at: str = "") -> str:
-    environment = {**os.environ, "KILL_AT": kill_at, "KILL_WITH": "SIGKILL", "KILL_IN": "rlhf", "JAX_PLATFORMS": "cpu",
-                   "XLA_FLAGS": FLAGS}  # fmt: skip
-    command = [sys.executable, "-m", "tests.kill_at", f"--workdir={workdir}", *TINY, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stdout + done.stderr
-    return done.stdout
+    return processes.killed("rlhf", kill_at, f"--workdir={workdir}", *TINY, *flags).stdout
 
 
 # The task ---------------------------------------------------------------------------------------------
@@ -141,9 +131,5 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bits(straight, tmp_path):
 
 
 def test_every_flag_changes_something(tmp_path):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu",
-                   "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=2"}  # fmt: skip
-    command = [sys.executable, "-m", "tests.flags_of_rlhf", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = processes.python("-m", "tests.flags_of_rlhf", str(tmp_path), devices=2)
     assert json.loads(done.stdout.splitlines()[-1]) == {"idle": [], "not covered": [], "unexplained": []}

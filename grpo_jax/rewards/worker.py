@@ -78,11 +78,9 @@ def _supervise(child: int, parent: int, output: int, place: str) -> None:
     shutil.rmtree(place, ignore_errors=True)
     os.set_blocking(output, False)
     with contextlib.suppress(BlockingIOError):
-        pending += os.read(output, 2**20)
-    report = {
-        "status": os.waitstatus_to_exitcode(ended[child]),
-        "said": (kept + pending)[-_SAID:].decode(errors="replace"),
-    }
+        last = os.read(output, 2**20)
+        kept, pending = (kept + last)[-_SAID:], pending + last
+    report = {"status": os.waitstatus_to_exitcode(ended[child]), "said": kept.decode(errors="replace")}
     with contextlib.suppress(OSError):
         os.write(1, json.dumps(report).encode())
     while pending:

@@ -1,0 +1,70 @@
+"""Programs of ours in processes of their own, as users run them."""
+
+import atexit
+import functools
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@functools.cache
+def _compiled() -> str:
+    """Where programs find what others that this process has run have compiled: most of a small one's time."""
+    place = tempfile.mkdtemp(prefix="grpo_jax_compiled_")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+def python(
+    *command: str, devices: int = 1, status: int | None = 0, timeout: float = 1200, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python on the command, at the root of the clone, and says all that it has said.
+
+    Args:
+      command: behind `python`.
+      devices: CPU devices that it sees.
+      status: which it must exit with; None: any.
+      timeout: in seconds.
+      variables: of its environment, too.
+    """
+    # It compiles much and runs little, as all tests do.
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": _compiled(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert status is None or done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def killed(
+    experiment: str, at: str, *flags: str, kill_with: str = "SIGKILL", status: int | None = 0, devices: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Runs an experiment that is killed at a moment of `tests.kill_at`, or where that is empty is not.
+
+    Args:
+      experiment: its module's name.
+      at: the moment.
+      flags: of the experiment.
+      kill_with: the name of a signal.
+      status: which it must exit with where nothing kills it; None: any.
+      devices: CPU devices that it sees.
+    """
+    number = getattr(signal, kill_with)
+    if at:
+        status = -number if kill_with == "SIGKILL" else 128 + number
+    variables = {"KILL_AT": at, "KILL_WITH": kill_with, "KILL_IN": experiment}
+    return python("-m", "tests.kill_at", *flags, devices=devices, status=status, **variables)
