@@ -123,11 +123,6 @@ def place(workdir: pathlib.Path, objective: str, seed: int) -> pathlib.Path:
     return workdir / objective / f"seed_{seed}"
 
 
-def finished(workdir: pathlib.Path) -> bool:
-    """Whether a run has nothing left to do: its summary is written last."""
-    return (workdir / "summary.json").exists()
-
-
 def numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the table says of one run: held-out metrics and times at its end, others where their line ends."""
     last = rows[1:][-plots.WIDTH :]  # the first row is before step 1
@@ -215,7 +210,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     open_workdirs(workdir, configs)
-    missing = [run for run in configs if not finished(place(workdir, *run))]
+    missing = [run for run in configs if not runs.complete(place(workdir, *run))]
     print(f"{len(configs)} runs, of which {len(configs) - len(missing)} are finished", flush=True)
     params = countdown.warm_start(countdown.Experiment(configs[missing[0]]), workdir) if missing else None
     for i, (name, seed) in enumerate(missing):

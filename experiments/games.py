@@ -283,7 +283,7 @@ def warmed(experiment: Experiment, workdir: pathlib.Path) -> Any:
 
 def compiling(workdir: pathlib.Path) -> str:
     """A line about what comes before the first step; nothing where the run is complete, and no step comes."""
-    if (workdir / "summary.json").exists():
+    if runs.complete(workdir):
         return ""
     return "compiling, once: it takes some 20 seconds until the first step, and until then Ctrl-C waits\n"
 

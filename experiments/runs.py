@@ -44,6 +44,7 @@ __all__ = [
     "check_attention",
     "check_multiples",
     "command",
+    "complete",
     "configured",
     "copies_held",
     "description",
@@ -290,6 +291,11 @@ def peak_rss() -> int:
     return resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def complete(workdir: pathlib.Path) -> bool:
+    """Whether a run has come to its end, and all that it leaves is there."""
+    return (workdir / "summary.json").exists()
+
+
 def summary(
     workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parameters: int, started: float = _STARTED
 ) -> dict[str, Any]:
@@ -297,7 +303,7 @@ def summary(
 
     `started`: by `time.perf_counter`, where the process has done other things before.
     """
-    if (workdir / "summary.json").exists():
+    if complete(workdir):
         return json.loads((workdir / "summary.json").read_text())
     after = [row for row in rows if row["step"] > 0]
     # The first step compiles, and a median does not mind.

@@ -132,7 +132,7 @@ def said_of_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> str:
     }
     return "".join(
         f"--reward: {place} has changed since the run was last started ({digests}); steps that are still to come are "
-        "rewarded by what it holds now, weights and names included\n"
+        "rewarded by what it holds now, weights included; one that was scored already needs the names of then\n"
         for place, digests in changed.items()
     )
 

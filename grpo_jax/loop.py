@@ -178,7 +178,7 @@ def train(
     if store.steps:
         state = store.restore(state)
         done, left = int(state.step), max(steps - int(state.step), 0)
-        how = f"continuing at step {done} from {workdir}" if left else f"{workdir} is complete, after step {done}"
+        how = f"continuing at step {done} from {workdir}" if left else f"all {done} steps are in {workdir}"
         print(f"{title}: {how}", flush=True)
     step = int(state.step)
     log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())

@@ -16,7 +16,7 @@ from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.objectives import Objective
 from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
-from grpo_jax.rewards import Reward, RewardError, Scores
+from grpo_jax.rewards import Reward, Scores
 from grpo_jax.sampler import Sampler, check_stop, join
 from grpo_jax.scoring import (
     Ahead,
@@ -248,21 +248,15 @@ class GroupRollouts:
         prompts = [self.source(i) for i in range(first, first + config.prompts)]
         with Ahead() as ahead:
             with jax.profiler.TraceAnnotation("rollout"):
-                rollout, host, score = self._sample(
-                    state, prompts, first, interrupt, ahead, lambda: not journal.knows(step, wave)
-                )
+                known = journal.knows(step, wave)
+                rollout, host, score = self._sample(state, prompts, first, interrupt, None if known else ahead)
             sampled = time.perf_counter()
             # Of what waves leave to train on, it is known only when they are scored. A GPU's runtime holds us here
             # until the pass ends, for it has a loop; others do not.
             reference = self._reference(state, rollout) if config.max_waves == 1 else None
             asked = time.perf_counter()
-            scores = journaled_scores(score, host, journal, step, wave)
+            scores = journaled_scores(score, self.rewards, host, journal, step, wave)
             scored = time.perf_counter()
-        if {*scores.by_name} != (names := {reward.name for reward in self.rewards}):
-            raise RewardError(
-                f"the journal has rewards {sorted(scores.by_name)} of step {step}, and the run has {sorted(names)}: "
-                "give them their names back, or begin a new workdir."
-            )
         jax.block_until_ready(reference)  # what the device is asked next would wait for it too
         referred = time.perf_counter()
         groups = self._groups(scores, host)
@@ -282,25 +276,25 @@ class GroupRollouts:
         )
 
     def _sample(
-        self, state: TrainState, prompts: Sequence[Prompt], first: int, interrupt: Callable[[], None], ahead: Ahead,
-        may_score: Callable[[], bool],
+        self, state: TrainState, prompts: Sequence[Prompt], first: int, interrupt: Callable[[], None],
+        ahead: Ahead | None,
     ) -> tuple[Rollout, Rollout, Callable[[], Scores]]:  # fmt: skip
         """Completions where the sampler left them, and on the host; and what gives their scores.
 
         Where the sampler cuts a rollout to the memory, functions see a part of it at a time, whole groups; and each
-        part `ahead`, while the device samples the next or reads the last as the reference does, if they `may_score`
-        by now and none uses the device.
+        part `ahead`, while the device samples the next or reads the last as the reference does, if none uses the
+        device. None: the journal may know these, and they are scored only if it does not.
         """
         params = state.params if self.params_of is None else self.params_of(state)
         texts, ids = [prompt.text for prompt in prompts], range(first, first + len(prompts))
         parts: list[Rollout] = []
         hosts: list[Rollout] = []
         scored: list[Callable[[], Scores]] = []
-        begun, overlaps = 0, not any(reward.on_device for reward in self.rewards) and may_score()
+        begun, ahead = 0, None if any(reward.on_device for reward in self.rewards) else ahead
 
         def look() -> None:
             interrupt()
-            if jax.process_count() == 1:  # else all processes are told, when all have sampled
+            if ahead is not None and jax.process_count() == 1:  # else all are told, when all have sampled
                 ahead.check()
 
         for part in self.sampler.waves(params, texts, ids, self.config.sampling, look):
@@ -309,12 +303,12 @@ class GroupRollouts:
             of_part = prompts[begun : begun + len(part.prompt_tokens)]
             begun += len(of_part)
             scored.append(functools.partial(self._score, of_part, hosts[-1]))
-            if overlaps:
+            if ahead is not None:
                 ahead.add(scored[-1])
         host = hosts[0] if len(hosts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *hosts)
 
-        rest = functools.partial(interruptibly, scored, self.rewards)
-        return join(parts), host, lambda: Scores.join((ahead.results if overlaps else rest)(interrupt))
+        results = ahead.results if ahead is not None else functools.partial(interruptibly, scored, self.rewards)
+        return join(parts), host, lambda: Scores.join(results(interrupt))
 
     def _score(self, prompts: Sequence[Prompt], rollout: Rollout) -> Scores:
         return score_rollout(self.rewards, prompts, rollout, self.sampler.tokenizer, self.config.group_size)

@@ -244,18 +244,27 @@ def _meet(patience: float) -> None:
 
 @functools.partial(jax.profiler.annotate_function, name="rewards")  # a part of a step, in its profile
 def journaled_scores(
-    compute: Callable[[], Scores], rollout: Rollout, journal: Journal, step: int, wave: int
+    compute: Callable[[], Scores], rewards: Sequence[Reward], rollout: Rollout, journal: Journal, step: int, wave: int
 ) -> Scores:  # fmt: skip
     """What the journal knows of these completions, else what `compute` says of them, in the journal before it returns.
 
     Where there are several processes, each has its completions and its journal, and none goes on before all have done
-    this: `on_every_host` says what it raises.
+    this.
+
+    Raises:
+      RewardError: as `on_every_host`; or the journal knows them by other names than those of the rewards.
     """
+    names = {reward.name for reward in rewards}
     digest = hashlib.sha256(rollout.completion_tokens.tobytes() + rollout.mask.tobytes()).hexdigest()[:16]
 
     def known_or_computed() -> Scores:
         recorded = journal.read(step, wave, digest)
         if recorded is not None:
+            if (known := {*recorded["scores"]}) != names:
+                raise RewardError(
+                    f"the journal has rewards {sorted(known)} of step {step}, and the run has {sorted(names)}: give "
+                    "them their names back, or begin a new workdir."
+                )
             return Scores.of_record(recorded)
         scores = compute()
         journal.write(step, wave, digest, scores.record())

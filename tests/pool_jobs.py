@@ -66,6 +66,16 @@ def scatter(*, then, **_):
     return {"return": lambda: 1.0, "end": lambda: os._exit(3), "hold": hold}[then]()
 
 
+def nest(*, levels, **_):
+    """Leaves directories in one another, the innermost closed, and goes on for ever."""
+    os.chdir(tempfile.mkdtemp())
+    for _ in range(levels):
+        os.mkdir("x")
+        os.chdir("x")
+    os.chmod(".", 0)
+    hold()
+
+
 def fork(*, completion, then, **_):
     """0, but the child of `fork` comes back with another answer, an exception or too little memory."""
     if completion == "fork":
@@ -91,6 +101,12 @@ def interject(*, completion, **_):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 os.write(int(name), completion.encode() + b"\n")
                 break
+    return 0.0
+
+
+def leave_or_not(*, completion, **_):
+    if completion:
+        os._exit(3)
     return 0.0
 
 

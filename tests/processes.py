@@ -15,7 +15,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @functools.cache
 def _compiled() -> str:
-    """Where programs find what others that this process has run have compiled: most of a small one's time."""
+    """Where programs find what others that this process has run have compiled: most of a small one's time.
+
+    That is off by default on CPUs, for what was compiled on one machine may not run on another. This is one machine.
+    """
     place = tempfile.mkdtemp(prefix="grpo_jax_compiled_")
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     return place

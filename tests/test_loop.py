@@ -284,7 +284,7 @@ def test_a_signal_waits_for_no_reward(tmp_path):
             score_rollout, rewards, [Prompt(text="p", columns={"step": step})], rollout, tokenizer, 2
         )
         interruptible = lambda: interruptibly([score], rewards, interrupt)[0]
-        scores = journaled_scores(interruptible, rollout, journal, step, 0)
+        scores = journaled_scores(interruptible, rewards, rollout, journal, step, 0)
         return dataclasses.replace(experienced, batch=np.float32(scores.by_name["r"].sum()))
 
     def signal_once_it_is_judged():

@@ -1,5 +1,6 @@
 """What counts as a program's on the disk; `test_rewards_hostile.py` has programs that write too much."""
 
+import ctypes
 import os
 
 import pytest
@@ -39,23 +40,61 @@ def test_holes_and_what_links_lead_to_are_not_its_own(tmp_path):
     assert not disk.is_over(str(own), 1)
 
 
-@pytest.mark.parametrize(
-    ("error", "times", "over"),
-    [(PermissionError, 1, True), (OSError, 1, True), (FileNotFoundError, 3, False), (NotADirectoryError, 3, False),
-     (FileNotFoundError, 1000, True)],
-)  # fmt: skip
-def test_what_is_not_found_is_looked_for_again(tmp_path, monkeypatch, error, times, over):
-    """A directory that has been moved, now and then or all the time; one that cannot be listed hides something."""
+def test_what_fallocate_has_set_aside_counts(tmp_path):
+    with open(tmp_path / "empty", "wb") as file:
+        keep_size = 1
+        if ctypes.CDLL(None).fallocate(file.fileno(), keep_size, ctypes.c_long(0), ctypes.c_long(3 << 20)):
+            pytest.skip("this file system sets nothing aside")
+    assert disk.is_over(str(tmp_path), 2)
+
+
+def changing(monkeypatch, change):
+    """Something happens each time when a directory has been listed, before what is in it is looked at."""
+    listdir = os.listdir
+
+    def listed(fd):
+        found = listdir(fd)
+        change()
+        return found
+
+    monkeypatch.setattr(os, "listdir", listed)
+
+
+def test_directories_that_come_and_go_hide_nothing(tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    changing(monkeypatch, lambda: temporary.exists() and temporary.rmdir())
+    assert not disk.is_over(str(tmp_path), 1)
+
+
+def test_a_directory_that_is_moved_when_it_is_open_is_seen(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
-    scandir, left = os.scandir, [error] * times
+    (tmp_path / "a" / "file").write_bytes(b"x" * (2 << 20))
+    changing(monkeypatch, lambda: (tmp_path / "a").rename(tmp_path / "b") if looks.append(0) or len(looks) == 2 else 0)
+    looks: list[int] = []
+    assert disk.is_over(str(tmp_path), 1)
+    assert len(looks) == 2
 
-    def moved(path):
-        if left and path != str(tmp_path):
-            raise left.pop()
-        return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", moved)
-    assert disk.is_over(str(tmp_path), 1) == over
+def test_what_may_not_be_seen_is_over(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    assert not disk.is_over(str(tmp_path), 1)
+    with monkeypatch.context() as closed:  # root may look everywhere
+        closed.setattr(os, "listdir", lambda fd: (_ for _ in ()).throw(PermissionError()))
+        assert disk.is_over(str(tmp_path), 1)
+    assert disk.is_over(str(tmp_path / "none"), 1)
+
+
+def test_depth_is_bounded(tmp_path):
+    here = tmp_path
+    for _ in range(disk.DEPTH):
+        here = here / "x"
+        here.mkdir()
+    assert not disk.is_over(str(tmp_path), 1)
+    (here / "x").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    assert disk.is_over(str(tmp_path), 1)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_all_is_removed_however_deep(tmp_path):
@@ -74,6 +113,11 @@ def test_all_is_removed_however_deep(tmp_path):
         os.close(here)
         here = inner
     os.close(here)
-    disk.empty(str(own))
-    assert list(own.iterdir()) == []
+    os.chmod(own, 0o300)
+    assert disk.removed(str(own)) == ""
+    assert not own.exists()
     assert (outside / "kept").exists()
+
+
+def test_what_stays_is_said(tmp_path):
+    assert disk.removed(str(tmp_path / "none")).startswith(f"{tmp_path}/none stays: ")

@@ -124,6 +124,13 @@ def written(directory):
     return len(blocks), sum(blocks) >> 11
 
 
+TEMPORARY = """
+import tempfile, os
+for _ in range(20):
+    made = [tempfile.mkdtemp(dir='.') for _ in range(60)]
+    for place in made:
+        os.rmdir(place)
+"""
 WRITES = {
     "a full disk": HARMS["a full disk"],
     "many files": HARMS["many files"],
@@ -168,6 +175,11 @@ def test_what_is_written_without_namespaces_is_bounded(name):
     entries, mib = (max(each) for each in zip(*most, strict=True))
     assert entries < 10_000
     assert mib < 1000
+
+
+def test_temporary_directories_may_come_and_go_without_namespaces():
+    with started("limits", cpu_seconds=20) as worker:
+        assert [worker.run(Job(program=TEMPORARY, calls=())).ended for _ in range(3)] == ["exit"] * 3
 
 
 SET_ASIDE = """

@@ -271,7 +271,7 @@ def test_what_is_no_reply_to_an_item_is_refused(caplog, said):
     assert judged == [None, 0]
     assert judged.failed == [True, False]
     line = f"{said}\n".encode()
-    assert f"its worker said {line!r}, which is no reply to it, twice" in caplog.messages[0]
+    assert f"its worker said what is no reply to it: {line!r}, twice" in caplog.messages[0]
 
 
 # What is an error ------------------------------------------------------------------------------------
@@ -459,6 +459,23 @@ def test_sessions_and_files_of_items_end_with_their_worker(then, rounds, tmp_pat
     assert gone([int(pid) for _, *pids in said for pid in pids], within=10)
     assert all(tmp_path in pathlib.Path(path).parents for path, *_ in said)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_deep_is_removed_and_the_reason_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Pool(1, limits=Limits(cpu_seconds=1, wall_seconds=300), on_failure="none") as once:
+        once.judge(JOBS + "nest", [{"levels": 2000}])
+    assert "it took more than 1 s of CPU time, twice" in caplog.messages[0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failure_costs_one_worker_and_none_for_those_behind_it(tmp_path, monkeypatch):
+    starts, start = [], process.Process._start
+    monkeypatch.setattr(process.Process, "_start", lambda self: (starts.append(self), start(self))[1])
+    with Pool(1, limits=Limits(cpu_seconds=0.5), on_failure="none") as once:
+        judged = once.judge(JOBS + "leave_or_not", [{"completion": "x" if i == 50 else ""} for i in range(100)])
+    assert [i for i, failed in enumerate(judged.failed) if failed] == [50]
+    assert len(starts) == 3  # the first, that of the second try, and that of the rest
 
 
 def test_an_item_that_ends_its_group_leaves_nothing(tmp_path, monkeypatch, capfd):

@@ -173,11 +173,12 @@ def reward(completions, step, **_):
         raise OSError(f"on {process}")
     return [float(process)] * len(completions)
 
-def said(journal, step):
+def said(journal, step, name="r"):
     rollout, prompts = silent_rollout(2, 2), [Prompt(text="p", columns={"step": step})] * 2
-    score = lambda: score_rollout([Reward(name="r", function=reward)], prompts, rollout, ByteTokenizer(), 2)
+    rewards = [Reward(name=name, function=reward)]
+    score = lambda: score_rollout(rewards, prompts, rollout, ByteTokenizer(), 2)
     try:
-        return journaled_scores(score, rollout, journal, step, 0).by_name["r"].tolist()
+        return journaled_scores(score, rewards, rollout, journal, step, 0).by_name[name].tolist()
     except RewardError as error:
         return f"{error}", type(error.__cause__).__name__
 
@@ -195,6 +196,9 @@ results += [said(again, 0), said(Full(workdir / f"full_{process}", process=proce
 if process == 1:  # one replays, the other does not
     again._recorded.clear()
 results += [said(again, 0), asked]
+if process == 1:  # nor here: the one has the name of before, and the other asks anew
+    again._recorded.clear()
+results.append(said(again, 0, "s"))
 impatient = functools.partial(on_every_host, patience=2.0)
 if process == 1:
     def late():
@@ -251,14 +255,16 @@ def test_what_fails_on_one_process_is_an_error_on_all_before_any_goes_on(tmp_pat
     assert first[4][0] == second[4][0] == "process 0 of 2: RuntimeError: the disk is full"
     assert (first[4][1], second[4][1]) == ("RuntimeError", "NoneType")
     assert (first[5], second[5]) == ([0.0] * 4, [1.0] * 4)
-    assert (first[6], second[6]) == ([0, 1, 2, 4], [0, 1, 2, 4, 0])  # who replays asks nobody
+    assert (first[6], second[6]) == ([0, 1, 2, 4], [0, 1, 2, 4, 0, 0])  # who replays asks nobody
+    assert first[7][0] == second[7][0]
+    assert first[7][0].startswith("process 0 of 2: the journal has rewards ['r'] of step 0, and the run has ['s']")
     for i, results in enumerate((first, second)):  # nobody waits for ever, and the next step finds all together
-        assert results[7].startswith(f"process {i} of 2: not all processes had their rewards within 2 s of each other")
-        assert results[8] == i
+        assert results[8].startswith(f"process {i} of 2: not all processes had their rewards within 2 s of each other")
+        assert results[9] == i
 
     steps = lambda name: [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
     assert steps("rewards.jsonl") == [0, 1]  # of step 1 its own part was scored
-    assert steps("rewards.1.jsonl") == [0, 0]
+    assert steps("rewards.1.jsonl") == [0, 0, 0]
 
 
 def test_with_one_process_it_is_the_error_itself():

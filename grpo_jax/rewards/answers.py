@@ -5,7 +5,7 @@ what maj@k votes on. All take linear time, whatever the text.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
     "box_end", "boxed", "boxed_integer", "boxes", "extract_boxed", "extract_boxed_integer", "extract_flexible",
@@ -126,7 +126,7 @@ def _equal(
     """Compares what is extracted with the column `answer`; None where that is None, as in a mixture of tasks."""
     rewards: list[float | None] = []
     for text, gold in zip(completions, answer, strict=True):
-        if not isinstance(gold, str | int | float | None):
+        if isinstance(gold, Iterable) and not isinstance(gold, str):
             raise ValueError(
                 f"the column 'answer' holds {gold!r}; expected one answer, as text or a number. `math_verify` takes a "
                 "list of several."

@@ -21,7 +21,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.rewards import Item, Judged, RewardError
@@ -101,23 +101,23 @@ def _reachable(expected: Any) -> Any:
     return expected
 
 
-def _check_entries(test: Mapping[Any, Any], wanted: Mapping[str, Any], optional: Collection[str] = ()) -> None:
+def _check_entries(test: Mapping[Any, Any], wanted: Mapping[str, Any]) -> None:
     """ValueError, naming the entry that is not there, of another type than wanted, or that nobody reads."""
     for name, kinds in wanted.items():
         if name not in test:
             raise ValueError(f"it has no {name!r}")
         if not isinstance(test[name], kinds):
             raise ValueError(f"its {name!r} is of type {type(test[name]).__name__}")
-    if more := test.keys() - wanted.keys() - {*optional}:
+    if more := test.keys() - wanted.keys():
         raise ValueError(f"nobody reads its {', '.join(sorted(map(repr, more)))}")
 
 
 def _from_entries(test: Mapping[Any, Any]) -> _Test:
     """A call or a main program; or ValueError."""
     if "call" in test:
-        _check_entries(test, {"call": str, "args": list | tuple, "result": object}, optional=["kwargs"])
-        named = test.get("kwargs", {})
-        return _Test(call=call(test["call"], *test["args"], **named), expected=_reachable(test["result"]))
+        test = {"kwargs": {}, **test}
+        _check_entries(test, {"call": str, "args": list | tuple, "kwargs": Mapping, "result": object})
+        return _Test(call=call(test["call"], *test["args"], **test["kwargs"]), expected=_reachable(test["result"]))
     _check_entries(test, {"stdin": str, "stdout": str})
     return _Test(stdin=test["stdin"], expected=_lines(test["stdout"]))
 
@@ -143,6 +143,7 @@ def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
 @functools.lru_cache(maxsize=1 << 16)
 def _from_text(test: str, setup: str) -> tuple[_Test, ...]:
     """A statement as tests, all of which must hold; or ValueError."""
+    compile(test, "<test>", "exec")  # knows more of what is no Python than the parser
     (statement,) = ast.parse(test).body
     match statement:
         case ast.Expr(value=ast.Call(func=ast.Name(id=checker), args=[ast.Name(id=function)], keywords=[])):

@@ -378,9 +378,7 @@ def _tidy_up(scratch: str | None) -> None:
     """What the kernel does where there are namespaces."""
     end_children()
     if scratch is not None:
-        with contextlib.suppress(OSError):
-            disk.empty(scratch)
-            os.rmdir(scratch)
+        sys.stderr.write(disk.removed(scratch))
     os._exit(0)
 
 

@@ -1,51 +1,78 @@
-"""What a program's files take of the host's disk, where it has no file system of its own.
+"""What a program's files take of the host's disk, where it has no file system of its own, and how they are removed.
 
-For `confined.py`. That it is looked at, and not refused by the kernel, lets a program go beyond it between two looks.
+For `confined.py` and `worker.py`. That it is looked at, and not refused by the kernel, lets a program go beyond it
+between two looks.
 """
 
 import contextlib
 import os
+import stat
+from collections.abc import Iterator
 
-__all__ = ["ENTRIES", "empty", "is_over"]
+__all__ = ["DEPTH", "ENTRIES", "empty", "is_over", "removed"]
 
 ENTRIES = 1000  # files and directories of a program
-_LOOKS = 20  # at what moves meanwhile
+DEPTH = 100  # directories in one another
 
 
 def is_over(directory: str, mib: int) -> bool:
     """Whether there are more files below a directory, or larger ones together, than a program may have.
 
-    It may move directories while one looks, so that what is in them is not found; who does so all the time is over.
+    It may move and remove directories while one looks. One that was opened stays readable wherever it is now; what has
+    gone before is not counted in this look, and will be in another. One that cannot be opened hides something.
     """
-    for _ in range(_LOOKS):
-        try:
-            return _looked(directory, mib << 20)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            break  # not to be listed, or deeper than a path can say, and all the same a place for files
-    return True
-
-
-def _looked(directory: str, most: int) -> bool:
-    """One look at everything; raises OSError where a directory is gone, or cannot be looked at."""
-    size, entries, places = 0, 0, [directory]
-    while places:
-        with os.scandir(places.pop()) as found:
-            for entry in found:
-                with contextlib.suppress(FileNotFoundError):
-                    stat = entry.stat(follow_symlinks=False)
-                    size += min(stat.st_blocks << 9, stat.st_size)  # some systems set aside more than was written
-                entries += 1
-                if size > most or entries > ENTRIES:
-                    return True
-                if entry.is_dir(follow_symlinks=False):
-                    places.append(entry.path)
+    size, entries = 0, 0
+    try:
+        for found in _all_below(directory):
+            # Some systems set aside a little more than was written, and `fallocate` may set aside much.
+            taken = found.st_blocks << 9
+            size += taken if taken > 2 * found.st_size + (1 << 20) else min(taken, found.st_size)
+            entries += 1
+            if size > mib << 20 or entries > ENTRIES:
+                return True
+    except OSError:
+        return True
     return False
+
+
+def _all_below(directory: str) -> Iterator[os.stat_result]:
+    """Every file and directory; raises OSError where it may not look, or where there are too many in one another."""
+    places = [_Opened(directory, None)]
+    try:
+        while places:
+            name = places[-1].next()
+            if name is None:
+                places.pop().close()
+                continue
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has gone
+                found = os.stat(name, dir_fd=places[-1].fd, follow_symlinks=False)
+                yield found
+                if stat.S_ISDIR(found.st_mode):
+                    if len(places) > DEPTH:
+                        raise OSError(f"more than {DEPTH} directories in one another")
+                    places.append(_Opened(name, places[-1].fd))
+    finally:
+        for place in places:
+            place.close()
+
+
+class _Opened:
+    """A directory that is being listed; the descriptor stays that of the same one, wherever it is moved."""
+
+    def __init__(self, name: str, inside: int | None):
+        self.fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
+        self._names = iter(os.listdir(self.fd))
+
+    def next(self) -> str | None:
+        return next(self._names, None)
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 def empty(directory: str) -> None:
     """Removes what is in a directory, however deep and however it is protected; nobody else writes there any more."""
+    os.chmod(directory, stat.S_IMODE(os.stat(directory).st_mode) | 0o700)
     while found := list(os.scandir(directory)):
         for entry in found:
             if not entry.is_dir(follow_symlinks=False):
@@ -59,3 +86,13 @@ def empty(directory: str) -> None:
                 else:
                     os.unlink(inner.path)
             os.rmdir(entry.path)
+
+
+def removed(directory: str) -> str:
+    """Removes a directory and what is in it; says so where it stays, and why, and else nothing."""
+    try:
+        empty(directory)
+        os.rmdir(directory)
+    except OSError as error:
+        return f"{directory} stays: {error}\n"
+    return ""

@@ -98,8 +98,7 @@ class Pool:
         self._owner, self._closed = os.getpid(), False
         self._queue: deque[_Task] = deque()
         self._changed = threading.Condition()  # of the queue and of runs
-        self._processes: list[Process] = []
-        self._threads: list[threading.Thread] = []
+        self._serving: list[tuple[Process, threading.Thread]] = []
 
     def __enter__(self) -> "Pool":
         return self
@@ -148,7 +147,7 @@ class Pool:
             for task in self._queue:
                 self._settle(task, None)
             self._changed.notify_all()
-        for process, thread in zip(self._processes, self._threads, strict=True):
+        for process, thread in self._serving:
             while thread.is_alive():  # it may be starting another one
                 process.interrupt()
                 thread.join(0.1)
@@ -158,12 +157,11 @@ class Pool:
         failed = [outcome.failure is not None for outcome in run.outcomes]
         if any(failed):
             first = failed.index(True)
-            # By kind, which is what stands before what the worker wrote.
-            kinds = Counter(outcome.failure.partition(",")[0] for outcome in run.outcomes if outcome.failure)
+            kinds = Counter(outcome.failure for outcome in run.outcomes if outcome.failure is not None)
             counted = "; ".join(f"of {count}, {kind}" for kind, count in kinds.most_common())
             self._fail(
                 f"{run.function} came to no verdict on {sum(failed)} of {len(failed)} items, the first of them "
-                f"{run.shown(first)}: {run.outcomes[first].failure}, twice."
+                f"{run.shown(first)}: {run.outcomes[first].failure}{run.outcomes[first].detail}, twice."
                 + (f" In all: {counted}." if len(kinds) > 1 else "")
             )
         seconds = [outcome.seconds for outcome in run.outcomes]
@@ -171,14 +169,17 @@ class Pool:
 
     def _start(self) -> None:
         """One thread a worker; after one that the system did not start, the next call starts what is missing."""
-        if not self._threads:
+        if not self._serving:
             atexit.register(self.close)
-        while len(self._threads) < self._count:
+        while len(self._serving) < self._count:
             process = Process(self._limits)
             thread = threading.Thread(target=self._serve, args=(process,), name="reward workers", daemon=True)
-            thread.start()
-            self._processes.append(process)
-            self._threads.append(thread)
+            self._serving.append((process, thread))  # before it may be interrupted: `close` must know it
+            try:
+                thread.start()
+            except RuntimeError:
+                self._serving.pop()
+                raise
 
     def _serve(self, process: Process) -> None:
         try:
@@ -223,8 +224,11 @@ class Pool:
         run = task.run
         if self._closed:
             run.stop(RuntimeError("the pool was closed before all items were judged."))
-        elif outcome is None or (outcome.failure is not None and not task.again):
-            task.again = task.again or outcome is not None
+        elif outcome is None:
+            self._queue.append(task)  # behind the one that its worker ended of, for which there must be a fresh one
+            self._changed.notify()
+        elif outcome.failure is not None and not task.again:
+            task.again = True
             self._queue.appendleft(task)
             self._changed.notify()
         elif outcome.error is not None:

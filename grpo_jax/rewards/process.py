@@ -53,6 +53,7 @@ class Outcome:
     item: Item = None  # what the function returned
     seconds: float = 0.0  # of wall time
     failure: str | None = None  # why there is no verdict: the worker ended
+    detail: str = ""  # to the failure: what the worker said
     error: str | None = None  # what the function raised
 
 
@@ -86,9 +87,8 @@ class Process:
             try:
                 reply = self._reply(self._limits.wall_seconds + _GRACE, {"item", "seconds"})
             except OSError as error:
-                ended = self._why(*self.end())
-                failure = str(error) if isinstance(error, _NoReplyError) else ended
-                yield Outcome(failure=failure, seconds=time.perf_counter() - started)
+                failure, detail = self._why(error, *self.end())
+                yield Outcome(failure=failure, detail=detail, seconds=time.perf_counter() - started)
                 yield from [None] * (len(payloads) - done - 1)
                 return
             yield Outcome(**reply)
@@ -151,15 +151,19 @@ class Process:
             number, reply = json.loads(line)
             if number == next(self._numbers) and isinstance(reply, dict) and reply.keys() in (says, {"error"}):
                 return reply
-        raise _NoReplyError(f"its worker said {line[:_SHOWN]!r}, which is no reply to it")
+        raise _NoReplyError(repr(line[:_SHOWN]))
 
-    def _why(self, status: int, said: str) -> str:
+    def _why(self, error: OSError, status: int, said: str) -> tuple[str, str]:
+        """What an item failed of, by which failures are counted, and what its worker said."""
         limits = self._limits
-        return {
+        known = {
             -signal.SIGPROF: f"it took more than {limits.cpu_seconds:g} s of CPU time",
             -signal.SIGALRM: f"it took more than {limits.wall_seconds:g} s",
             worker.OUT_OF_MEMORY: f"it needed more than {limits.memory_mib} MiB",
-        }.get(status, f"its worker ended with status {status}{_last_lines(said)}")
+        }
+        if isinstance(error, _NoReplyError):
+            return "its worker said what is no reply to it", f": {error}"
+        return known.get(status, f"its worker ended with status {status}"), "" if status in known else _last_lines(said)
 
     def interrupt(self) -> None:
         """Ends what the thread that uses this waits for, as if the worker had ended; from any thread."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_jax.rewards import disk
 from grpo_jax.rewards.fences import DEVICES, write_all
 from grpo_jax.rewards.literals import encode
 
@@ -55,7 +56,7 @@ class ProgramLimits:
     cpu_seconds: float = 2.0  # CPU time of a program, whatever else the machine does
     wall_seconds: float = 60.0  # a backstop for programs that sleep; far more than a busy machine needs
     memory_mib: int = 256  # address space
-    file_mib: int = 16  # the temporary directory, of 1000 files and directories, and each file
+    file_mib: int = 16  # the temporary directory, of 1000 files and directories, 100 deep, and each file
     output_kib: int = 256  # of standard output, and of what calls return
     processes: int = 8  # processes and threads
 
@@ -221,7 +222,7 @@ class Worker:
         self._process.kill()
         self._process.wait()
         if self._mechanism == "limits" and self.hello["scratch"] is not None:
-            shutil.rmtree(self.hello["scratch"], ignore_errors=True)
+            disk.removed(self.hello["scratch"])  # which it has done, if it could
 
     def close(self) -> None:
         """Ends the process when it has tidied up; only from the thread that runs programs by it."""
