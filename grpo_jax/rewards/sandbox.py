@@ -16,10 +16,11 @@ children.
 
 With limits alone a program's files are on the host's disk. Who watches it looks at them every 20 ms, and ends it where
 they are larger than `file_mib` together, more than 1000, or directories more than 100 in one another; it has what it
-writes between two looks beyond that, and what it moves out of sight of one look another finds. Not seen is what it deletes and holds open (64 files a process) or mapped: its time alone bounds that. And there the kernel
-counts all processes of a user. Where root makes the sandbox, each worker's programs have a user of their own; else all
-have ours, and each may go up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves
-each its `processes`, unless another program takes more than its own, or we start many ourselves.
+writes between two looks beyond that, and what it moves out of sight of one look another finds. Not seen is what it
+deletes and holds open (64 files a process) or mapped: its time alone bounds that. And there the kernel counts all
+processes of a user. Where root makes the sandbox, each worker's programs have a user of their own; else all have ours,
+and each may go up to `workers * (processes + 1)` beyond those that there are when it starts. That leaves each its
+`processes`, unless another program takes more than its own, or we start many ourselves.
 """
 
 import contextlib
