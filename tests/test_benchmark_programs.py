@@ -31,7 +31,7 @@ TINY = {"size": "tiny", "prompts": 2, "group": 3, "prompt_tokens": 5, "tokens": 
 
 
 def python(*command: str, status: int = 0) -> str:
-    done = processes.python(*command, status=status, timeout=300)
+    done = processes.python(*command, status=status, timeout=300, PYTHONPATH=str(processes.ROOT))
     return done.stdout + done.stderr
 
 
