@@ -45,7 +45,8 @@ def curve(rows: Rows, path: pathlib.Path, title: str) -> None:
             if y:
                 axis.plot(x, _smooth(y), label=name)
         axis.set(xlabel="step")
-        axis.legend(fontsize=8)
+        if axis.has_data():
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -8,12 +8,15 @@ import pathlib
 import platform
 import resource
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from types import FrameType
 from typing import Any
 
 _STARTED = time.perf_counter()
@@ -52,6 +55,7 @@ __all__ = [
     "directory_of",
     "export",
     "finish",
+    "interruptible",
     "keep_description",
     "memory",
     "memory_line",
@@ -412,10 +416,34 @@ def export(
     return place
 
 
-def command(main: Callable[[list[str]], None]) -> None:
-    """absl's `app.run`, with the errors that a user can mend as one line instead of a traceback."""
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Python's own handler of Ctrl-C, but for where its exception would be lost.
+
+    JAX asks to be called by the garbage collector, often first after a long compilation, and what is raised there is
+    printed and ignored: so it waits a moment.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "_xla_gc_callback":
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def interruptible(main: Callable[[list[str]], None]) -> None:
+    """absl's `app.run`, in which Ctrl-C is one line and the status that shells expect."""
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app.run(main)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """`interruptible`, with the errors that a user can mend as one line instead of a traceback."""
+    try:
+        interruptible(main)
     except (WorkdirError, RewardError, pretrained.PretrainedError, OSError) as error:
         if error.__cause__ is not None and isinstance(error, RewardError):
             traceback.print_exception(error.__cause__)  # where in the user's function it went wrong

@@ -190,7 +190,7 @@ def _reward(function: str, load: Callable[[str], ModuleType]) -> Reward:
     place, name, weight = _parts(function)
     try:
         module = load(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"--reward={function}: {place} cannot be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if isinstance(found, Reward):

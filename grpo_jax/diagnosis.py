@@ -60,6 +60,16 @@ def _no_signal(metrics: Row, history: Sequence[Row]) -> str | None:
     )
 
 
+def _unknown(metrics: Row, history: Sequence[Row]) -> str | None:
+    unknown = metrics.get("completions/unknown_reward", 0.0)
+    if not unknown:
+        return None
+    return (
+        f"unknown rewards: of {unknown:.0f} completions nobody knows the reward, for a judge came to no verdict "
+        "(rewards/NAME/failed): they do not train, and are in no baseline. Look at what it said in the log."
+    )
+
+
 def _not_filled(metrics: Row, history: Sequence[Row]) -> str | None:
     missing = metrics.get("dynamic_sampling/filled_without_signal", 0.0)
     if not missing:
@@ -192,6 +202,7 @@ def _last(name: str, steps: int, metrics: Row, history: Sequence[Row]) -> list[f
 
 _RULES: tuple[Callable[[Row, Sequence[Row]], str | None], ...] = (
     _not_finite,
+    _unknown,
     _no_signal,
     _not_filled,
     _no_steps,

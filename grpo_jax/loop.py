@@ -24,6 +24,7 @@ from tqdm import tqdm
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.diagnosis import diagnose
 from grpo_jax.profiling import Profiler, check_steps
+from grpo_jax.rewards import RewardError
 from grpo_jax.rollouts import Experience
 from grpo_jax.scoring import Journal
 from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
@@ -180,7 +181,7 @@ def train(
         done, left = int(state.step), max(steps - int(state.step), 0)
         how = f"continuing at step {done} from {workdir}" if left else f"all {done} steps are in {workdir}"
         print(f"{title}: {how}", flush=True)
-    step = int(state.step)
+    step = begun = int(state.step)
     log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
     screen, profiler = _Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
     evaluate = evaluator or _NoEvaluation()
@@ -223,6 +224,11 @@ def train(
                             store.save(state, metrics.get("eval/accuracy"))
         except Stopped:
             store.save(state)
+        except RewardError:
+            if step > begun:
+                store.save(state)
+                tqdm.write(f"{title}: step {step} is saved. Mend the reward, and the same command goes on.")
+            raise
         finally:  # whatever happened: what was being saved is saved, and every file is closed
             with contextlib.ExitStack() as closing:
                 for thing in (store, profiler, journal, log, screen):

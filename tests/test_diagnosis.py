@@ -149,7 +149,7 @@ def test_all_of_them_name_flags_that_exist():
     }  # fmt: skip
     log = rows("grad_clipped", [1.0] * diagnosis.ALWAYS, entropy=1.0)
     variants = [
-        {"frac_reward_zero_std": 1.0},
+        {"frac_reward_zero_std": 1.0, "completions/unknown_reward": 3.0},
         {"frac_reward_zero_std": 0.5, "advantage/abs_mean": 0.0},
         {"loss": float("nan")},
         {f"{MISMATCH}/mean": 0.0, f"{MISMATCH}/max": 9.0},

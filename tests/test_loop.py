@@ -154,16 +154,25 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(tmp_path, monkeypat
     np.testing.assert_array_equal(resumed.params["w"], straight.params["w"])
 
 
-def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path):
+def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path, capsys):
     def failing(state, journal, interrupt):
-        if int(state.step) == 5:
+        if int(state.step) in (0, 5) and fails:
             raise RewardError("reward function 'r' returned nan for completion 1")
         return experience(state, journal, interrupt)
 
+    fails = True
     with pytest.raises(RewardError, match="returned nan"):
         run(tmp_path, 9, experience=failing)
-    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 4
-    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    assert not Checkpoints(tmp_path / "checkpoints").steps  # of step 0 there is nothing to save
+    fails = False
+    run(tmp_path, 4, experience=failing)
+    fails = True
+    for _ in range(2):
+        with pytest.raises(RewardError, match="returned nan"):
+            run(tmp_path, 9, experience=failing)
+        assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 5
+        assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("step 5 is saved. Mend the reward, and the same command goes on.") == 1
 
 
 def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_path):

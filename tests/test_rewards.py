@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import time
 
 import numpy as np
@@ -53,7 +54,9 @@ def test_functions_get_texts_ids_and_columns_and_are_summed_by_weight():
         (lambda **_: [1.0, [(1, 1.0), (1, 1.0)], 1.0], "end_token 1 must be above 1, where the step before it ends"),
         (lambda **_: [[(-1, 1.0)], 1.0, 1.0], "end_token -1 must be above -1"),
         (lambda **_: [[(0, math.nan)], 1.0, 1.0], "nan is not finite.*expected a finite number, a list of"),
-        (lambda **_: [1.0, [(0, 1e308), (1, 1e308)], 1.0], "inf is not finite"),
+        (lambda **_: [1.0, [(0, 1e308), (1, 1e308)], 1.0], r"1e\+308 is beyond 1e\+18"),
+        (lambda **_: [1.0, -1e300, 1.0], r"returned -1e\+300 for completion 1.*advantages are taken in float32"),
+        (lambda **_: sys.exit(3), "raised SystemExit: 3"),
         (lambda **_: [[(0.0, 1.0)], 1.0, 1.0], "'float' object cannot be interpreted as an integer"),
         (lambda **_: [[0, 1.0], 1.0, 1.0], r"returned \[0, 1.0\] for completion 0"),
     ],

@@ -80,7 +80,7 @@ def test_rewards_do_not_apply_where_there_is_no_gold_answer():
 
 def test_a_gold_answer_that_is_no_number_is_an_error_and_never_a_zero():
     columns = {"answer": ["so it is 18"]}
-    with pytest.raises(RewardError, match="'so it is 18' in the column 'answer' is no number"):
+    with pytest.raises(RewardError, match="'so it is 18' in the column 'answer' is no answer"):
         score([Reward(name="strict", function=gsm8k_strict)], prompts=["p"], completions=["#### 18"],
               completion_ids=[[1]], columns=columns)  # fmt: skip
 
@@ -185,6 +185,8 @@ def test_a_boxed_integer(box, answer):
 @pytest.mark.parametrize("reward", [gsm8k_strict, gsm8k_flexible, boxed, boxed_integer])
 def test_several_answers_are_refused(reward):
     assert call(reward, [r"#### 18 \boxed{18}"] * 4, [18, "18", np.int64(18), Decimal(18)]) == [1] * 4
+    with pytest.raises(ValueError, match="'' in the column 'answer' is no answer"):
+        call(reward, ["18"], [""])
     with pytest.raises(ValueError, match=r"holds \['18', '19'\]; expected one answer.*math_verify"):
         call(reward, [r"#### 18 \boxed{18}"], [["18", "19"]])
 

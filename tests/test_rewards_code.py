@@ -269,7 +269,10 @@ def test_tests_of_no_kind_are_refused(reward, tests):
         ({"call": "f", "args": [], "kwargs": None, "result": 1}, "its 'kwargs' is of type NoneType"),
         ({"call": "f", "args": [], "result": float("nan")}, "NaN is not even itself"),
         ({"call": "f", "args": [], "result": [1, {"x": float("nan")}]}, "NaN is not even itself"),
-        ("assert f() == [1e999 - 1e999]", "malformed node"),
+        ("assert f() == [1e999 - 1e999]", r"\[1e309 - 1e309\] is no literal"),
+        ("assert f(1) == 1 + 2", r"\(1 \+ 2 is no literal\)"),
+        ("assert f(1) == 1; assert f(2) == 2", "2 statements, where one is expected"),
+        ({"call": "m.f", "args": [1], "result": 1}, "its 'call' is 'm.f', which is no name of a function"),
     ],
 )
 def test_tests_that_say_too_much_or_can_never_pass_are_refused(reward, test, why):

@@ -336,7 +336,7 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_the_next_call_starts_it
 
 
 def test_bad_values_are_named():
-    with pytest.raises(ValueError, match=r"function='judge' must be 'module:name' or 'file.py:name'"):
+    with pytest.raises(ValueError, match=r"function='judge' must be text, 'module:name' or 'file.py:name'"):
         pooled("judge")
     with pytest.raises(ValueError, match=r"function='none.py:judge': there is no file none.py"):
         pooled("none.py:judge")

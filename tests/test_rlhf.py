@@ -130,6 +130,13 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bits(straight, tmp_path):
         assert all(value.tobytes() == theirs[name].tobytes() for name, value in ours.items()), place
 
 
+@pytest.mark.parametrize("seeds", ["", "a", "0,0", "1,x"])
+def test_seeds_are_numbers(seeds, tmp_path):
+    command = ["-m", "experiments.rlhf", f"--workdir={tmp_path}/none", f"--seeds={seeds}"]
+    said = processes.python(*command, status=1).stderr
+    assert said.startswith(f"error: --seeds={seeds} must be numbers, one or more, none of them twice.")
+
+
 def test_every_flag_changes_something(tmp_path):
     done = processes.python("-m", "tests.flags_of_rlhf", str(tmp_path), devices=2)
     assert json.loads(done.stdout.splitlines()[-1]) == {"idle": [], "not covered": [], "unexplained": []}

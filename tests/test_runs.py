@@ -1,4 +1,5 @@
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -74,6 +75,33 @@ runs.cache_compilations(sys.argv[1])
 assert jax.jit(lambda x: x * 2 + 1)(3) == 7
 print(counts["/jax/compilation_cache/cache_hits"], counts["/jax/compilation_cache/cache_misses"])
 """
+
+
+INTERRUPTED = """
+import gc, os, signal, time
+from experiments import runs
+
+def _xla_gc_callback(phase, info):  # as JAX calls its own; what is raised here is ignored
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(100_000):  # Python's handler runs somewhere here
+        pass
+
+def main(argv):
+    gc.callbacks[:] = [_xla_gc_callback]
+    gc.collect()
+    time.sleep(10)
+    print("went on")
+
+runs.command(main)
+"""
+
+
+def test_ctrl_c_is_one_line_and_not_lost_where_jax_is_called_by_the_garbage_collector():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout == ""
+    assert done.stderr == "interrupted; the same command goes on with what is saved\n"
+    assert done.returncode == 128 + signal.SIGINT
 
 
 def test_the_next_process_finds_what_this_one_compiled(tmp_path):

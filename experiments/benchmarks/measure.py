@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments.flags import field_comments
-from experiments.runs import peak_rss, resident
+from experiments.runs import interruptible, peak_rss, resident
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 __all__ = [
@@ -331,8 +331,6 @@ def command(options: type[Output], run: Callable[[Any], dict[str, Any]]) -> None
                 write_atomically(pathlib.Path(given.json), json.dumps(result, indent=2) + "\n")
         except (ValueError, WorkdirError) as error:
             sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            sys.exit("interrupted: nothing is written")
 
     _define(options)
-    app.run(main)
+    interruptible(main)

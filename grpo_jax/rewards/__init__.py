@@ -33,6 +33,8 @@ import numpy as np
 
 __all__ = ["Item", "Judged", "Reward", "RewardError", "Scores", "score"]
 
+_LARGEST = 1e18  # whose square, in a deviation, float32 still holds
+
 Steps: TypeAlias = list[tuple[int, float]]  # (end_token, score) of each step, ascending
 Item: TypeAlias = float | Steps | None  # what a reward function says of a completion
 
@@ -332,7 +334,7 @@ def _numbers(judged: Judged) -> Judged:
 def _blaming(reward: Reward, arguments: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         prompts, completions = arguments["prompts"], arguments["completions"]
         raise RewardError(
             f"reward function {reward.name!r} raised {type(error).__name__}: {error} (on {len(completions)} "
@@ -367,7 +369,7 @@ def _checked(reward: Reward, values: Any, prompts, completions, completion_ids) 
         try:
             items.append(_item(value, len(completion_ids[i])))
         except (TypeError, ValueError, OverflowError) as error:
-            why = f" ({error})" if _is_steps(value) else ""
+            why = f" ({error})" if _is_steps(value) or isinstance(error, ValueError) else ""
             raise RewardError(
                 f"reward function {reward.name!r} returned {value!r} for completion {i}, {completions[i]!r} to prompt "
                 f"{prompts[i]!r}{why}; expected a finite number, a list of (end_token, score) pairs in ascending "
@@ -398,4 +400,6 @@ def _item(value: Any, tokens: int) -> Item:
 def _finite(value: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value} is not finite")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{value} is beyond {_LARGEST:g}, and advantages are taken in float32")
     return float(value)

@@ -132,10 +132,9 @@ def _equal(
                 "list of several."
             )
         right = None if gold is None else canonical(str(gold))
-        if right is None and gold is not None:
+        if not right and gold is not None:
             raise ValueError(
-                f"{gold!r} in the column 'answer' is no number; expected the final answer alone, such as '18' or "
-                "'1,234'."
+                f"{gold!r} in the column 'answer' is no answer; expected the final one alone, such as '18' or '1,234'."
             )
         rewards.append(None if right is None else float(extract(text) == right))
     return rewards

@@ -117,9 +117,18 @@ def _from_entries(test: Mapping[Any, Any]) -> _Test:
     if "call" in test:
         test = {"kwargs": {}, **test}
         _check_entries(test, {"call": str, "args": list | tuple, "kwargs": Mapping, "result": object})
+        if not test["call"].isidentifier():
+            raise ValueError(f"its 'call' is {test['call']!r}, which is no name of a function")
         return _Test(call=call(test["call"], *test["args"], **test["kwargs"]), expected=_reachable(test["result"]))
     _check_entries(test, {"stdin": str, "stdout": str})
     return _Test(stdin=test["stdin"], expected=_lines(test["stdout"]))
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"{ast.unparse(node)} is no literal") from None
 
 
 def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
@@ -134,9 +143,9 @@ def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
         ):
             if any(keyword.arg is None for keyword in made.keywords):
                 raise ValueError("arguments behind **")
-            named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in made.keywords}
-            asked = call(function or name, *map(ast.literal_eval, made.args), **named)
-            return _Test(call=asked, expected=_reachable(ast.literal_eval(right)))
+            named = {str(keyword.arg): _literal(keyword.value) for keyword in made.keywords}
+            asked = call(function or name, *map(_literal, made.args), **named)
+            return _Test(call=asked, expected=_reachable(_literal(right)))
     raise ValueError("another shape")
 
 
@@ -144,7 +153,10 @@ def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
 def _from_text(test: str, setup: str) -> tuple[_Test, ...]:
     """A statement as tests, all of which must hold; or ValueError."""
     compile(test, "<test>", "exec")  # knows more of what is no Python than the parser
-    (statement,) = ast.parse(test).body
+    statements = ast.parse(test).body
+    if len(statements) != 1:
+        raise ValueError(f"{len(statements)} statements, where one is expected")
+    (statement,) = statements
     match statement:
         case ast.Expr(value=ast.Call(func=ast.Name(id=checker), args=[ast.Name(id=function)], keywords=[])):
             return _from_checker(setup, checker, function)
@@ -262,7 +274,10 @@ class CodeReward:
         if problem := _wrong_with(setup) if isinstance(setup, str) else "is no text":
             raise RewardError(f"the column 'setup' holds {_described(setup)}, which {problem}.")
         if not isinstance(tests, list | tuple) or not tests:
-            raise RewardError(f"the column 'tests' holds {_described(tests)}; expected a list of one or more tests.")
+            raise RewardError(
+                f"the column 'tests' holds {_described(tests)}; expected a list of one or more tests, for each "
+                "completion."
+            )
         return [one for test in tests for one in self._test(test, setup)]
 
     def _test(self, test: Any, setup: str) -> tuple[_Test, ...]:

@@ -31,6 +31,7 @@ __all__ = ["Limits", "Pool", "pooled"]
 OnFailure: TypeAlias = Literal["error", "none"]
 
 _LOG = logging.getLogger(__name__)
+_ONE = "(A pooled function judges one completion: its parameters are prompt, completion, completion_ids, **columns.)"
 _SHOWN = 300  # characters of an item in a message
 _BATCH = 16  # items sent to a worker at a time, at most: what waits behind an item that hangs
 
@@ -232,7 +233,8 @@ class Pool:
             self._queue.appendleft(task)
             self._changed.notify()
         elif outcome.error is not None:
-            run.stop(RewardError(f"{run.function} raised on {run.shown(task.index)}: {outcome.error}"))
+            hint = _ONE if "missing 1 required" in outcome.error else ""
+            run.stop(RewardError(f"{run.function} raised on {run.shown(task.index)}: {outcome.error}{hint}"))
         else:
             run.outcomes[task.index] = outcome
             run.left -= 1
@@ -249,9 +251,11 @@ def _pickled(run: _Run, index: int) -> bytes:
 
 def _resolved(function: str) -> str:
     """`file.py:name` with the whole path of the file, `module:name` as it is."""
-    place, colon, name = function.rpartition(":")
-    if not (colon and place and name.isidentifier()):
-        raise ValueError(f"function={function!r} must be 'module:name' or 'file.py:name'.")
+    place, colon, name = function.rpartition(":") if isinstance(function, str) else ("", "", "")
+    if not (colon and place and name.isidentifier()) or (not place.endswith(".py") and ":" in place):
+        raise ValueError(
+            f"function={function!r} must be text, 'module:name' or 'file.py:name': workers import it by that."
+        )
     if place.endswith(".py"):
         if not pathlib.Path(place).is_file():
             raise ValueError(f"function={function!r}: there is no file {place}.")

@@ -109,9 +109,12 @@ class Process:
             if not self._starts and not started:
                 raise RewardError(f"a worker process for {function} could not be started: {error}.") from error
             if not self._starts:
+                cpu, wall = worker.LOAD_SECONDS  # no limit of an item's
+                known = {-signal.SIGPROF: f"took more than {cpu:g} s of CPU time to import it",
+                         -signal.SIGALRM: f"took more than {wall:g} s to import it"}  # fmt: skip
+                why = known.get(status, f"ended with status {status}{_last_lines(said)}")
                 raise RewardError(
-                    f"{_STARTS} worker processes in a row ended before {function} was loaded, the last with status "
-                    f"{status}{_last_lines(said)}."
+                    f"{_STARTS} worker processes in a row ended before {function} was loaded: the last {why}."
                 ) from None
             return False
         if error is not None:

@@ -260,7 +260,8 @@ def main(descriptor: int, parent: int) -> None:
         os.dup2(theirs, standard)  # what a function prints is seen and is no reply
     os.close(theirs)
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
-    _work(descriptor)
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for replies any more
+        _work(descriptor)
 
 
 if __name__ == "__main__":
