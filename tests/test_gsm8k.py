@@ -227,7 +227,7 @@ def test_a_finished_run_started_again_changes_nothing(made):
 
     before = contents()
     done = run(*json.loads((made / "again.json").read_text()))
-    assert "grpo: continuing at step 2" in done.stdout
+    assert "grpo: all 2 steps are in " in done.stdout
     assert contents() == before
 
 
