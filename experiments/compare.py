@@ -89,14 +89,8 @@ def configurations(
     Raises:
       ValueError: a list is empty, holds something twice or what there is not.
     """
-    try:
-        parsed = [int(seed) for seed in seeds]
-    except ValueError as error:
-        raise ValueError(f"--seeds={','.join(seeds)} must be integers: --seeds=0,1,2.") from error
-    for name, values in (("objectives", objectives), ("seeds", parsed)):
-        if not values or len({*values}) < len(values) or "" in values:
-            given = ",".join(map(str, values))
-            raise ValueError(f"--{name}={given} must name at least one, and none of them twice.")
+    sections.check_distinct("objectives", objectives)
+    parsed = sections.seeds_of(seeds)
     return {
         (name, seed): {
             **base,

@@ -4,13 +4,22 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import fancyflags as ff
 from absl import flags
 
-__all__ = ["Section", "compilation_cache", "field_comments", "profile", "rewards", "section"]
+__all__ = [
+    "Section",
+    "check_distinct",
+    "compilation_cache",
+    "field_comments",
+    "profile",
+    "rewards",
+    "section",
+    "seeds_of",
+]
 
 _C = TypeVar("_C")
 
@@ -65,6 +74,23 @@ def rewards() -> "flags.FlagHolder[list[str]]":
         "reward", [], "FILE.py:NAME or package.module:NAME, a function or a Reward of your own, which counts too; with "
         "=WEIGHT behind it, if not 1. Can be given several times.",
     )  # fmt: skip
+
+
+def check_distinct(name: str, values: Sequence[Any]) -> None:
+    """Raises ValueError unless a list of this name holds something, and nothing twice."""
+    if not values or len({*values}) < len(values) or "" in values:
+        given = ",".join(map(str, values))
+        raise ValueError(f"--{name}={given} must name at least one, and none of them twice.")
+
+
+def seeds_of(given: Sequence[str]) -> list[int]:
+    """What `--seeds` names; ValueError where that are no integers, or one twice."""
+    try:
+        seeds = [int(seed) for seed in given]
+    except ValueError as error:
+        raise ValueError(f"--seeds={','.join(given)} must be integers: --seeds=0,1,2.") from error
+    check_distinct("seeds", seeds)
+    return seeds
 
 
 def compilation_cache() -> "flags.FlagHolder[str | None]":

@@ -100,9 +100,7 @@ def main(argv: list[str]) -> None:
     workdir, started = runs.directory_of(argv, WORKDIR), time.perf_counter()
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
-        seeds = [int(seed) for seed in SEEDS.value if seed.isdecimal()]
-        if not seeds or len({*seeds}) < len(SEEDS.value):
-            raise ValueError(f"--seeds={','.join(SEEDS.value)} must be numbers, one or more, none of them twice.")
+        seeds = sections.seeds_of(SEEDS.value)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiments = {seed: rlhf_run.Experiment(config, seed) for seed in seeds}
     except ValueError as error:

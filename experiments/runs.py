@@ -416,7 +416,7 @@ def export(
     return place
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     """Python's own handler of Ctrl-C, but for where its exception would be lost.
 
     JAX asks to be called by the garbage collector, often first after a long compilation, and what is raised there is
@@ -432,7 +432,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def interruptible(main: Callable[[list[str]], None]) -> None:
     """absl's `app.run`, in which Ctrl-C is one line and the status that shells expect."""
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app.run(main)
     except KeyboardInterrupt:

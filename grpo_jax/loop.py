@@ -178,9 +178,9 @@ def train(
     store = Checkpoints(workdir / "checkpoints", checkpoints)
     if store.steps:
         state = store.restore(state)
-        done, left = int(state.step), max(steps - int(state.step), 0)
-        how = f"continuing at step {done} from {workdir}" if left else f"all {done} steps are in {workdir}"
-        print(f"{title}: {how}", flush=True)
+        done = int(state.step)
+        how = f"continuing at step {done} from" if done < steps else f"all {done} steps are in"
+        print(f"{title}: {how} {workdir}", flush=True)
     step = begun = int(state.step)
     log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
     screen, profiler = _Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)

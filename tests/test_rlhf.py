@@ -130,11 +130,17 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bits(straight, tmp_path):
         assert all(value.tobytes() == theirs[name].tobytes() for name, value in ours.items()), place
 
 
-@pytest.mark.parametrize("seeds", ["", "a", "0,0", "1,x"])
-def test_seeds_are_numbers(seeds, tmp_path):
+@pytest.mark.parametrize(
+    ("seeds", "why"),
+    [
+        ("", "name at least one, and none of them twice."), ("0,0", "name at least one, and none of them twice."),
+        ("a", "be integers: --seeds=0,1,2."), ("1,x", "be integers: --seeds=0,1,2."),
+    ],
+)  # fmt: skip
+def test_seeds_are_numbers(seeds, why, tmp_path):
     command = ["-m", "experiments.rlhf", f"--workdir={tmp_path}/none", f"--seeds={seeds}"]
     said = processes.python(*command, status=1).stderr
-    assert said.startswith(f"error: --seeds={seeds} must be numbers, one or more, none of them twice.")
+    assert said.startswith(f"error: --seeds={seeds} must {why}")
 
 
 def test_every_flag_changes_something(tmp_path):

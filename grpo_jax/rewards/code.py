@@ -149,11 +149,17 @@ def _from_assert(node: ast.stmt, function: str | None = None) -> _Test:
     raise ValueError("another shape")
 
 
+def _statements(text: str) -> list[ast.stmt]:
+    """Of a program; SyntaxError also of what the parser takes, and the compiler does not."""
+    tree = ast.parse(text)
+    compile(tree, "<unknown>", "exec")
+    return tree.body
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def _from_text(test: str, setup: str) -> tuple[_Test, ...]:
     """A statement as tests, all of which must hold; or ValueError."""
-    compile(test, "<test>", "exec")  # knows more of what is no Python than the parser
-    statements = ast.parse(test).body
+    statements = _statements(test)
     if len(statements) != 1:
         raise ValueError(f"{len(statements)} statements, where one is expected")
     (statement,) = statements
@@ -186,8 +192,7 @@ def _from_checker(setup: str, checker: str, function: str) -> tuple[_Test, ...]:
 def _wrong_with(setup: str) -> str:
     """Why a setup cannot be used; empty where it can."""
     try:
-        body = ast.parse(setup).body
-        compile(setup, "<setup>", "exec")
+        body = _statements(setup)
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         return f"is no Python ({error})"
     if any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in body):

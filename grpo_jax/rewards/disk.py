@@ -35,39 +35,23 @@ def is_over(directory: str, mib: int) -> bool:
     return False
 
 
-def _all_below(directory: str) -> Iterator[os.stat_result]:
-    """Every file and directory; raises OSError where it may not look, or where there are too many in one another."""
-    places = [_Opened(directory, None)]
+def _all_below(directory: str, inside: int | None = None, depth: int = 0) -> Iterator[os.stat_result]:
+    """Every file and directory; raises OSError where it may not look, or where there are too many in one another.
+
+    `inside`: a descriptor of the directory that it lies in. An open one stays that of the same, wherever it is moved.
+    """
+    if depth > DEPTH:
+        raise OSError(f"more than {DEPTH} directories in one another")
+    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
     try:
-        while places:
-            name = places[-1].next()
-            if name is None:
-                places.pop().close()
-                continue
+        for name in os.listdir(place):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has gone
-                found = os.stat(name, dir_fd=places[-1].fd, follow_symlinks=False)
+                found = os.stat(name, dir_fd=place, follow_symlinks=False)
                 yield found
                 if stat.S_ISDIR(found.st_mode):
-                    if len(places) > DEPTH:
-                        raise OSError(f"more than {DEPTH} directories in one another")
-                    places.append(_Opened(name, places[-1].fd))
+                    yield from _all_below(name, place, depth + 1)
     finally:
-        for place in places:
-            place.close()
-
-
-class _Opened:
-    """A directory that is being listed; the descriptor stays that of the same one, wherever it is moved."""
-
-    def __init__(self, name: str, inside: int | None):
-        self.fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
-        self._names = iter(os.listdir(self.fd))
-
-    def next(self) -> str | None:
-        return next(self._names, None)
-
-    def close(self) -> None:
-        os.close(self.fd)
+        os.close(place)
 
 
 def empty(directory: str) -> None:

@@ -109,10 +109,8 @@ class Process:
             if not self._starts and not started:
                 raise RewardError(f"a worker process for {function} could not be started: {error}.") from error
             if not self._starts:
-                cpu, wall = worker.LOAD_SECONDS  # no limit of an item's
-                known = {-signal.SIGPROF: f"took more than {cpu:g} s of CPU time to import it",
-                         -signal.SIGALRM: f"took more than {wall:g} s to import it"}  # fmt: skip
-                why = known.get(status, f"ended with status {status}{_last_lines(said)}")
+                late = _late(*worker.LOAD_SECONDS).get(status)  # no limit of an item's
+                why = f"{late} to import it" if late else f"ended with status {status}{_last_lines(said)}"
                 raise RewardError(
                     f"{_STARTS} worker processes in a row ended before {function} was loaded: the last {why}."
                 ) from None
@@ -158,15 +156,14 @@ class Process:
 
     def _why(self, error: OSError, status: int, said: str) -> tuple[str, str]:
         """What an item failed of, by which failures are counted, and what its worker said."""
-        limits = self._limits
-        known = {
-            -signal.SIGPROF: f"it took more than {limits.cpu_seconds:g} s of CPU time",
-            -signal.SIGALRM: f"it took more than {limits.wall_seconds:g} s",
-            worker.OUT_OF_MEMORY: f"it needed more than {limits.memory_mib} MiB",
-        }
         if isinstance(error, _NoReplyError):
             return "its worker said what is no reply to it", f": {error}"
-        return known.get(status, f"its worker ended with status {status}"), "" if status in known else _last_lines(said)
+        limits = self._limits
+        known = _late(limits.cpu_seconds, limits.wall_seconds)
+        known[worker.OUT_OF_MEMORY] = f"needed more than {limits.memory_mib} MiB"
+        if status in known:
+            return f"it {known[status]}", ""
+        return f"its worker ended with status {status}", _last_lines(said)
 
     def interrupt(self) -> None:
         """Ends what the thread that uses this waits for, as if the worker had ended; from any thread."""
@@ -195,6 +192,14 @@ class Process:
                 report, _ = process.communicate()
         found = json.loads(report or "{}")
         return found.get("status", -signal.SIGKILL), found.get("said", "")
+
+
+def _late(cpu: float, wall: float) -> dict[int, str]:
+    """What a worker's status says of time, where it had so many seconds."""
+    return {
+        -signal.SIGPROF: f"took more than {cpu:g} s of CPU time",
+        -signal.SIGALRM: f"took more than {wall:g} s",
+    }
 
 
 def _last_lines(said: str) -> str:

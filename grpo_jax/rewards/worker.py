@@ -50,7 +50,7 @@ def _supervise(child: int, parent: int, output: int, place: str) -> None:
       output: where the worker's standard error can be read.
       place: its directory of temporary files, removed at the end.
     """
-    disk = _beside("disk")
+    disk = _module(os.path.join(os.path.dirname(__file__), "disk.py"))  # as a program this belongs to no package
     ended: dict[int, int] = {}  # statuses of children, of the worker and of those who lost their parent
     kept, pending, sources = b"", b"", [0, output]
     while os.getppid() == parent and child not in ended:
@@ -86,16 +86,6 @@ def _supervise(child: int, parent: int, output: int, place: str) -> None:
     while pending:
         pending = _passed_on(pending)
     os._exit(0)
-
-
-def _beside(name: str) -> Any:
-    """The module that lies beside this one, which as a program belongs to no package."""
-    spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _passed_on(data: bytes) -> bytes:
@@ -148,19 +138,21 @@ def _limit_memory(extra: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + extra, hard))
 
 
+def _module(file: str) -> Any:
+    """What a file.py holds."""
+    spec = importlib.util.spec_from_file_location(os.path.basename(file)[:-3], file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 def _load(path: str) -> Callable[..., Any]:
     """The function at `module:name` or `file.py:name`."""
     place, _, name = path.rpartition(":")
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(os.path.basename(place)[:-3], place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    return getattr(module, name)
+    return getattr(_module(place) if place.endswith(".py") else importlib.import_module(place), name)
 
 
 def _loaded(path: str, functions: dict[str, Callable[..., Any]], memory: int) -> dict[str, Any]:
