@@ -285,8 +285,8 @@ def test_memory(peers, monkeypatch):
 def test_peak_is_of_this_process_alone():
     """A large parent does not count, as it does in ru_maxrss."""
     held = np.ones(2**27, np.uint8)
-    code = "from experiments.benchmarks import measure; print(measure.peak_rss(), measure.rss())"
-    peak, now = map(int, python("-c", code).split()[-2:])
+    code = "from experiments.benchmarks import measure; print(measure.rss(), measure.peak_rss())"
+    now, peak = map(int, python("-c", code).split()[-2:])
     assert measure.rss() > held.nbytes
     assert now <= peak < measure.rss()
 
