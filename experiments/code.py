@@ -11,11 +11,10 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import games, runs
+from experiments import footprint, games, runs
 from grpo_jax import evaluation, loop, profiling, sharding
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.puzzles import PuzzleConfig, Puzzles
@@ -123,7 +122,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)
     params = games.warmed(experiment, workdir)
     print(description(experiment, workdir), end="", flush=True)
     rows = experiment.train(params, workdir, config["loss"].objective, profile)
-    summary = runs.summary(workdir, rows, config["train"].seed, runs.parameters(config["model"]))
+    summary = runs.summary(workdir, rows, config["train"].seed, footprint.parameters(config["model"]))
     runs.finish(workdir, rows, summary, "Programming puzzles")
     print(
         f"held-out greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} in "
@@ -135,8 +134,8 @@ def description(experiment: Experiment, workdir: pathlib.Path) -> str:
     """What runs, in lines."""
     config = experiment.config
     return (
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {runs.parameters(config['model']):,} parameters\n"
-        f"{runs.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
+        f"{runs.devices()}; {footprint.parameters(config['model']):,} parameters\n"
+        f"{footprint.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
         f"{runs.remarks(config['loss'], config['update'])}{games.compiling(workdir)}"
     )
 

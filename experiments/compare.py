@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import countdown, plots, runs
+from experiments import countdown, footprint, plots, runs
 from experiments import flags as sections
 from grpo_jax import loop, profiling
 from grpo_jax.rewards import RewardError
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
         started, config, directory = time.perf_counter(), configs[name, seed], place(workdir, name, seed)
         print(f"{name}, seed {seed}: run {i + 1} of {len(missing)}", flush=True)
         rows = countdown.Experiment(config).train(params, directory, f"{name}, seed {seed}", profile)
-        summary = runs.summary(directory, rows, seed, runs.parameters(config["model"]), started)
+        summary = runs.summary(directory, rows, seed, footprint.parameters(config["model"]), started)
         runs.finish(directory, rows, summary, f"Countdown, {name}")
     report(workdir, configs)
 

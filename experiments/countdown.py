@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import games, runs
+from experiments import footprint, games, runs
 from grpo_jax import loop, objectives, profiling, sharding
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
@@ -177,12 +177,12 @@ def main(argv: list[str]) -> None:
     params = warm_start(experiment, workdir)
     if WARM_START_ONLY.value:
         return
-    parameters = runs.parameters(config["model"])
+    parameters = footprint.parameters(config["model"])
     task = config["task"]
     print(
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
         f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
-        f"{runs.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
+        f"{footprint.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
         f"{runs.remarks(config['loss'], config['update'])}"
         f"{games.compiling(workdir)}",
         end="",

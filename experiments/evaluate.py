@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as sections
-from experiments import runs, tasks
+from experiments import phases, runs, tasks
 from experiments.flags import section
 from grpo_jax import objectives, rollouts, sharding, training
 from grpo_jax.models import pretrained
@@ -93,7 +93,7 @@ def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) ->
         surplus = rollouts.surplus_of(
             rollout, objective, max_prompt_tokens=saved["data"]["max_prompt_tokens"], max_tokens=rollout.max_tokens
         )
-    state = runs.restored(
+    state = phases.restored(
         workdir, step, policy=opened.policy, model=opened.model, mesh=opened.mesh,
         optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objective, surplus=surplus,
     )  # fmt: skip

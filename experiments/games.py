@@ -12,7 +12,7 @@ import jax
 from absl import flags
 
 from experiments import flags as experiment_flags
-from experiments import runs, user_rewards
+from experiments import footprint, phases, runs, user_rewards
 from grpo_jax import objectives, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.sources import Source
@@ -142,14 +142,14 @@ class Experiment:
             stop=rollout.stop,
             slots=rollout.slots,
             key=jax.random.fold_in(self.key, 0),
-            copies=runs.copies_held(config["loss"]),
+            copies=footprint.copies_held(config["loss"]),
             **sizes,
         )
         self.surplus = surplus_of(rollout, self.objective, **sizes)
         # Other tasks and seeds share no held-out problem with training: being held out is a property of a problem.
         self.evaluator = Evaluator(
             self.policy, self.mesh, tokenizer, make_task(self.config["task"], 0).source("held_out"), (judge,),
-            self.config["evaluation"], key=jax.random.key(0), copies=runs.copies_held(config["loss"]), **sizes,
+            self.config["evaluation"], key=jax.random.key(0), copies=footprint.copies_held(config["loss"]), **sizes,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -180,10 +180,10 @@ class Experiment:
         )  # fmt: skip
 
     def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
-        """One phase from `params`, with the options of `runs.phase`."""
+        """One phase from `params`, with the options of `phases.phase`."""
         config, shared = self.config, {"policy": self.policy, "mesh": self.mesh, "key": self.key}
         shared |= {"model": config["model"], "checkpoints": config["checkpoints"]}
-        return runs.phase(lambda: params, **{**shared, **options})
+        return phases.phase(lambda: params, **{**shared, **options})
 
     def train(
         self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0)
@@ -292,7 +292,7 @@ def evaluate_only(experiment: Experiment, workdir: pathlib.Path, step: int | Non
     """Evaluates a checkpoint of the workdir in full and prints the result as JSON."""
     config = experiment.config
     try:
-        state = runs.restored(
+        state = phases.restored(
             workdir, step, policy=experiment.policy, model=config["model"], mesh=experiment.mesh,
             optimizer=config["optimizer"], objective=experiment.objective, surplus=experiment.surplus,
         )  # fmt: skip

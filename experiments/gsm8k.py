@@ -22,7 +22,7 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import runs, scorers, tasks, user_rewards
+from experiments import footprint, phases, runs, scorers, tasks, user_rewards
 from experiments.flags import section
 from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -126,7 +126,7 @@ class Experiment(tasks.Opened):
         )
         users = config["rewards"].rewards if "rewards" in config else ()
         self.rewards = self.task.rewards(config["reward"], rollout.max_tokens, users)
-        self.copies, judge = runs.copies_held(config["loss"]), config["reward_model"]
+        self.copies, judge = footprint.copies_held(config["loss"]), config["reward_model"]
         self.scorer = scorers.OpenedScorer(judge, self.mesh) if judge.directory else None
         shapes, axes = abstract_params(self.model)
         self.own_bytes = sharding.device_bytes(shapes, axes, self.mesh)
@@ -165,18 +165,18 @@ class Experiment(tasks.Opened):
     def print_plan(self) -> int:
         """Says what is about to happen; returns the number of parameters."""
         config, rollout = self.config, self.config["rollout"]
-        parameters = runs.parameters(self.model)
-        estimate = runs.memory(
+        parameters = footprint.parameters(self.model)
+        estimate = footprint.estimate(
             self.model, self.policy, self.mesh, self.sampler, rollout=rollout, update=config["update"],
             loss=config["loss"],
         )  # fmt: skip
         epoch = len(self.task.train) / rollout.prompts
         print(
             f"{runs.devices()}; {parameters:,} parameters of {MODEL.value}\n"
-            f"{runs.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
+            f"{footprint.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
             f"{runs.remarks(config['loss'], config['update'])}"
             f"{len(self.task.train)} training problems, an epoch is {epoch:.1f} steps; {len(self.task.test)} test "
-            f"problems\n{runs.memory_line(estimate)}",
+            f"problems\n{footprint.line(estimate)}",
             flush=True,
         )
         return parameters
@@ -199,7 +199,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
     runs.keep_description(model, workdir)
-    state, rows = runs.phase(
+    state, rows = phases.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
         mesh=experiment.mesh, key=experiment.key, objective=experiment.objective, experience=experience,
         workdir=workdir, title=config["loss"].objective, optimizer=config["optimizer"], update=config["update"],

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import runs, scorers
+from experiments import footprint, phases, runs, scorers
 from experiments.flags import section
 from grpo_jax import loop, objectives, profiling, reward_model, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -184,7 +184,7 @@ class Experiment:
         return PairExperience(source=sources.shuffled(pairs, train.seed), batch=train.batch)
 
     def make_step(self, optimizer: Any, **made: Any) -> Any:
-        """The train step, for `runs.phase`."""
+        """The train step, for `phases.phase`."""
         loss = functools.partial(reward_model.bradley_terry, center_coef=self.config["reward"].center_coef)
         return reward_model.make_pair_step(
             self.policy, optimizer, loss, pad_id=self.pad_id, room=self._room, **made
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> None:
         experiment = Experiment(runs.description(given, workdir), config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    train, parameters, count = config["train"], runs.parameters(experiment.model), len(experiment.pairs)
+    train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.pairs)
     print(
         f"{runs.devices()}; {parameters:,} parameters of {given}\n"
         f"{count} pairs; {train.batch} a step, an epoch is {count / train.batch:.1f} steps",
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
     )
     loop.open_workdir(workdir, {"model": str(given), **runs.as_json(config)})
     runs.keep_description(given, workdir)
-    state, rows = runs.phase(
+    state, rows = phases.phase(
         lambda: pretrained.load(given, experiment.mesh, score=True), policy=experiment.policy, model=experiment.model,
         mesh=experiment.mesh, key=jax.random.key(train.seed), objective=objectives.supervised(),
         experience=experiment.experience(), workdir=workdir, title="reward model", optimizer=config["optimizer"],

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from experiments import flags as sections
-from experiments import rlhf_run, runs
+from experiments import footprint, rlhf_run, runs
 from experiments.flags import section
 from grpo_jax import loop, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -107,11 +107,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     # Seeds may be added later.
     loop.open_workdir(workdir, {"iterations": ITERATIONS.value, **runs.as_json(config)})
-    parameters, rollout = runs.parameters(config["model"].transformer), config["rollout"]
+    parameters, rollout = footprint.parameters(config["model"].transformer), config["rollout"]
     mesh = experiments[seeds[0]].mesh
     print(
         f"{runs.devices()}; {parameters:,} parameters\n"
-        f"{runs.batch_arithmetic(rollout, config['update'], mesh, rollout.max_tokens)}",
+        f"{footprint.batch_arithmetic(rollout, config['update'], mesh, rollout.max_tokens)}",
         flush=True,
     )  # fmt: skip
     results = {seed: experiments[seed].run(workdir / f"seed{seed}", ITERATIONS.value) for seed in seeds}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import runs
+from experiments import phases, runs
 from experiments.rlhf_task import PROMPT_TOKENS, TOKENIZER, demonstration, prefers_first, prompt, rule
 from grpo_jax import objectives, reward_model, sharding, training
 from grpo_jax.data import sources
@@ -181,7 +181,7 @@ class Experiment:
             "policy": self.policy, "model": self.model, "mesh": self.mesh, "key": self.key,
             "update": training.UpdateConfig(), "checkpoints": self.config["checkpoints"],
         }  # fmt: skip
-        return runs.phase(lambda: params, **{**shared, **options})
+        return phases.phase(lambda: params, **{**shared, **options})
 
     def warm_start(self, workdir: pathlib.Path) -> PyTree:
         """The policy before anything was preferred."""

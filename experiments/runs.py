@@ -1,4 +1,4 @@
-"""What the experiments share: a phase of training, the summary, batch arithmetic and memory, errors as one line."""
+"""What the experiments share: the workdir, what a run says of itself, the summary, errors as one line."""
 
 import dataclasses
 import json
@@ -26,22 +26,15 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from grpo_jax import loop, objectives, sharding, training  # noqa: E402
-from grpo_jax.checkpoints import CheckpointConfig, Checkpoints  # noqa: E402
-from grpo_jax.logprobs import CHUNK  # noqa: E402
-from grpo_jax.memory import device_memory  # noqa: E402
+from grpo_jax import objectives, training  # noqa: E402
+from grpo_jax.checkpoints import Checkpoints  # noqa: E402
 from grpo_jax.models import pretrained  # noqa: E402
-from grpo_jax.models.attention import queries_at_a_time  # noqa: E402
-from grpo_jax.models.transformer import TransformerConfig, abstract_params  # noqa: E402
+from grpo_jax.models.transformer import TransformerConfig  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
-from grpo_jax.rollouts import RolloutConfig  # noqa: E402
-from grpo_jax.sampler import Sampler, rollout_bytes  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
-from grpo_jax.types import Policy, Surplus, TrainState  # noqa: E402
 
 __all__ = [
     "as_json",
-    "batch_arithmetic",
     "begun",
     "cache_compilations",
     "check_attention",
@@ -49,7 +42,6 @@ __all__ = [
     "command",
     "complete",
     "configured",
-    "copies_held",
     "description",
     "devices",
     "directory_of",
@@ -57,61 +49,12 @@ __all__ = [
     "finish",
     "interruptible",
     "keep_description",
-    "memory",
-    "memory_line",
-    "parameters",
     "peak_rss",
-    "phase",
     "remarks",
     "resident",
-    "restored",
     "saved_configuration",
     "summary",
 ]
-
-
-def phase(
-    params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
-    objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
-    optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
-    surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, **options: Any,
-) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
-    """One phase of a run: `loop.train` from what `params()` gives, and lets go of it.
-
-    `make_step`: (optimizer, like=, clip_norm=) -> train step; None: `training.make_train_step`, of the objective.
-    Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
-    """
-    transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
-    if begun(workdir):
-        state = training.abstract_train_state(
-            policy, abstract_params(model)[0], transformation, objective, mesh, surplus
-        )
-    else:
-        state = training.init_train_state(policy, params(), transformation, objective, mesh, surplus)
-    if make_step is None:
-        key = jax.random.fold_in(key, 1)
-        make_step = lambda transformation, **made: training.make_train_step(
-            policy, transformation, objective, update, key=key, **made
-        )
-    step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
-    return loop.train(
-        state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
-        learning_rate=schedule, checkpoints=checkpoints, **options,
-    )  # fmt: skip
-
-
-def restored(
-    workdir: pathlib.Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
-    optimizer: training.OptimizerConfig, objective: objectives.Objective, surplus: Surplus | None = None,
-) -> TrainState:  # fmt: skip
-    """The state of a checkpoint, the latest where no step is named; whoever writes there is left alone.
-
-    Raises:
-      ValueError: there is no such checkpoint, or it is of another model, optimizer or objective.
-    """
-    transformation, _ = training.make_optimizer(optimizer, 1)
-    like = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh, surplus)
-    return Checkpoints(workdir / "checkpoints", read_only=True).restore(like, step)
 
 
 def devices() -> str:
@@ -161,11 +104,6 @@ def cache_compilations(asked: str | None, platform: str | None = None, environ: 
     return f"compilation cache: {place}"
 
 
-def parameters(config: TransformerConfig) -> int:
-    """How many a model has."""
-    return sum(x.size for x in jax.tree.leaves(abstract_params(config)[0]))
-
-
 def check_attention(config: TransformerConfig) -> None:
     """Raises ValueError where the devices that are there cannot compute attention as configured."""
     needed, platform = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention), jax.devices()[0].platform
@@ -185,23 +123,6 @@ def check_multiples(mesh: Mesh, sizes: Mapping[str, int]) -> None:
             )
 
 
-def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh: Mesh, max_tokens: int) -> str:
-    """A step in numbers: prompts x group -> completions -> microbatches per device -> optimizer steps."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    completions = rollout.prompts * rollout.group_size
-    each = completions // update.minibatches
-    tokens = f"{max_tokens} tokens" + (f", in up to {rollout.max_waves} waves" if rollout.max_waves > 1 else "")
-    return (
-        f"a step: {rollout.prompts} prompts x {rollout.group_size} = {completions} completions of up to "
-        f"{tokens}; {update.epochs} epochs x {update.minibatches} minibatches = {update.epochs * update.minibatches} "
-        f"optimizer steps of {each} completions, {each // (update.microbatches * shards)} at a time on each of "
-        f"{shards} data shards; {'short ones share rows' if update.microbatches > 1 else _UNSHARED}"
-    )
-
-
-_UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
-
-
 def remarks(loss: objectives.LossConfig, update: training.UpdateConfig) -> str:
     """What is said of options that do not do what they seem to; empty where there is nothing to say."""
     names, default = ("clip_low", "clip_high", "dual_clip", "clamp", "mdpo_coef"), type(loss)()
@@ -218,65 +139,6 @@ def remarks(loss: objectives.LossConfig, update: training.UpdateConfig) -> str:
             "--loss.kl_in_reward or --loss.weighted_kl"
         )
     return "".join(f"{line}\n" for line in said)
-
-
-def copies_held(loss: objectives.LossConfig) -> int:
-    """How many times a training run holds the parameters: themselves, two moments of Adam's, and a reference if any."""
-    return 3 + (loss.kl_coef > 0)
-
-
-def memory(
-    config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
-    update: training.UpdateConfig, loss: objectives.LossConfig,
-) -> dict[str, int]:  # fmt: skip
-    """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.
-
-    A compiler needs somewhat more or less: it fuses, and keeps copies.
-    """
-    shapes, axes = abstract_params(config)
-    params = sharding.device_bytes(shapes, axes, mesh)
-    plan, max_tokens = sampler.plan(shapes, rollout.prompts), sampler.max_tokens
-    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
-    width = 2 if config.compute_dtype == "bfloat16" else 4
-    columns = sampler.max_prompt_tokens + max_tokens
-    layer = rows * columns * config.width * width
-    inner = rows * columns * (2 * config.heads * config.head_width + 2 * config.mlp_width // tensor) * width
-    scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
-    kept = scores + (config.layers * layer + inner if config.remat else config.layers * (4 * layer + inner))
-    logits = rows * max_tokens * config.vocab_size // tensor
-    logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
-    return {
-        "state": params * copies_held(loss),
-        # Gradients, summed up over microbatches; activations; logits.
-        "update": params * (1 + (update.microbatches > 1)) + kept + logits,
-        "rollout": rollout_bytes(
-            policy,
-            mesh,
-            shapes,
-            prompts=plan.prompts,
-            group_size=rollout.group_size,
-            slots=plan.slots,
-            max_prompt_tokens=sampler.max_prompt_tokens,
-            max_tokens=max_tokens,
-        ),
-    }
-
-
-def memory_line(bytes_of: Mapping[str, int]) -> str:
-    """`memory` in words, beside what the device has, where it says."""
-    gib = lambda n: f"{n / 2**30:.2f} GiB"
-    total = bytes_of["state"] + max(bytes_of["update"], bytes_of["rollout"])
-    limit = device_memory()
-    parts = ", ".join(f"{name} {gib(n)}" for name, n in bytes_of.items())
-    line = f"memory a device, estimated: {gib(total)} ({parts})"
-    if limit is None:
-        return line
-    return f"{line} of {gib(limit)}" + (
-        "; this will hardly fit: more --update.microbatches, fewer --rollout.prompts, or more devices along --mesh.fsdp"
-        if total > limit
-        else ""
-    )
 
 
 def resident(name: str) -> int | None:

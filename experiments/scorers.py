@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from experiments import runs
+from experiments import footprint, phases, runs
 from grpo_jax import objectives, sharding, training
 from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from grpo_jax.models import pretrained
@@ -70,7 +70,7 @@ class OpenedScorer:
         if self._workdir is None:
             return pretrained.load(self._given, self._mesh)
         saved = runs.saved_configuration(self._workdir)
-        state = runs.restored(
+        state = phases.restored(
             self._workdir, None, policy=self.policy, model=self.model, mesh=self._mesh,
             optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objectives.supervised(),
         )  # fmt: skip
@@ -85,7 +85,7 @@ class OpenedScorer:
         """
         same = same_tokens(tokenizer, self.tokenizer)
         how = "as tokens" if same else "through text, for its tokenizer is another"
-        print(f"reward model: {self._given}, {runs.parameters(self.model):,} parameters, asked {how}", flush=True)
+        print(f"reward model: {self._given}, {footprint.parameters(self.model):,} parameters, asked {how}", flush=True)
         scorer = Scorer(
             self.policy, self._mesh, vocab_size=self.model.vocab_size, pad_id=self.pad_id, held=held + self.bytes
         )

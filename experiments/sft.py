@@ -15,7 +15,7 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import runs, tasks
+from experiments import footprint, phases, runs, tasks
 from experiments.flags import section
 from grpo_jax import loop, objectives, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         experiment = Experiment(runs.description(model, workdir), config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    train, parameters, count = config["train"], runs.parameters(experiment.model), len(experiment.prompts)
+    train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.prompts)
     dropped = len(experiment.task.train) - count
     print(
         f"{runs.devices()}; {parameters:,} parameters of {model}\n"
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
     )
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
     runs.keep_description(model, workdir)
-    state, rows = runs.phase(
+    state, rows = phases.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
         mesh=experiment.mesh, key=jax.random.key(train.seed), objective=objectives.supervised(),
         experience=experiment.demonstrations(), workdir=workdir, title="sft", optimizer=config["optimizer"],

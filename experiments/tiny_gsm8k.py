@@ -21,7 +21,7 @@ import tokenizers
 from absl import flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from experiments import runs
+from experiments import footprint, runs
 from grpo_jax.data.gsm8k import gsm8k_record
 from grpo_jax.data.sources import json_records
 from grpo_jax.data.templates import qa
@@ -124,8 +124,8 @@ def main(argv: list[str]) -> None:
         lines = (json.dumps({"question": r["question"], "answer": r["solution"]}) + "\n" for r in records)
         (output / f"{split}.jsonl").write_text("".join(lines))
     print(
-        f"{TRAIN.value} training and {TEST.value} test problems, and a model of {runs.parameters(config):,} parameters "
-        f"with {config.vocab_size} tokens: {output}"
+        f"{TRAIN.value} training and {TEST.value} test problems, and a model of {footprint.parameters(config):,} "
+        f"parameters with {config.vocab_size} tokens: {output}"
     )
 
 

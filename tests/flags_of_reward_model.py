@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import reward_model, runs
+from experiments import phases, reward_model, runs
 from grpo_jax.data import sources
 
 OTHER = {
@@ -48,7 +48,7 @@ def observe(given: dict[str, str], workdir: pathlib.Path) -> str:
     def phase(params, **options):
         raise Phase(options)
 
-    runs.phase, runs.check_attention = phase, lambda config: None
+    phases.phase, runs.check_attention = phase, lambda config: None
     try:
         reward_model.main([""])
     except Phase as begun:

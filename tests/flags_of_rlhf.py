@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import rlhf, rlhf_run, runs
+from experiments import phases, rlhf, rlhf_run
 from grpo_jax import reward_model
 
 OTHER = {
@@ -66,7 +66,7 @@ def observe(place: pathlib.Path, section: str = "", **changes) -> str:
     def pair_step(policy, optimizer, loss, **_):
         said.append(float(loss(jnp.array([1.0]), jnp.array([2.0]), jnp.zeros(1))[0]))
 
-    runs.phase, rlhf_run.Experiment.texts, reward_model.make_pair_step = phase, sampled, pair_step
+    phases.phase, rlhf_run.Experiment.texts, reward_model.make_pair_step = phase, sampled, pair_step
     experiment = rlhf_run.Experiment(config, 0)
     measured = rlhf_run.Experiment._measured
     rlhf_run.Experiment._measured = lambda self, experience, start: (lambda kept: lambda: kept)(

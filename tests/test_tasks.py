@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from experiments import runs, tasks
+from experiments import footprint, runs, tasks
 from grpo_jax import objectives, rollouts, sharding, training
 from grpo_jax.data.tokenizer import ByteTokenizer, PretrainedTokenizer
 from grpo_jax.logprobs import CHUNK
@@ -298,13 +298,13 @@ def test_batch_arithmetic_by_hand():
     update = training.UpdateConfig(epochs=3, minibatches=2, microbatches=2)
     rollout = rollouts.RolloutConfig(prompts=12, group_size=4)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=3, fsdp=2))
-    assert runs.batch_arithmetic(rollout, update, mesh, 99) == (
+    assert footprint.batch_arithmetic(rollout, update, mesh, 99) == (
         "a step: 12 prompts x 4 = 48 completions of up to 99 tokens; 3 epochs x 2 minibatches = 6 optimizer steps of "
         "24 completions, 2 at a time on each of 6 data shards; short ones share rows"
     )
-    assert "with more --update.microbatches" in runs.batch_arithmetic(rollout, training.UpdateConfig(), mesh, 99)
+    assert "with more --update.microbatches" in footprint.batch_arithmetic(rollout, training.UpdateConfig(), mesh, 99)
     rollout = dataclasses.replace(rollout, max_waves=3)
-    assert "of up to 99 tokens, in up to 3 waves; 3 epochs" in runs.batch_arithmetic(rollout, update, mesh, 99)
+    assert "of up to 99 tokens, in up to 3 waves; 3 epochs" in footprint.batch_arithmetic(rollout, update, mesh, 99)
 
 
 def test_what_does_not_do_what_it_seems_to_is_said():
@@ -327,7 +327,7 @@ def memory(
         policy, made, ByteTokenizer("abc"), group_size=2, max_tokens=4, max_prompt_tokens=max_prompt_tokens,
         key=jax.random.key(0), slots=slots,
     )  # fmt: skip
-    return runs.memory(
+    return footprint.estimate(
         config, policy, made, sampler, rollout=rollouts.RolloutConfig(prompts=prompts, group_size=2, slots=slots),
         update=training.UpdateConfig(microbatches=microbatches),
         loss=objectives.LossConfig(kl_coef=float(needs_reference)),
@@ -341,7 +341,7 @@ def test_memory_by_hand():
     # Embedding 16 x 8, norm 8; query and output 8 x 2 x 8 each, key and value 8 x 1 x 8 each, three matrices of the
     # MLP 8 x 12 each, two norms 8 each.
     params = 4 * (128 + 8 + 2 * 128 + 2 * 64 + 3 * 96 + 16)
-    assert runs.parameters(TINY) * 4 == params == 3296
+    assert footprint.parameters(TINY) * 4 == params == 3296
     cache = lambda rows, columns: 4 * 2 * rows * columns * 8  # keys and values of one head of 8
     # 2 rows of 10 columns at a time. Of a layer: query and output (16 each), gate and up (12 each); scores, twice.
     layer, inner, scores = 4 * 2 * 10 * 8, 4 * 2 * 10 * (32 + 24), 4 * 2 * 2 * 2 * 10 * 10
@@ -396,7 +396,7 @@ def test_memory_line_warns_where_it_will_hardly_fit(monkeypatch):
         stats = lambda: None if limit is None else {"bytes_limit": limit}
         device = types.SimpleNamespace(memory_stats=stats, platform=platform)
         monkeypatch.setattr(jax, "local_devices", lambda: [device] * 4)
-        return runs.memory_line({"state": 4 * 2**30, "update": 2 * 2**30, "rollout": 3 * 2**30})
+        return footprint.line({"state": 4 * 2**30, "update": 2 * 2**30, "rollout": 3 * 2**30})
 
     said = "memory a device, estimated: 7.00 GiB (state 4.00 GiB, update 2.00 GiB, rollout 3.00 GiB)"
     assert line(None) == said

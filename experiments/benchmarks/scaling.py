@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import runs
+from experiments import footprint
 from experiments.benchmarks import measure, memory
 from experiments.benchmarks.workload import SIZES, Ours, Workload
 
@@ -60,7 +60,7 @@ class Options(Workload):
         if what == "V":
             return {v: self.workload(vocabulary=v) for _, v in times(self.model.vocab_size)}
         each = [self.workload(size=size, vocabulary=0) for size in self.sizes]
-        return {runs.parameters(w.model): w for w in each}
+        return {footprint.parameters(w.model): w for w in each}
 
 
 def fit(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float | None]:

@@ -1,0 +1,98 @@
+"""What a run will take: the arithmetic of a step, and the memory of a device, estimated from shapes."""
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax import objectives, sharding, training
+from grpo_jax.logprobs import CHUNK
+from grpo_jax.memory import device_memory
+from grpo_jax.models.attention import queries_at_a_time
+from grpo_jax.models.transformer import TransformerConfig, abstract_params
+from grpo_jax.rollouts import RolloutConfig
+from grpo_jax.sampler import Sampler, rollout_bytes
+from grpo_jax.types import Policy
+
+__all__ = ["batch_arithmetic", "copies_held", "estimate", "line", "parameters"]
+
+
+def parameters(config: TransformerConfig) -> int:
+    """How many a model has."""
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)[0]))
+
+
+def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh: Mesh, max_tokens: int) -> str:
+    """A step in numbers: prompts x group -> completions -> microbatches per device -> optimizer steps."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    completions = rollout.prompts * rollout.group_size
+    each = completions // update.minibatches
+    tokens = f"{max_tokens} tokens" + (f", in up to {rollout.max_waves} waves" if rollout.max_waves > 1 else "")
+    return (
+        f"a step: {rollout.prompts} prompts x {rollout.group_size} = {completions} completions of up to "
+        f"{tokens}; {update.epochs} epochs x {update.minibatches} minibatches = {update.epochs * update.minibatches} "
+        f"optimizer steps of {each} completions, {each // (update.microbatches * shards)} at a time on each of "
+        f"{shards} data shards; {'short ones share rows' if update.microbatches > 1 else _UNSHARED}"
+    )
+
+
+_UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
+
+
+def copies_held(loss: objectives.LossConfig) -> int:
+    """How many times a training run holds the parameters: themselves, two moments of Adam's, and a reference if any."""
+    return 3 + (loss.kl_coef > 0)
+
+
+def estimate(
+    config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
+    update: training.UpdateConfig, loss: objectives.LossConfig,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.
+
+    A compiler needs somewhat more or less: it fuses, and keeps copies.
+    """
+    shapes, axes = abstract_params(config)
+    params = sharding.device_bytes(shapes, axes, mesh)
+    plan, max_tokens = sampler.plan(shapes, rollout.prompts), sampler.max_tokens
+    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    columns = sampler.max_prompt_tokens + max_tokens
+    layer = rows * columns * config.width * width
+    inner = rows * columns * (2 * config.heads * config.head_width + 2 * config.mlp_width // tensor) * width
+    scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
+    kept = scores + (config.layers * layer + inner if config.remat else config.layers * (4 * layer + inner))
+    logits = rows * max_tokens * config.vocab_size // tensor
+    logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
+    return {
+        "state": params * copies_held(loss),
+        # Gradients, summed up over microbatches; activations; logits.
+        "update": params * (1 + (update.microbatches > 1)) + kept + logits,
+        "rollout": rollout_bytes(
+            policy,
+            mesh,
+            shapes,
+            prompts=plan.prompts,
+            group_size=rollout.group_size,
+            slots=plan.slots,
+            max_prompt_tokens=sampler.max_prompt_tokens,
+            max_tokens=max_tokens,
+        ),
+    }
+
+
+def line(bytes_of: Mapping[str, int]) -> str:
+    """`estimate` in words, beside what the device has, where it says."""
+    gib = lambda n: f"{n / 2**30:.2f} GiB"
+    total = bytes_of["state"] + max(bytes_of["update"], bytes_of["rollout"])
+    limit = device_memory()
+    parts = ", ".join(f"{name} {gib(n)}" for name, n in bytes_of.items())
+    line = f"memory a device, estimated: {gib(total)} ({parts})"
+    if limit is None:
+        return line
+    return f"{line} of {gib(limit)}" + (
+        "; this will hardly fit: more --update.microbatches, fewer --rollout.prompts, or more devices along --mesh.fsdp"
+        if total > limit
+        else ""
+    )
