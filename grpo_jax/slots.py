@@ -193,7 +193,10 @@ def change_hands(
 ) -> tuple[Slots, jax.Array, Choice, Results]:
     """Those that leave, with their last tokens in `column`, are added to the results, and what waits begins there."""
     results = flush(column, leaving, slots, written, results)
-    slots, new_row, new = _take(queue, slots)
+    # Without a slot that was left, or a row that has nothing to do while somebody waits, nothing is to be decided.
+    idle, waits = ~slots.alive.any(axis=1), queue.waiting > slots.taken
+    stay = lambda queue, slots: (slots, jnp.zeros(slots.prompt.shape, bool), jnp.zeros(slots.alive.shape, bool))
+    slots, new_row, new = jax.lax.cond(leaving.any() | (idle.any() & waits.any()), _take, stay, queue, slots)
 
     def begin(first, ring):
         old = jax.lax.dynamic_index_in_dim(ring, column, axis=2, keepdims=False)
