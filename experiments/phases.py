@@ -10,7 +10,10 @@ from jax.sharding import Mesh
 from experiments import runs
 from grpo_jax import loop, objectives, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.compiling import Lowering, compile_all
+from grpo_jax.evaluation import Evaluator
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
+from grpo_jax.rollouts import Demonstrations, GroupRollouts
 from grpo_jax.types import Policy, Surplus, TrainState
 
 __all__ = ["phase", "restored"]
@@ -40,10 +43,19 @@ def phase(
             policy, transformation, objective, update, key=key, **made
         )
     step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
+    if (runs.saved_step(workdir) or 0) < steps:  # else nothing is left to run
+        compile_all(_lowerings(state, step, experience, options.get("evaluator")))
     return loop.train(
         state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
         learning_rate=schedule, checkpoints=checkpoints, **options,
     )  # fmt: skip
+
+
+def _lowerings(state: TrainState, step: Any, experience: Any, evaluator: Any) -> list[Lowering]:
+    """The programs of a loop that are known before they run: one that the loop came to, it would wait for alone."""
+    of_evaluation = evaluator.lowerings(state.params) if isinstance(evaluator, Evaluator) else []
+    known = isinstance(experience, GroupRollouts | Demonstrations)
+    return of_evaluation + (experience.lowerings(state, step) if known else [])
 
 
 def restored(

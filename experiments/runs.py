@@ -53,6 +53,7 @@ __all__ = [
     "remarks",
     "resident",
     "saved_configuration",
+    "saved_step",
     "summary",
 ]
 
@@ -247,10 +248,16 @@ def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(section) for name, section in config.items()}
 
 
+def saved_step(workdir: pathlib.Path) -> int | None:
+    """Of the newest checkpoint; None: there is none to go on from."""
+    place = workdir / "checkpoints"
+    steps = Checkpoints(place, read_only=True).steps if place.is_dir() else []
+    return steps[-1] if steps else None
+
+
 def begun(workdir: pathlib.Path) -> bool:
     """Whether there is a checkpoint to go on from."""
-    place = workdir / "checkpoints"
-    return place.is_dir() and bool(Checkpoints(place, read_only=True).steps)
+    return saved_step(workdir) is not None
 
 
 def description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:

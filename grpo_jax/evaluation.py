@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.compiling import Lowering
 from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward
 from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import completion_texts, interruptibly, on_every_host, score_rollout
-from grpo_jax.types import Policy, SamplingParams
+from grpo_jax.types import Policy, PyTree, SamplingParams
 
 __all__ = ["EvaluationConfig", "Evaluator", "maj_at_k", "pass_at_k"]
 
@@ -133,6 +134,11 @@ class Evaluator:
         self._greedy, self._sampled = sampler(1), sampler(config.samples)
         self._greedy_batch = _batch_size(config.prompts, 1, config.completions, shards)
         self._sampled_batch = _batch_size(config.sampled_prompts, config.samples, config.completions, shards)
+
+    def lowerings(self, params: PyTree) -> list[Lowering]:
+        """The programs that it runs, of parameters or their shapes and places."""
+        sizes = (self._sampled, self._sampled_batch), (self._greedy, self._greedy_batch)
+        return [lowering for sampler, size in sizes for lowering in sampler.lowerings(params, size)]
 
     def records(
         self, params: Any, *, sampled: bool, interrupt: Callable[[], None] = lambda: None

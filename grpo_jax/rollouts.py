@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import sharding
+from grpo_jax.compiling import Lowering
 from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
@@ -99,8 +100,8 @@ class Experience:
     reference_seconds: float = 0.0  # what the reference's pass adds; a GPU holds us for all of it, beside the rewards
 
 
-# One program each, where their operations one by one would be a dozen to compile, and to wait for at every step.
-_without_signal, _train_batch = jax.jit(without_signal), jax.jit(train_batch)
+# One program, where its operations one by one would be a dozen to compile, and to wait for at every step.
+_without_signal = jax.jit(without_signal)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,45 @@ class GroupRollouts:
     def _estimate(self) -> Callable[[Outcome], jax.Array]:
         return self.advantages.of(self.objective.advantages)
 
+    @functools.cached_property
+    def _train_batch(self) -> Callable[..., TrainBatch]:
+        return jax.jit(
+            train_batch, out_shardings=sharding.batch_sharding(self.sampler.mesh)
+        )  # as `_abstract_batch` says
+
+    def lowerings(self, state: TrainState, train_step: Any) -> list[Lowering]:
+        """The programs that a call runs, and the train step of its batch; of a state, or its shapes and places."""
+        params = state.params if self.params_of is None else self.params_of(state)
+        programs, prompts = self.sampler.lowerings(params, self.config.prompts), self.config.prompts
+        if self.reference_logprobs is not None and self.objective.needs_reference:
+            arguments = state.reference, self.sampler.abstract_rollout(prompts), self.config.temperature
+            reference: Any = self.reference_logprobs
+            programs.append(lambda: reference.lower(*arguments))
+        return [*programs, lambda: train_step.lower(state, self._abstract_batch())]
+
+    def _abstract_batch(self) -> TrainBatch:
+        """Shapes and places of the batch that a call returns."""
+        rollout, groups = (
+            self.sampler.abstract_rollout(self.config.prompts),
+            (self.config.prompts, self.config.group_size),
+        )
+        array = lambda dtype, shape: jax.ShapeDtypeStruct(shape, dtype)
+        of_tokens = lambda asked: array(np.float32, rollout.mask.shape) if asked else None
+        outcome = Outcome(
+            rewards=array(np.float32, groups), counted=array(bool, groups), mask=rollout.mask,
+            step_rewards=of_tokens(self.objective.needs_steps),
+            penalties=of_tokens(self.objective.reward_kl is not None),
+        )  # fmt: skip
+        batch = jax.eval_shape(
+            self._train_batch, rollout, jax.eval_shape(self._estimate, outcome), temperature=self.config.temperature,
+            selected=rollout.finished,
+            ref_logprobs=of_tokens(self.objective.reference_in_loss and self.reference_logprobs is not None),
+        )  # fmt: skip
+        if self.params_of is not None:
+            batch = dataclasses.replace(batch, sampler_logprobs=None)
+        rows = sharding.batch_sharding(self.sampler.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
+
     def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
         """Samples, scores and standardizes the groups of the prompts at the state's cursor.
 
@@ -202,7 +242,7 @@ class GroupRollouts:
         selected = known if self.select is None else known & self.select(fresh.scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
-        batch = _train_batch(
+        batch = self._train_batch(
             rollout, advantages, temperature=config.temperature, selected=selected,
             ref_logprobs=reference if self.objective.reference_in_loss else None,
         )  # fmt: skip
@@ -367,6 +407,17 @@ class Demonstrations:
     max_prompt_tokens: int
     max_tokens: int  # of a completion, its end included
     end_id: int  # what ends a completion
+
+    def lowerings(self, state: TrainState, train_step: Any) -> list[Lowering]:
+        """The train step of its batch, of a state or its shapes and places."""
+        array = lambda dtype, *columns: jax.ShapeDtypeStruct((self.batch, *columns), dtype)
+        tokens = lambda dtype: (array(dtype, self.max_prompt_tokens), array(dtype, self.max_tokens))
+        (prompts, texts), (prompt_mask, mask) = tokens(np.int32), tokens(bool)
+        batch = TrainBatch(
+            prompt_tokens=prompts, prompt_mask=prompt_mask, completion_tokens=texts, mask=mask,
+            advantages=array(np.float32), sampler_logprobs=None, temperature=array(np.float32),
+        )  # fmt: skip
+        return [lambda: train_step.lower(state, batch)]
 
     def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
         """The next demonstrations.

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from grpo_jax import sampling, sharding
+from grpo_jax.compiling import Lowering
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.memory import device_memory, most_alive
@@ -139,7 +140,7 @@ class Sampler:
         table = stop_table(tokenizer.token_bytes, strings) if strings else None
         self._fixed = key, np.asarray(eos_ids, np.int32), np.int32(tokenizer.pad_id), table
         self._plans: dict[int, Plan] = {}
-        self._compiled: dict[Plan, tuple[Any, Any]] = {}
+        self._compiled: dict[Plan, tuple[Any, Any, tuple[PyTree, PyTree]]] = {}
         self._collect = jax.jit(
             functools.partial(sampling.collect, mesh=mesh), out_shardings=sharding.batch_sharding(mesh)
         )
@@ -280,27 +281,39 @@ class Sampler:
           params: ShapeDtypeStructs with shardings.
           prompts: P, a multiple of data x fsdp.
         """
+        start, decode, _ = self.lowerings(params, prompts)
+        return start().compile(), decode().compile()
+
+    def lowerings(self, params: PyTree, prompts: int) -> list[Lowering]:
+        """All that a call runs: prefill, a chunk of decoding, and what puts the completions in order. As `compile`."""
         rows, plan = sharding.batch_sharding(self.mesh), self.plan(params, prompts)
         shape = lambda dtype, *columns: jax.ShapeDtypeStruct((plan.prompts, *columns), dtype, sharding=rows)
-        tokens, mask = (shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool))
-        arguments = (
-            params,
-            SamplingParams(),
-            *self._fixed,
-            tokens,
-            mask,
-            shape(np.uint32),
-            shape(np.int32, self.group_size),
-        )
-        start, decode = self._programs(plan, *arguments)
-        lowered = start.lower(*arguments)
-        start = lowered.compile()
-        abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        held = jax.tree.map(abstract, lowered.out_info, start.output_shardings)
-        return start, decode.lower(*held, np.int32(self._chunk)).compile()
+        of_prompts = [shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool)]
+        others = shape(np.uint32), shape(np.int32, self.group_size)
+        arguments = params, SamplingParams(), *self._fixed, *of_prompts, *others
+        start, decode, held = self._programs(plan, *arguments)
+        return [
+            lambda: start.lower(*arguments),
+            lambda: decode.lower(*held, np.int32(self._chunk)),
+            lambda: self._collect.lower(*held, *of_prompts),
+        ]
 
-    def _programs(self, plan: Plan, *arguments: Any) -> tuple[Any, Any]:
-        """`start` and `decode`, jitted; what they return lies where they take it, and nothing is compiled twice."""
+    def abstract_rollout(self, prompts: int) -> Rollout:
+        """Shapes and places of what a call returns that samples so many prompts."""
+        rows, group = sharding.batch_sharding(self.mesh), prompts * self.group_size
+        shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=rows)
+        of_prompts, of_tokens = (prompts, self.max_prompt_tokens), (group, self.max_tokens)
+        return Rollout(
+            prompt_tokens=shape(np.int32, *of_prompts), prompt_mask=shape(bool, *of_prompts),
+            completion_tokens=shape(np.int32, *of_tokens), mask=shape(bool, *of_tokens), finished=shape(bool, group),
+            logprobs=shape(np.float32, *of_tokens), sampler_logprobs=shape(np.float32, *of_tokens),
+        )  # fmt: skip
+
+    def _programs(self, plan: Plan, *arguments: Any) -> tuple[Any, Any, tuple[PyTree, PyTree]]:
+        """`start` and `decode`, jitted, and shapes and places of what goes from one to the other.
+
+        What they return lies where they take it, so that nothing is compiled twice.
+        """
         if plan not in self._compiled:
 
             def start(params, sampling_params, key, eos_ids, pad_id, stop_table, tokens, mask, ids, limits):
@@ -314,9 +327,11 @@ class Sampler:
             places = sampling.placement(self._policy, prefilled, state, self.mesh)
             decode = functools.partial(sampling.decode, self._policy, mesh=self.mesh)
             options = _COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
+            abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=x.weak_type)
             self._compiled[plan] = (
                 jax.jit(start, out_shardings=places),
                 jax.jit(decode, out_shardings=places[1], donate_argnums=1, compiler_options=options),
+                jax.tree.map(abstract, (prefilled, state), places),
             )
         return self._compiled[plan]
 
@@ -339,7 +354,7 @@ class Sampler:
             part = tuple(x[first : first + plan.prompts] for x in of_prompts)
             part = jax.device_put(part, sharding.batch_sharding(self.mesh))
             arguments = params, sampling_params, *self._fixed, *part
-            start, decode = self._programs(plan, *arguments)
+            start, decode, _ = self._programs(plan, *arguments)
             yield *start(*arguments), decode, *part[:2]
 
 
