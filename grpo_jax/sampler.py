@@ -140,7 +140,7 @@ class Sampler:
         table = stop_table(tokenizer.token_bytes, strings) if strings else None
         self._fixed = key, np.asarray(eos_ids, np.int32), np.int32(tokenizer.pad_id), table
         self._plans: dict[int, Plan] = {}
-        self._compiled: dict[Plan, tuple[Any, Any, tuple[PyTree, PyTree]]] = {}
+        self._compiled: dict[Plan, tuple[Any, Any]] = {}
         self._collect = jax.jit(
             functools.partial(sampling.collect, mesh=mesh), out_shardings=sharding.batch_sharding(mesh)
         )
@@ -291,7 +291,11 @@ class Sampler:
         of_prompts = [shape(dtype, self.max_prompt_tokens) for dtype in (np.int32, bool)]
         others = shape(np.uint32), shape(np.int32, self.group_size)
         arguments = params, SamplingParams(), *self._fixed, *of_prompts, *others
-        start, decode, held = self._programs(plan, *arguments)
+        start, decode = self._programs(plan, *arguments)
+        begun = jax.eval_shape(start, *arguments)
+        places = sampling.placement(self._policy, *begun, self.mesh)
+        abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=x.weak_type)
+        held = jax.tree.map(abstract, begun, places)
         return [
             lambda: start.lower(*arguments),
             lambda: decode.lower(*held, np.int32(self._chunk)),
@@ -309,11 +313,8 @@ class Sampler:
             logprobs=shape(np.float32, *of_tokens), sampler_logprobs=shape(np.float32, *of_tokens),
         )  # fmt: skip
 
-    def _programs(self, plan: Plan, *arguments: Any) -> tuple[Any, Any, tuple[PyTree, PyTree]]:
-        """`start` and `decode`, jitted, and shapes and places of what goes from one to the other.
-
-        What they return lies where they take it, so that nothing is compiled twice.
-        """
+    def _programs(self, plan: Plan, *arguments: Any) -> tuple[Any, Any]:
+        """`start` and `decode`, jitted; what they return lies where they take it, and nothing is compiled twice."""
         if plan not in self._compiled:
 
             def start(params, sampling_params, key, eos_ids, pad_id, stop_table, tokens, mask, ids, limits):
@@ -327,11 +328,9 @@ class Sampler:
             places = sampling.placement(self._policy, prefilled, state, self.mesh)
             decode = functools.partial(sampling.decode, self._policy, mesh=self.mesh)
             options = _COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
-            abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=x.weak_type)
             self._compiled[plan] = (
                 jax.jit(start, out_shardings=places),
                 jax.jit(decode, out_shardings=places[1], donate_argnums=1, compiler_options=options),
-                jax.tree.map(abstract, (prefilled, state), places),
             )
         return self._compiled[plan]
 
@@ -354,7 +353,7 @@ class Sampler:
             part = tuple(x[first : first + plan.prompts] for x in of_prompts)
             part = jax.device_put(part, sharding.batch_sharding(self.mesh))
             arguments = params, sampling_params, *self._fixed, *part
-            start, decode, _ = self._programs(plan, *arguments)
+            start, decode = self._programs(plan, *arguments)
             yield *start(*arguments), decode, *part[:2]
 
 
