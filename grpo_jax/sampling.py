@@ -131,9 +131,10 @@ def chunks(prompts: int, columns: int, devices: int) -> tuple[int, int]:
 
 
 def _prefill(
-    policy: Policy, params: PyTree, tokens: jax.Array, lengths: jax.Array, devices: int
+    policy: Policy, params: PyTree, prepared: PyTree, tokens: jax.Array, lengths: jax.Array, devices: int
 ) -> tuple[jax.Array, PyTree, jax.Array]:  # fmt: skip
     """The hidden state [P, D] behind each prompt, the caches of all, and their columns; in chunks of columns."""
+    prefill = functools.partial(policy.prefill, params) if policy.prefill else policy.extend
     prompts = len(tokens)
     count, width = chunks(prompts, tokens.shape[1], devices)
     columns = jnp.arange(count * width)
@@ -143,7 +144,7 @@ def _prefill(
     def extend(i, cache: PyTree) -> tuple[jax.Array, PyTree]:
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1)
         column = i * width
-        hidden, cache = policy.extend(params, part(tokens)[:, None], part(positions), cache, column, positions)
+        hidden, cache = prefill(prepared, part(tokens)[:, None], part(positions), cache, column, positions)
         last = jnp.clip(lengths - 1 - i * width, 0, width - 1)
         return jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0], cache
 
@@ -203,10 +204,10 @@ def start(
     chex.assert_shape(limits, shape)
     to_the_left = jnp.argsort(~prompt_mask, axis=1, stable=True)
     lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
-    params = policy.prepare(params)
+    prepared = policy.prepare(params)
     prompt_tokens = jnp.take_along_axis(prompt_tokens, to_the_left, axis=1)
-    hidden, cache, columns = _prefill(policy, params, prompt_tokens, lengths, devices)
-    logits, prompt_ids = unembed(hidden, policy.head(params)), prompt_ids.astype(jnp.uint32)
+    hidden, cache, columns = _prefill(policy, params, prepared, prompt_tokens, lengths, devices)
+    logits, prompt_ids = unembed(hidden, policy.head(prepared)), prompt_ids.astype(jnp.uint32)
 
     def first_of(member):
         same = jnp.full((prompts, 1), member)
@@ -220,7 +221,7 @@ def start(
         stop_state=jnp.zeros(shape, jnp.int32), members=jnp.zeros(shape, jnp.int32), waiting=lengths,
     )  # fmt: skip
     prefilled = Prefilled(
-        params=params, prompts=cache, queue=queue, columns=columns, key=key, sampling=sampling,
+        params=prepared, prompts=cache, queue=queue, columns=columns, key=key, sampling=sampling,
         eos_ids=jnp.asarray(eos_ids, jnp.int32), pad_id=jnp.asarray(pad_id, jnp.int32),
         stop_table=None if stop_table is None else jnp.asarray(stop_table, jnp.int32),
     )  # fmt: skip

@@ -51,6 +51,9 @@ class Policy:
     #   -> (hidden [R, W, J, D], cache)
     # before: what else is attended to, pairs of a cache and its key_positions, whose W may be 1: all slots read it
     extend: Callable[..., tuple[jax.Array, PyTree]]
+    # (params, sampler params, as `extend` with W = 1, without `before`) -> as `extend`; None: `extend` does it.
+    # What prompts are extended by: it may scan over layers that `prepare` takes apart, and so compile one of them.
+    prefill: Callable[..., tuple[jax.Array, PyTree]] | None = None
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
     sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names
     cache_axes: PyTree  # like the cache, leaves are tuples of logical axis names

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models.attention import make_attention
 from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
-from grpo_jax.sharding import shardings
+from grpo_jax.sharding import SAMPLER_RULES, shardings
 from grpo_jax.types import Policy
 
 __all__ = ["TransformerConfig", "abstract_params", "init_params", "make_policy", "project"]
@@ -342,18 +342,24 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
             return params["score"], None, None
         return params["embedding" if config.tied else "head"], None, config.logit_cap or None
 
-    def unstacked(layers, tail, take):
+    def take(stack, i):
+        return jax.tree.map(lambda x: x[i], stack)
+
+    def unstacked(layers, tail, take=take):
         return [take(layers[i % len(pattern)], i // len(pattern)) for i in range(config.layers - len(tail))] + tail
 
+    def of_sampler(tree):
+        """In the sampler's precision; scales of norms stay as the trainer uses them, and so do those of integers."""
+        cast = lambda x: x if hasattr(x, "qvalue") or x.ndim < 2 else x.astype(sampler_dtype)
+        return jax.tree.map(cast, tree, is_leaf=lambda x: hasattr(x, "qvalue"))
+
+    def sampler_layer(layer):
+        return of_sampler(_quantized(layer) if int8 else layer)
+
     def prepare(params):
-        take = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
         rest = {name: leaf for name, leaf in params.items() if name not in ("layers", "tail")}
-        layers = unstacked(params["layers"], params.get("tail", []), take)
-        layers = [_quantized(layer) for layer in layers] if int8 else layers
-        # The scales of norms stay as they are, as the trainer uses them, and so do those of integers.
-        cast = lambda x: x if x.ndim < 2 else x.astype(sampler_dtype)
-        is_integer = lambda x: hasattr(x, "qvalue")
-        return jax.tree.map(lambda x: x if is_integer(x) else cast(x), {**rest, "layers": layers}, is_leaf=is_integer)
+        layers = unstacked(params["layers"], params.get("tail", []))
+        return {**of_sampler(rest), "layers": [sampler_layer(layer) for layer in layers]}
 
     def init_cache(rows, width, columns):
         shapes = cache_shapes(
@@ -363,24 +369,56 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         layer = lambda: {name: jnp.zeros(shape, sampler_dtype) for name, shape in shapes.items()}
         return [layer() for _ in range(config.layers)]
 
-    def extend(params, tokens, positions, cache, column, key_positions, before=()):
+    def extending(positions, column, key_positions):
+        """What a layer makes of x and of its cache, beside which it reads others; key_positions are those of all."""
+
         def sees(keys, window):  # [R, W or 1, columns] -> [R, W, J, columns]
             back = positions[..., None] - keys[:, :, None, :]
             seen = (keys[:, :, None, :] >= 0) & (back >= 0)
             return seen & (back < window) if window else seen
 
-        visible = {w: [sees(keys, w) for keys in (key_positions, *(keys for _, keys in before))] for w in set(pattern)}
-        x, new_cache = embed(params, tokens, sampler_dtype), []
-        for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
+        visible = {w: [sees(keys, w) for keys in key_positions] for w in set(pattern)}
+
+        def layer(window, x, layer_params, layer_cache, before=()):
             own, *others = visible[window]
             attend = functools.partial(
-                attend_slots, cache=cache[i], column=column, visible=own, scale=scale, soft_cap=config.attention_cap,
-                kernel=kernel,
-                before=[(layers[i], seen) for (layers, _), seen in zip(before, others, strict=True)],
+                attend_slots, cache=layer_cache, column=column, visible=own, scale=scale,
+                soft_cap=config.attention_cap, kernel=kernel, before=[*zip(before, others, strict=True)],
             )  # fmt: skip
-            x, layer_cache = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
-            new_cache.append(layer_cache)
-        return final_norm(params, x), new_cache
+            return block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
+
+        return layer
+
+    def extend(params, tokens, positions, cache, column, key_positions, before=()):
+        layer = extending(positions, column, [key_positions, *(keys for _, keys in before)])
+        x, written = embed(params, tokens, sampler_dtype), []
+        for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
+            x, of_layer = layer(window, x, layer_params, cache[i], [layers[i] for layers, _ in before])
+            written.append(of_layer)
+        return final_norm(params, x), written
+
+    def prefill(params, prepared, tokens, positions, cache, column, key_positions):
+        layer, tail = extending(positions, column, [key_positions]), params.get("tail", [])
+        places, whole = len(pattern), config.layers - len(tail)
+
+        def body(x, stacks):
+            written = []
+            for window, axes, layer_params, layer_cache in zip(pattern, sampler_layers, *stacks, strict=False):
+                layer_params = sampler_layer(layer_params)
+                if mesh is not None:  # gathered over fsdp here, in the sampler's precision
+                    place = shardings(layer_params, axes, mesh, SAMPLER_RULES)
+                    layer_params = jax.lax.with_sharding_constraint(layer_params, place)
+                x, of_layer = layer(window, x, layer_params, layer_cache)
+                written.append(of_layer)
+            return x, written
+
+        stacks = [jax.tree.map(lambda *x: jnp.stack(x), *cache[place:whole:places]) for place in range(places)]
+        x, stacks = jax.lax.scan(body, embed(prepared, tokens, sampler_dtype), (params["layers"], stacks))
+        written = []
+        for window, layer_params, layer_cache in zip(pattern, prepared["layers"][whole:], cache[whole:], strict=False):
+            x, of_layer = layer(window, x, layer_params, layer_cache)
+            written.append(of_layer)
+        return final_norm(prepared, x), unstacked(stacks, written)
 
     is_axes = lambda x: isinstance(x, tuple)
     layer_axes = lambda stack, i: jax.tree.map(lambda axes: axes[1:], stack, is_leaf=is_axes)
@@ -395,6 +433,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         prepare=prepare,
         init_cache=init_cache,
         extend=extend,
+        prefill=prefill,
         param_axes=param_axes,
         sampler_axes={**rest, "layers": sampler_layers},
         cache_axes=[layer_cache] * config.layers,
