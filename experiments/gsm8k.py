@@ -88,6 +88,7 @@ WORKDIR = flags.DEFINE_string(
 REWARD = sections.rewards()
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DETERMINISTIC = sections.deterministic()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -189,6 +190,8 @@ def main(argv: list[str]) -> None:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
+        if DETERMINISTIC.value:
+            print(runs.make_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
@@ -197,7 +200,7 @@ def main(argv: list[str]) -> None:
         raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
-    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
+    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
     runs.keep_description(model, workdir)
     state, rows = phases.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
