@@ -1,0 +1,27 @@
+"""A run that is killed at random moments; the command `python -m tests.chaos` kills one fifty times."""
+
+import json
+import shutil
+
+from tests import chaos
+
+
+def test_killed_at_random_moments_in_every_part_a_run_ends_with_the_same_bits(tmp_path):
+    figures = chaos.chaos(tmp_path, kills=5, each=1, seed=0)
+    assert figures["different"] == []
+    assert figures["kills"] >= 5
+    assert all(figures["parts"][part]["kills"] >= 1 for part in chaos.PARTS)
+    assert json.loads((tmp_path / "chaos.json").read_text())["parts"] == figures["parts"]
+    # What is compared would show.
+    straight, other = tmp_path / "straight", tmp_path / "other"
+    shutil.copytree(straight, other)
+    weights = other / "export" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    rows = (other / "rewards.jsonl").read_text()
+    (other / "rewards.jsonl").write_text(rows.replace('"step": 3', '"step": 4', 1))
+    shutil.rmtree(
+        max((other / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    )
+    found = chaos.differences(other, straight)
+    assert found[:2] == ["export/model.safetensors", "rewards.jsonl"]
+    assert any(name.startswith("checkpoint['params']") for name in found)
