@@ -200,8 +200,12 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
     done: list[Kill] = []
     different: list[str] = []
     runs, finished = 0, True
-    aim = next_aim(rng, {}, kills, each, straight.took)
+    aim, started_again = next_aim(rng, {}, kills, each, straight.took), 0
     while aim or not finished:
+        if (started_again := started_again + 1) > 20 + 4 * kills:
+            raise RuntimeError(
+                f"{started_again - 1} starts were not enough: {collections.Counter(k.part for k in done)}"
+            )
         runs, finished = runs + finished, False
         workdir = output / f"run{runs}"
         life = Life([f"--workdir={workdir}", *flags], log, aim)
@@ -228,11 +232,10 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
 
 
 def _line(number: int, run: int, kill: Kill) -> str:
-    beside = [part for part in kill.parts if part != kill.part]
-    return (
-        f"kill {number:2}: run {run}, step {kill.step}, in {kill.part}{f' (and {beside})' if beside else ''}, "
-        f"{kill.seconds:.2f} s after its start{f'; half written: {kill.torn}' if kill.torn else ''}"
-    )
+    beside = ", ".join(part for part in kill.parts if part != kill.part)
+    half = f"; half written: {', '.join(kill.torn)}" if kill.torn else ""
+    where = f"{kill.part} ({beside})" if beside else kill.part
+    return f"kill {number:2}: run {run}, step {kill.step}, in {where}, {kill.seconds:.2f} s after its start{half}"
 
 
 def _parts(done: Sequence[Kill]) -> list[str]:
@@ -245,7 +248,7 @@ def _figures(done: Sequence[Kill]) -> dict[str, int]:
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures for people, as Markdown."""
-    lines = ["| killed in | times | of them in other steps | something half written |", "|---|---|---|---|"]
+    lines = ["| killed in | times | in so many steps | with something half written |", "|---|---|---|---|"]
     lines += [f"| {part} | {row['kills']} | {row['steps']} | {row['torn']} |" for part, row in figures["parts"].items()]
     ends = "all with the same bits" if not figures["different"] else f"DIFFERENT: {figures['different']}"
     total = f"{figures['kills']} kills in {figures['runs']} runs of {figures['steps']} steps, {ends}"
