@@ -159,11 +159,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--eval_step needs --eval_only.")
     if PROFILE.value and (EVAL_ONLY.value or WARM_START_ONLY.value):
         raise app.UsageError("--profile is of steps of GRPO: leave it out.")
+    if DETERMINISTIC.value:
+        runs.make_deterministic(workdir)
     try:
         config = configuration(workdir)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.make_deterministic(workdir), flush=True)
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config)
         experiment.check()

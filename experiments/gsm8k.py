@@ -186,12 +186,14 @@ class Experiment(tasks.Opened):
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the final policy."""
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    if DETERMINISTIC.value:
+        runs.make_deterministic(workdir)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.make_deterministic(workdir), flush=True)
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         experience, parameters = experiment.rollouts(), experiment.print_plan()

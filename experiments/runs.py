@@ -54,6 +54,7 @@ __all__ = [
     "peak_rss",
     "remarks",
     "resident",
+    "said_of_deterministic",
     "saved_configuration",
     "summary",
 ]
@@ -106,7 +107,7 @@ def cache_compilations(asked: str | None, platform: str | None = None, environ: 
     return f"compilation cache: {place}"
 
 
-def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] = os.environ) -> str:
+def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] = os.environ) -> None:
     """Has the compiler for GPUs use kernels that give the same bits every time, and the same ones in every process.
 
     To be called before anything starts JAX's backend, for the compiler reads its flags once. It leaves out kernels that
@@ -116,19 +117,19 @@ def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] 
     Args:
       workdir: of the run; nothing is written there before the compiler does.
       environ: whose XLA_FLAGS it adds to; where a flag is there twice, the last one counts.
-
-    Returns:
-      A line for the screen.
     """
     place = workdir.absolute() / "xla" / f"jaxlib-{jaxlib.__version__}"  # what one version chose is not for another
     ours = f'--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_per_fusion_autotune_cache_dir="{place}"'
     environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ours}".strip()
     # JAX itself would name a place beside its compiled programs, which may be gone tomorrow.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    platform = jax.default_backend()
-    if platform != "gpu":
+
+
+def said_of_deterministic(workdir: pathlib.Path) -> str:
+    """A line for the screen; it starts JAX's backend, after `make_deterministic`."""
+    if (platform := jax.default_backend()) != "gpu":
         return f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
-    return f"deterministic kernels, the same in every process: {place}"
+    return f"deterministic kernels, the same in every process: {workdir / 'xla'} keeps which"
 
 
 def check_attention(config: TransformerConfig) -> None:

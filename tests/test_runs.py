@@ -73,9 +73,10 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path):
 def test_what_is_said_of_deterministic_kernels(cache, monkeypatch, tmp_path, platform):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     environ, place = {"XLA_FLAGS": "--theirs=1"}, f"{tmp_path}/xla/jaxlib-{jaxlib.__version__}"
-    said = runs.make_deterministic(tmp_path, environ)
+    runs.make_deterministic(tmp_path, environ)
+    said = runs.said_of_deterministic(tmp_path)
     if platform == "gpu":
-        assert said == f"deterministic kernels, the same in every process: {place}"
+        assert said == f"deterministic kernels, the same in every process: {tmp_path}/xla keeps which"
     else:
         assert said == f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
     assert environ["XLA_FLAGS"].split() == [
@@ -101,6 +102,15 @@ def test_the_compiler_knows_before_it_starts_and_a_run_goes_on_with_the_same_ker
     assert f'xla_gpu_per_fusion_autotune_cache_dir: "{tmp_path}/a run/xla/jaxlib-{jaxlib.__version__}"\n' in said
     refused = processes.python("-m", "experiments.countdown", *flags, status=1)
     assert "another configuration:\n  deterministic: there True, now 'absent'\n" in refused.stderr
+
+
+@pytest.mark.parametrize("experiment", ["gsm8k", "sft"])
+def test_other_experiments_have_it_too(tmp_path, experiment):
+    flags = [f"--model={tmp_path / 'none'}", f"--workdir={tmp_path / 'run'}", "--deterministic"]
+    refused = processes.python("-m", f"experiments.{experiment}", *flags, status=1)
+    assert "--deterministic changes nothing on a cpu" in refused.stdout
+    assert str(tmp_path / "none") in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 PROGRAM = """
