@@ -22,7 +22,6 @@ from typing import Any
 _STARTED = time.perf_counter()
 
 import jax  # noqa: E402
-import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
@@ -118,7 +117,7 @@ def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] 
       workdir: of the run; nothing is written there before the compiler does.
       environ: whose XLA_FLAGS it adds to; where a flag is there twice, the last one counts.
     """
-    place = workdir.absolute() / "xla" / f"jaxlib-{jaxlib.__version__}"  # what one version chose is not for another
+    place = workdir.absolute() / "xla" / f"jaxlib-{_version('jaxlib')}"  # what one version chose is not for another
     ours = f'--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_per_fusion_autotune_cache_dir="{place}"'
     environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ours}".strip()
     # JAX itself would name a place beside its compiled programs, which may be gone tomorrow.

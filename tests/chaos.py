@@ -61,7 +61,7 @@ class Aim:
 class Kill:
     """What a process was doing when it was killed."""
 
-    part: str  # the one that was aimed at, if it was in it; else the one that began last; or "between"
+    part: str  # the one that was aimed at, if it was in it; else the one that began last; or "start" or "between"
     parts: tuple[str, ...]  # all that it was in
     step: int  # from 1; 0: before the first
     seconds: float  # since its start
@@ -122,7 +122,7 @@ class Life:
         elif kind == ">":
             self.within.append(name)
             self._began[name] = now
-            self._seen[name] += 1
+            self._seen[name] += bool(self.step) or name == "export"  # rewards are tried and evaluated before, too
             if self._aim and (self._aim.part, self._aim.occurrence) == (name, self._seen[name]):
                 self._deadline = now + self._aim.delay
         else:
@@ -208,10 +208,13 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
             )
         runs, finished = runs + finished, False
         workdir = output / f"run{runs}"
+        if (workdir / "export").exists():  # the last kill came too late for its aim, and there is no other export
+            aim = None
         life = Life([f"--workdir={workdir}", *flags], log, aim)
         if life.killed and aim:
-            hit = aim.part if aim.part in life.within else (life.within or ["between"])[-1]
-            kill = Kill(part=hit, parts=tuple(life.within), step=life.step, seconds=life.seconds, torn=torn(workdir))
+            kill = Kill(
+                part=_hit(life, aim), parts=tuple(life.within), step=life.step, seconds=life.seconds, torn=torn(workdir)
+            )
             done.append(kill)
             say(_line(len(done), runs, kill))
         else:
@@ -229,6 +232,12 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
     (output / "chaos.json").write_text(json.dumps(figures, indent=2) + "\n")
     say(table(figures))
     return figures
+
+
+def _hit(life: Life, aim: Aim) -> str:
+    if not life.step and "export" not in life.within:
+        return "start"
+    return aim.part if aim.part in life.within else (life.within or ["between"])[-1]
 
 
 def _line(number: int, run: int, kill: Kill) -> str:

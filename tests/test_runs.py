@@ -2,16 +2,16 @@ import pathlib
 import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import jax
-import jaxlib
 import pytest
 
 from experiments import runs
 from tests import processes
 from tests.test_resume import TINY
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT, JAXLIB = pathlib.Path(__file__).parent.parent, metadata.version("jaxlib")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_what_is_said_of_deterministic_kernels(cache, monkeypatch, tmp_path, platform):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    environ, place = {"XLA_FLAGS": "--theirs=1"}, f"{tmp_path}/xla/jaxlib-{jaxlib.__version__}"
+    environ, place = {"XLA_FLAGS": "--theirs=1"}, f"{tmp_path}/xla/jaxlib-{JAXLIB}"
     runs.make_deterministic(tmp_path, environ)
     said = runs.said_of_deterministic(tmp_path)
     if platform == "gpu":
@@ -99,7 +99,7 @@ def test_the_compiler_knows_before_it_starts_and_a_run_goes_on_with_the_same_ker
     (options,) = (tmp_path / "dump").glob("*.debug_options")
     said = options.read_text()
     assert "xla_gpu_exclude_nondeterministic_ops: true\n" in said
-    assert f'xla_gpu_per_fusion_autotune_cache_dir: "{tmp_path}/a run/xla/jaxlib-{jaxlib.__version__}"\n' in said
+    assert f'xla_gpu_per_fusion_autotune_cache_dir: "{tmp_path}/a run/xla/jaxlib-{JAXLIB}"\n' in said
     refused = processes.python("-m", "experiments.countdown", *flags, status=1)
     assert "another configuration:\n  deterministic: there True, now 'absent'\n" in refused.stderr
 
