@@ -169,8 +169,9 @@ def next_aim(
     if not inside and not missing["export"]:
         return None
     part = rng.choice(inside) if inside else "export"
-    occurrence = 1 if part == "export" else rng.randint(1, 3)
-    return Aim(part=part, occurrence=occurrence, delay=rng.uniform(0, 0.9 * statistics.median(took[part])))
+    if part == "export":  # a kill that comes too late costs a run
+        return Aim(part=part, occurrence=1, delay=rng.uniform(0, 0.7 * min(took[part])))
+    return Aim(part=part, occurrence=rng.randint(1, 3), delay=rng.uniform(0, 0.9 * statistics.median(took[part])))
 
 
 def prepare(output: pathlib.Path, steps: int) -> list[str]:
@@ -200,7 +201,8 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
     done: list[Kill] = []
     different: list[str] = []
     runs, finished = 0, True
-    aim, started_again = next_aim(rng, {}, kills, each, straight.took), 0
+    took = straight.took
+    aim, started_again = next_aim(rng, {}, kills, each, took), 0
     while aim or not finished:
         if (started_again := started_again + 1) > 20 + 4 * kills:
             raise RuntimeError(
@@ -211,6 +213,8 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
         if (workdir / "export").exists():  # the last kill came too late for its aim, and there is no other export
             aim = None
         life = Life([f"--workdir={workdir}", *flags], log, aim)
+        for part, seconds in life.took.items():
+            took[part] += seconds
         if life.killed and aim:
             kill = Kill(
                 part=_hit(life, aim), parts=tuple(life.within), step=life.step, seconds=life.seconds, torn=torn(workdir)
@@ -222,7 +226,7 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
             found = differences(workdir, output / "straight")
             different += [f"run {runs}: {name}" for name in found]
             say(f"run {runs} has ended after {len(done)} kills in all: {', '.join(found) or 'the same bits'}")
-        aim = next_aim(rng, collections.Counter(kill.part for kill in done), kills, each, straight.took)
+        aim = next_aim(rng, collections.Counter(kill.part for kill in done), kills, each, took)
     figures = {
         "kills": len(done), "runs": runs, "steps": steps, "seed": seed, "different": different,
         "seconds": time.monotonic() - started, "machine": f"{os.cpu_count()} x {platform.machine()}",
