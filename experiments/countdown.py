@@ -47,6 +47,7 @@ class TrainConfig:
 BASELINES = flags.DEFINE_bool(
     "baselines", False, "Then also run continued supervision, and supervision on own samples."
 )
+DETERMINISTIC = sections.deterministic()
 WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Make the warm start, write it to the workdir and stop.")
 SECTIONS: dict[str, type[Any]] = {
     "task": CountdownConfig,
@@ -158,9 +159,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--eval_step needs --eval_only.")
     if PROFILE.value and (EVAL_ONLY.value or WARM_START_ONLY.value):
         raise app.UsageError("--profile is of steps of GRPO: leave it out.")
+    if DETERMINISTIC.value:
+        runs.make_deterministic(workdir)
     try:
         config = configuration(workdir)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
+        if DETERMINISTIC.value:
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config)
         experiment.check()
@@ -173,7 +178,7 @@ def main(argv: list[str]) -> None:
     if EVAL_ONLY.value:
         games.evaluate_only(experiment, workdir, EVAL_STEP.value)
         return
-    loop.open_workdir(workdir, runs.as_json(config))
+    loop.open_workdir(workdir, runs.as_json(config, DETERMINISTIC.value))
     params = warm_start(experiment, workdir)
     if WARM_START_ONLY.value:
         return

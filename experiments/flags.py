@@ -14,6 +14,7 @@ __all__ = [
     "Section",
     "check_distinct",
     "compilation_cache",
+    "deterministic",
     "field_comments",
     "profile",
     "rewards",
@@ -66,6 +67,15 @@ def profile() -> "flags.FlagHolder[str | None]":
     return flags.DEFINE_string(
         "profile", "", "FIRST:LAST, as 3:5: the steps of which a trace is written to WORKDIR/profile; empty: none."
     )
+
+
+def deterministic() -> "flags.FlagHolder[bool]":
+    """Defines `--deterministic`, of experiments that train; `runs.make_deterministic` does what it says."""
+    return flags.DEFINE_bool(
+        "deterministic", False, "On GPUs, only kernels that give the same bits every time, and the same ones in every "
+        "process of the run: which were fastest is kept in WORKDIR/xla. It costs speed (docs/performance.md), and "
+        "changes nothing elsewhere, where runs repeat anyway.",
+    )  # fmt: skip
 
 
 def rewards() -> "flags.FlagHolder[list[str]]":

@@ -88,6 +88,7 @@ WORKDIR = flags.DEFINE_string(
 REWARD = sections.rewards()
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DETERMINISTIC = sections.deterministic()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -185,10 +186,14 @@ class Experiment(tasks.Opened):
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the final policy."""
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    if DETERMINISTIC.value:
+        runs.make_deterministic(workdir)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
+        if DETERMINISTIC.value:
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
@@ -197,7 +202,7 @@ def main(argv: list[str]) -> None:
         raise  # `runs.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
-    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
+    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
     runs.keep_description(model, workdir)
     state, rows = phases.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from importlib import metadata
 from types import FrameType
 from typing import Any
@@ -49,9 +49,11 @@ __all__ = [
     "finish",
     "interruptible",
     "keep_description",
+    "make_deterministic",
     "peak_rss",
     "remarks",
     "resident",
+    "said_of_deterministic",
     "saved_configuration",
     "saved_step",
     "summary",
@@ -103,6 +105,31 @@ def cache_compilations(asked: str | None, platform: str | None = None, environ: 
     # By default programs that compile within a second are left out: they are many, and together take seconds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return f"compilation cache: {place}"
+
+
+def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Has the compiler for GPUs use kernels that give the same bits every time, and the same ones in every process.
+
+    To be called before anything starts JAX's backend, for the compiler reads its flags once. It leaves out kernels that
+    add in any order (`--xla_gpu_exclude_nondeterministic_ops`), and keeps in the workdir which of the others were the
+    fastest, for another process would measure again and might choose others.
+
+    Args:
+      workdir: of the run; nothing is written there before the compiler does.
+      environ: whose XLA_FLAGS it adds to; where a flag is there twice, the last one counts.
+    """
+    place = workdir.absolute() / "xla" / f"jaxlib-{_version('jaxlib')}"  # what one version chose is not for another
+    ours = f'--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_per_fusion_autotune_cache_dir="{place}"'
+    environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ours}".strip()
+    # JAX itself would name a place beside its compiled programs, which may be gone tomorrow.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def said_of_deterministic(workdir: pathlib.Path) -> str:
+    """A line for the screen; it starts JAX's backend, after `make_deterministic`."""
+    if (platform := jax.default_backend()) != "gpu":
+        return f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
+    return f"deterministic kernels, the same in every process: {workdir / 'xla'} keeps which"
 
 
 def check_attention(config: TransformerConfig) -> None:
@@ -243,9 +270,10 @@ def saved_configuration(workdir: pathlib.Path) -> dict[str, Any]:
         raise WorkdirError(f"{workdir} is not the workdir of a run: config.json: {error}") from error
 
 
-def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections as plain values, for `loop.open_workdir`."""
-    return {name: dataclasses.asdict(section) for name, section in config.items()}
+def as_json(config: Mapping[str, Any], deterministic: bool = False) -> dict[str, Any]:
+    """Sections as plain values, for `loop.open_workdir`; and that kernels are deterministic, where they are to be."""
+    said = {"deterministic": True} if deterministic else {}  # what began before there was this flag goes on
+    return {**said, **{name: dataclasses.asdict(section) for name, section in config.items()}}
 
 
 def saved_step(workdir: pathlib.Path) -> int | None:

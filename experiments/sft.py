@@ -51,6 +51,7 @@ WORKDIR = flags.DEFINE_string(
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory: config, safetensors, tokenizer.", required=True)
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DETERMINISTIC = sections.deterministic()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -99,9 +100,13 @@ class Experiment(tasks.Opened):
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the model."""
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    if DETERMINISTIC.value:
+        runs.make_deterministic(workdir)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
+        if DETERMINISTIC.value:
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
     except ValueError as error:
@@ -114,7 +119,7 @@ def main(argv: list[str]) -> None:
         f"{train.batch} a step, an epoch is {count / train.batch:.1f} steps",
         flush=True,
     )
-    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config)})
+    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
     runs.keep_description(model, workdir)
     state, rows = phases.phase(
         lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,

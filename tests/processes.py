@@ -24,6 +24,20 @@ def _compiled() -> str:
     return place
 
 
+def environment(devices: int = 1, **variables: str) -> dict[str, str]:
+    """In which Python sees so many CPU devices, and these variables too."""
+    # It compiles much and runs little, as all tests do.
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": _compiled(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
+    }
+
+
 def python(
     *command: str, devices: int = 1, status: int | None = 0, timeout: float = 1200, **variables: str
 ) -> subprocess.CompletedProcess[str]:
@@ -36,18 +50,13 @@ def python(
       timeout: in seconds.
       variables: of its environment, too.
     """
-    # It compiles much and runs little, as all tests do.
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": _compiled(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **variables,
-    }
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(devices, **variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done

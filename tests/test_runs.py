@@ -2,19 +2,23 @@ import pathlib
 import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import jax
 import pytest
 
 from experiments import runs
+from tests import processes
+from tests.test_resume import TINY
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT, JAXLIB = pathlib.Path(__file__).parent.parent, metadata.version("jaxlib")
 
 
 @pytest.fixture
 def cache():
     """What JAX is told, which is put back afterwards."""
-    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_persistent_cache_enable_xla_caches")  # fmt: skip
     before = {name: getattr(jax.config, name) for name in names}
     yield lambda: tuple(getattr(jax.config, name) for name in names[:2])
     for name, value in before.items():
@@ -63,6 +67,50 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path):
     assert not cache()[0]
     with pytest.raises(ValueError, match=r"--compilation_cache= must be auto, off or a directory"):
         runs.cache_compilations("", "gpu", {})
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_what_is_said_of_deterministic_kernels(cache, monkeypatch, tmp_path, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    environ, place = {"XLA_FLAGS": "--theirs=1"}, f"{tmp_path}/xla/jaxlib-{JAXLIB}"
+    runs.make_deterministic(tmp_path, environ)
+    said = runs.said_of_deterministic(tmp_path)
+    if platform == "gpu":
+        assert said == f"deterministic kernels, the same in every process: {tmp_path}/xla keeps which"
+    else:
+        assert said == f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
+    assert environ["XLA_FLAGS"].split() == [
+        "--theirs=1",
+        "--xla_gpu_exclude_nondeterministic_ops=true",
+        f'--xla_gpu_per_fusion_autotune_cache_dir="{place}"',
+    ]
+    assert jax.config.values["jax_persistent_cache_enable_xla_caches"] == "none"
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_compiler_knows_before_it_starts_and_a_run_goes_on_with_the_same_kernels_alone(tmp_path):
+    """XLA says itself which options it compiles with."""
+    flags = [f"--workdir={tmp_path / 'a run'}", "--warm_start_only", *TINY]
+    dump = "--xla_dump_hlo_as_text --xla_dump_hlo_module_re=train_step"
+    done = processes.python(
+        "-m", "experiments.countdown", "--deterministic", *flags, XLA_FLAGS=f"{dump} --xla_dump_to={tmp_path / 'dump'}"
+    )  # fmt: skip
+    assert "--deterministic changes nothing on a cpu, where runs repeat anyway\n" in done.stdout
+    (options,) = (tmp_path / "dump").glob("*.debug_options")
+    said = options.read_text()
+    assert "xla_gpu_exclude_nondeterministic_ops: true\n" in said
+    assert f'xla_gpu_per_fusion_autotune_cache_dir: "{tmp_path}/a run/xla/jaxlib-{JAXLIB}"\n' in said
+    refused = processes.python("-m", "experiments.countdown", *flags, status=1)
+    assert "another configuration:\n  deterministic: there True, now 'absent'\n" in refused.stderr
+
+
+@pytest.mark.parametrize("experiment", ["gsm8k", "sft"])
+def test_other_experiments_have_it_too(tmp_path, experiment):
+    flags = [f"--model={tmp_path / 'none'}", f"--workdir={tmp_path / 'run'}", "--deterministic"]
+    refused = processes.python("-m", f"experiments.{experiment}", *flags, status=1)
+    assert "--deterministic changes nothing on a cpu" in refused.stdout
+    assert str(tmp_path / "none") in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 PROGRAM = """
