@@ -344,7 +344,8 @@ class GroupRollouts:
         """The reference's log-probabilities [B, T] float32, if anything asks for them; nobody waits for them here."""
         if self.reference_logprobs is None or not self.objective.needs_reference:
             return None
-        return self.reference_logprobs(state.reference, rollout, self.config.temperature)
+        params = state.params if state.reference is None else state.reference  # with adapters, it is in them
+        return self.reference_logprobs(params, rollout, self.config.temperature)
 
     def _penalties(self, reference: jax.Array | None, host: Rollout) -> tuple[np.ndarray | None, dict]:
         """[B, T] float32 to take from the rewards, and their metrics."""
