@@ -60,7 +60,7 @@ def bare(tree: PyTree) -> PyTree:
 
 
 def merged(tree: PyTree) -> PyTree:
-    """A tree, not of stacks, whose adapters are added to their weights: W + s A B in float32, in W's dtype."""
+    """A tree, not of stacks, whose adapters are added to their weights: W + s A B, in float32."""
 
     def sum_of(leaf):
         if not _is_adapted(leaf):
@@ -70,7 +70,7 @@ def merged(tree: PyTree) -> PyTree:
         product = jnp.matmul(
             leaf.scale * leaf.a.reshape(-1, rank), leaf.b.reshape(rank, -1), precision=jax.lax.Precision.HIGHEST
         )
-        return (leaf.base.astype(jnp.float32) + product.reshape(leaf.base.shape)).astype(leaf.base.dtype)
+        return leaf.base.astype(jnp.float32) + product.reshape(leaf.base.shape)
 
     return jax.tree.map(sum_of, tree, is_leaf=_is_adapted)
 

@@ -33,8 +33,11 @@ class LoraConfig:
     alpha: float = 16.0  # adapters count alpha / rank times
     targets: tuple[str, ...] = tuple(MATRICES)  # matrices that get one, as a Python tuple: ('query','value')
     adapter: str = ""  # a directory in PEFT's format to begin with; empty: A random, B zero
+    base_dtype: str = "float32"  # of what does not train: float32, or bfloat16, which takes half the memory
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))  # JSON makes lists of them
         if self.rank < 0 or not self.alpha > 0:
             raise ValueError(f"rank={self.rank} of LoRA must be 0 (off) or more, alpha={self.alpha} above 0.")
         if isinstance(self.targets, str) or not self.targets or {*self.targets} - {*MATRICES}:
@@ -44,9 +47,12 @@ class LoraConfig:
             )
         if len({*self.targets}) < len(self.targets):
             raise ValueError(f"targets={self.targets!r} of LoRA must name none twice.")
-        if self.adapter and not self.rank:
+        if self.base_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"base_dtype={self.base_dtype!r} of LoRA must be 'float32' or 'bfloat16'.")
+        if not self.rank and (self.adapter or self.base_dtype != "float32"):
             raise ValueError(
-                f"adapter={self.adapter!r} of LoRA needs rank: the adapter's own, as its alpha and targets."
+                f"adapter={self.adapter!r} and base_dtype={self.base_dtype!r} of LoRA need a rank: an adapter's own, "
+                "as its alpha and targets."
             )
 
     @property
@@ -90,8 +96,9 @@ def abstract(model: TransformerConfig, config: LoraConfig) -> tuple[PyTree, PyTr
     """`abstract_params` of a model with adapters; without where the rank is 0."""
     if not config.rank:
         return abstract_params(model)
-    params, adapters = abstract_params(model), abstract_adapters(model, config)
-    return adapted(params[0], adapters[0], config), adapted(params[1], adapters[1], config)
+    (shapes, axes), (of_adapters, axes_of_adapters) = abstract_params(model), abstract_adapters(model, config)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.base_dtype), shapes)
+    return adapted(shapes, of_adapters, config), adapted(axes, axes_of_adapters, config)
 
 
 def init_adapters(model: TransformerConfig, config: LoraConfig, key: jax.Array, mesh: Mesh) -> PyTree:
