@@ -13,7 +13,7 @@ from grpo_jax import sharding, training
 from grpo_jax.logprobs import token_logprobs, unembed
 from grpo_jax.models.leaves import MATRICES, Adapted, bare, merged, project
 from grpo_jax.models.lora import LoraConfig, abstract, adapted, adapted_policy, init_adapters
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
 from grpo_jax.objectives import grpo
 from grpo_jax.training import UpdateConfig, abstract_train_state, init_train_state, make_train_step
 from tests.test_training import KEY, LOSS, assert_trees_close, make_batch, mesh_of
@@ -94,7 +94,10 @@ def test_a_policy_with_adapters_is_one_of_the_sums():
     assert np.abs(ours - logits(plain, bare(params))).max() > 0.1
     # The sampler decodes with the sums.
     assert_trees_close(jax.jit(policy.prepare)(params), plain.prepare(whole(params)))
-    assert jax.tree.structure(policy.sampler_axes) == jax.tree.structure(plain.sampler_axes)
+    assert policy.sampler_axes == plain.sampler_axes
+    int8 = adapted_policy(make_policy(dataclasses.replace(MODEL, sampler_dtype="int8")), MODEL, LORA)
+    described = lambda p: jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(int8.prepare, p))
+    assert described(params) == described(bare(params))
     # Adapters as they begin: B is zero, and A of the size that PEFT gives it.
     params = adapted(bare(params), init_adapters(MODEL, LORA, jax.random.key(0), mesh_of(1, 1, 1)), LORA)
     np.testing.assert_array_equal(logits(policy, params), logits(policy, bare(params)))
@@ -104,9 +107,13 @@ def test_a_policy_with_adapters_is_one_of_the_sums():
     assert len(np.unique(a)) == a.size  # every layer its own
 
 
+DESCENT = optax.sgd(1.0, momentum=0.0)  # the change is the gradient, and yet there is a moment, as Adam has two
+UPDATE = UpdateConfig(microbatches=2)
+
+
 @pytest.fixture(scope="module")
 def updated():
-    """Parameters and a batch, and on one device the parameters after an update by plain descent, and its metrics."""
+    """Parameters and a batch; on one device the parameters after an update, its metrics, and what it held."""
     policy, params = with_adapters()
     batch = dataclasses.replace(make_batch(make_policy(MODEL), bare(params)), sampler_logprobs=None)
     return params, batch, *one_update(policy, params, batch)
@@ -114,26 +121,37 @@ def updated():
 
 def one_update(policy, params, batch, sizes=(1, 1, 1)):
     mesh = mesh_of(*sizes)
-    state = init_train_state(policy, params, optax.sgd(1.0), grpo(LOSS), mesh)
+    state = init_train_state(policy, params, DESCENT, grpo(LOSS), mesh)
     where = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(policy, optax.sgd(1.0), grpo(LOSS), UpdateConfig(microbatches=2), like=state, key=KEY)
+    step = make_train_step(policy, DESCENT, grpo(LOSS), UPDATE, like=state, key=KEY).lower(state, batch).compile()
     # Adapters as they begin: the policy is its reference, and yet they learn.
     begun = adapted(bare(params), init_adapters(MODEL, LORA, jax.random.key(0), mesh), LORA)
-    _, metrics = step(init_train_state(policy, begun, optax.sgd(1.0), grpo(LOSS), mesh), batch)
+    _, metrics = step(init_train_state(policy, begun, DESCENT, grpo(LOSS), mesh), batch)
     assert metrics["kl"] == pytest.approx(0, abs=1e-7)
     assert metrics["grad_norm"] > 1e-3
     state, metrics = step(state, batch)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, where))
-    return jax.device_get(state.params), jax.device_get(metrics)
+    return jax.device_get(state.params), jax.device_get(metrics), step.memory_analysis()
 
 
-def test_an_update_is_the_gradient_of_the_sums_by_the_chain_rule(updated):
-    """The reference is the base: a full update with it as the reference gives dW; dA = s dW B', dB = s A' dW."""
-    params, batch, after, metrics = updated
+def test_an_update_is_the_gradient_of_the_sums_by_the_chain_rule_and_holds_one_copy_of_the_weights(updated):
+    """The reference is the base: a full update with it as the reference gives dW; dA = s dW B', dB = s A' dW.
+
+    That holds weights, reference and moment, three times all; ours the base, and the adapters and their moment.
+    """
+    params, batch, after, metrics, ours = updated
     plain, mesh = make_policy(MODEL), mesh_of(1, 1, 1)
-    state = init_train_state(plain, whole(params), optax.sgd(1.0), grpo(LOSS), mesh)
+    state = init_train_state(plain, whole(params), DESCENT, grpo(LOSS), mesh)
     state = dataclasses.replace(state, reference=jax.tree.map(jnp.copy, bare(params)))
-    step = make_train_step(plain, optax.sgd(1.0), grpo(LOSS), UpdateConfig(), like=state, key=KEY)
+    step = make_train_step(plain, DESCENT, grpo(LOSS), UPDATE, like=state, key=KEY).lower(state, batch).compile()
+    size, theirs = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree)), step.memory_analysis()
+    base, adapters, small = size(bare(params)), size(params) - size(bare(params)), size(batch) + 100
+    assert 0 <= theirs.argument_size_in_bytes - 3 * base <= small
+    assert 0 <= ours.argument_size_in_bytes - (base + 2 * adapters) <= small
+    # Nor is there another while it runs: in the state's place it leaves the state, and it has no gradients of weights.
+    assert ours.alias_size_in_bytes >= base + 2 * adapters
+    assert ours.temp_size_in_bytes < theirs.temp_size_in_bytes - base
+
     state, expected = step(state, batch)
     dense = jax.tree.map(lambda x, y: np.asarray(x, np.float64) - y, whole(params), jax.device_get(state.params))
     for name in ("kl", "loss"):
@@ -160,9 +178,9 @@ def test_an_update_on_a_mesh_is_that_on_one_device(monkeypatch, updated):
     """Also where log-probabilities come in chunks, whose gradient is our own."""
     monkeypatch.setitem(token_logprobs.__kwdefaults__, "chunk", 32)
     monkeypatch.setattr(logprobs_lib, "_IDS", 4)
-    params, batch, after, metrics = updated
+    params, batch, after, metrics, _ = updated
     policy, _ = with_adapters(sizes=(2, 2, 2))
-    ours, said = one_update(policy, params, batch, (2, 2, 2))
+    ours, said, _ = one_update(policy, params, batch, (2, 2, 2))
     assert_trees_close(ours, after)
     assert_trees_close(
         {k: said[k] for k in ("loss", "kl", "grad_norm")}, {k: metrics[k] for k in ("loss", "kl", "grad_norm")}
@@ -199,32 +217,6 @@ def test_no_gradient_of_a_weight_is_formed(monkeypatch, chunked):
     assert found == {0: {*matrices}, LORA.rank: set()}
 
 
-def test_training_holds_one_copy_of_the_weights():
-    """Of a penalized objective: all parameters four times, or the base once and the adapters three times."""
-    model = TransformerConfig(vocab_size=256, layers=2, width=64, mlp_width=256)
-    plain, mesh, bytes_of = (
-        make_policy(model),
-        mesh_of(1, 1, 1),
-        lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree)),
-    )
-    shapes, lora = abstract_params(model)[0], LoraConfig(rank=2)
-    size = lambda tree: sum(x.size * 4 for x in jax.tree.leaves(tree))
-    batch = dataclasses.replace(make_batch(plain, init_params(model, KEY)), sampler_logprobs=None)
-    base, adapters, held = size(shapes), size(abstract(model, lora)[0]) - size(shapes), {}
-    for config in (LoraConfig(), lora):
-        policy = adapted_policy(plain, model, config)
-        like = abstract_train_state(policy, abstract(model, config)[0], optax.adamw(1e-3), grpo(LOSS), mesh)
-        step = make_train_step(policy, optax.adamw(1e-3), grpo(LOSS), UpdateConfig(microbatches=8), like=like, key=KEY)
-        held[config.rank] = step.lower(like, batch).compile().memory_analysis()
-    small = bytes_of(batch) + 100
-    assert 0 <= held[0].argument_size_in_bytes - 4 * base <= small
-    assert 0 <= held[2].argument_size_in_bytes - (base + 3 * adapters) <= small
-    assert adapters < base / 10
-    # Nor does the step make another while it runs: in the state's place it leaves the state.
-    assert held[2].alias_size_in_bytes >= base + 3 * adapters
-    assert held[2].temp_size_in_bytes < held[0].temp_size_in_bytes - base / 2
-
-
 def test_a_reference_that_moves_is_refused():
     policy, params = with_adapters()
     like = abstract_train_state(policy, params, optax.sgd(1.0), grpo(LOSS), mesh_of(1, 1, 1))
@@ -242,7 +234,9 @@ def test_a_reference_that_moves_is_refused():
         ({"rank": 2, "targets": ()}, "must be some of"),
         ({"rank": 2, "targets": "query"}, "must be some of"),
         ({"rank": 2, "targets": ("up", "up")}, "must name none twice"),
-        ({"adapter": "there"}, "needs rank"),
+        ({"adapter": "there"}, "adapter='there' and base_dtype='float32' of LoRA need a rank"),
+        ({"base_dtype": "bfloat16"}, "need a rank"),
+        ({"rank": 2, "base_dtype": "int8"}, "base_dtype='int8' of LoRA must be"),
     ],
 )
 def test_bad_configurations(fields, message):
@@ -264,6 +258,18 @@ def test_moments_and_adapters_lie_as_their_weights_do():
     assert len(jax.tree.leaves(like.opt_state[0].mu)) == 2 * 3 * len(LORA.targets)
     held = sharding.device_bytes(like.params, policy.param_axes, mesh_of(1, 2, 2))
     assert held < sharding.device_bytes(like.params, policy.param_axes, mesh_of(1, 1, 1)) / 3
+
+
+@pytest.mark.parametrize("changes", [{"rank": 4}, {"alpha": 7.0}, {"targets": ("query",)}, {"base_dtype": "bfloat16"}])
+def test_every_field_changes_something(changes):
+    """Of `adapter`, tests/test_gsm8k.py shows it."""
+    other = dataclasses.replace(LORA, **changes)
+    described = lambda config: [
+        jax.tree.structure(abstract(MODEL, config)[0]),
+        *jax.tree.leaves(abstract(MODEL, config)[0]),
+    ]
+    assert described(LORA) == described(dataclasses.replace(LORA))
+    assert described(LORA) != described(other)
 
 
 def test_without_a_rank_nothing_changes():

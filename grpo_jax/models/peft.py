@@ -69,6 +69,8 @@ def read_config(directory: Path) -> LoraConfig:
         raise PretrainedError(
             f"cannot read {path}: {type(error).__name__}: {error}. Save it again with PEFT."
         ) from error
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not (rank > 0 and alpha > 0):
+        raise PretrainedError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be numbers above 0.")
     if kind != "LORA":
         raise PretrainedError(f"{path}: peft_type={kind!r} is not supported: expected 'LORA'.")
     if raw.get("bias", "none") != "none":
@@ -89,16 +91,11 @@ def read_config(directory: Path) -> LoraConfig:
     for name, one in (("rank_pattern", rank), ("alpha_pattern", alpha)):
         if {*(raw.get(name) or {}).values()} - {one}:
             raise PretrainedError(f"{path}: {name}={raw[name]!r} is not supported: expected {one} everywhere.")
-    if isinstance(targets, str) or {*targets} - {*_OURS}:
+    if not isinstance(targets, list) or not targets or {*targets} - {*_OURS}:
         raise PretrainedError(
             f"{path}: target_modules={targets!r} is not supported: expected a list of some of {', '.join(_OURS)}."
         )
-    try:
-        return LoraConfig(
-            rank=rank, alpha=alpha, targets=tuple(name for name in MATRICES if _PROJECTIONS[name] in targets)
-        )
-    except (TypeError, ValueError) as error:
-        raise PretrainedError(f"{path}: {error}") from error
+    return LoraConfig(rank=rank, alpha=alpha, targets=tuple(name for name in MATRICES if _PROJECTIONS[name] in targets))
 
 
 def _check(directory: Path, config: LoraConfig) -> None:
@@ -146,7 +143,7 @@ def load(directory: Path, model: TransformerConfig, config: LoraConfig, mesh: Me
         return found.pop(name).T.reshape(shape)
 
     def leaf(path, struct, place):
-        group, i, name, side = (getattr(key, "key", getattr(key, "idx", None)) for key in path)
+        group, i, name, side = path[0].key, path[1].idx, path[2].key, path[3].key
         tensors = tree[group][i][name]
         if isinstance(tensors, Tensor):
             values = read(tensors, side, struct.shape)
