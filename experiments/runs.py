@@ -280,6 +280,7 @@ def export(
     if not place.exists():  # a finished run that is started again has it
         if lora.rank:
             base = saved_configuration(workdir)["model"]
+            shutil.rmtree(workdir / "adapter", ignore_errors=True)  # of a start that was killed behind it
             peft.save(workdir / "adapter", params, config, lora, base=base)
         pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source), extra=extra)
     return place

@@ -177,19 +177,21 @@ def _tensors(params: PyTree, model: TransformerConfig) -> Iterator[tuple[str, np
 def save(directory: Path, params: PyTree, model: TransformerConfig, config: LoraConfig, *, base: str) -> None:
     """Writes the adapters among a policy's parameters as PEFT reads them (`PeftModel.from_pretrained(base, ...)`).
 
-    All of it or nothing; a directory that is there is replaced.
+    All of it or nothing: it is written beside its place and then renamed.
 
     Args:
-      directory: to be made.
+      directory: to be made; must not exist, or be empty.
       params: of `lora.adapted`.
       model: their configuration.
       config: of the adapters.
       base: name or directory of the model that they belong to, for whoever loads them.
 
     Raises:
-      PretrainedError: it cannot be written.
+      PretrainedError: the directory is in use, or cannot be written.
     """
     directory = pathlib.Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
     described = {
         "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "lora_alpha": config.alpha, "lora_dropout": 0.0, "peft_type": "LORA",
@@ -203,8 +205,7 @@ def save(directory: Path, params: PyTree, model: TransformerConfig, config: Lora
         save_file(dict(_tensors(params, model)), part / _WEIGHTS, metadata={"format": "pt"})
         (part / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         shutil.copymode(part / _CONFIG, part / _WEIGHTS)  # safetensors writes for its owner alone
-        shutil.rmtree(directory, ignore_errors=True)
-        part.replace(directory)
+        part.replace(directory)  # an empty directory gives way
     except (OSError, SafetensorError) as error:
         raise PretrainedError(f"cannot write {directory}: {error}. Nothing of it is left.") from error
     finally:
