@@ -21,7 +21,8 @@ from experiments import flags as sections
 from experiments import phases, runs, tasks
 from experiments.flags import section
 from grpo_jax import objectives, rollouts, sharding, training
-from grpo_jax.models import pretrained
+from grpo_jax.models import lora, pretrained
+from grpo_jax.models.lora import LoraConfig
 from grpo_jax.sampler import check_stop
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
@@ -83,6 +84,11 @@ def of_run(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     return taken
 
 
+def adapters_of(workdir: pathlib.Path) -> LoraConfig:
+    """What the run in a workdir trained: nothing in its configuration means all."""
+    return LoraConfig(**runs.saved_configuration(workdir).get("lora", {}))
+
+
 def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) -> tuple[Any, int]:
     """Parameters of a checkpoint of experiments.gsm8k or experiments.sft, and its step."""
     saved = runs.saved_configuration(workdir)
@@ -96,6 +102,7 @@ def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) ->
     state = phases.restored(
         workdir, step, policy=opened.policy, model=opened.model, mesh=opened.mesh,
         optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objective, surplus=surplus,
+        lora=adapters_of(workdir),
     )  # fmt: skip
     return state.params, int(state.step)
 
@@ -113,6 +120,8 @@ def main(argv: list[str]) -> None:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()}, of_run(given) if ours else None)
         print(runs.cache_compilations(CACHE.value), flush=True)
         opened = tasks.Opened(directory, config)
+        if ours:
+            opened.policy = lora.adapted_policy(opened.policy, opened.model, adapters_of(given))
         evaluator = opened.task.evaluator(
             opened.policy, opened.mesh, config["evaluation"], max_tokens=config["completion"].max_tokens,
             stop=config["completion"].stop, copies=1,

@@ -8,18 +8,36 @@ from jax.sharding import Mesh
 from grpo_jax import objectives, sharding, training
 from grpo_jax.logprobs import CHUNK
 from grpo_jax.memory import device_memory
+from grpo_jax.models import lora
 from grpo_jax.models.attention import queries_at_a_time
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.rollouts import RolloutConfig
 from grpo_jax.sampler import Sampler, rollout_bytes
-from grpo_jax.types import Policy
+from grpo_jax.types import Policy, PyTree
 
-__all__ = ["batch_arithmetic", "copies_held", "estimate", "line", "parameters"]
+__all__ = ["batch_arithmetic", "copies_held", "estimate", "line", "parameters", "trained_share", "trains"]
 
 
 def parameters(config: TransformerConfig) -> int:
     """How many a model has."""
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)[0]))
+
+
+def trained_share(policy: Policy, params: PyTree) -> float:
+    """Of the bytes of a policy's parameters, or of their shapes: 1, or of adapters little."""
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return size(policy.split.parts(params)[0]) / size(params)
+
+
+def trains(config: TransformerConfig, adapters: lora.LoraConfig) -> str:
+    """What is said of a model that is not trained itself; empty where it is."""
+    if not adapters.rank:
+        return ""
+    count = sum(x.size for x in jax.tree.leaves(lora.abstract_adapters(config, adapters)[0]))
+    return (
+        f", which are frozen; {count:,} of adapters beside them train (rank {adapters.rank}, {adapters.alpha:g} / "
+        f"{adapters.rank} times, of {', '.join(adapters.targets)})"
+    )
 
 
 def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh: Mesh, max_tokens: int) -> str:
@@ -39,20 +57,24 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
 _UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
 
 
-def copies_held(loss: objectives.LossConfig) -> int:
-    """How many times a training run holds the parameters: themselves, two moments of Adam's, and a reference if any."""
-    return 3 + (loss.kl_coef > 0)
+def copies_held(loss: objectives.LossConfig, trained: float = 1.0) -> float:
+    """How many times a training run holds the parameters: themselves, two moments of Adam's, and a reference if any.
+
+    `trained`: the share that trains, of which there are moments; if it is not all, the reference is in the parameters.
+    """
+    return 1 + 2 * trained + (trained == 1 and loss.kl_coef > 0)
 
 
 def estimate(
     config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
-    update: training.UpdateConfig, loss: objectives.LossConfig,
+    update: training.UpdateConfig, loss: objectives.LossConfig, adapters: lora.LoraConfig = lora.LoraConfig(),
 ) -> dict[str, int]:  # fmt: skip
     """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.
 
     A compiler needs somewhat more or less: it fuses, and keeps copies.
     """
-    shapes, axes = abstract_params(config)
+    shapes, axes = lora.abstract(config, adapters)
+    trained = trained_share(policy, shapes)
     params = sharding.device_bytes(shapes, axes, mesh)
     plan, max_tokens = sampler.plan(shapes, rollout.prompts), sampler.max_tokens
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -66,9 +88,9 @@ def estimate(
     logits = rows * max_tokens * config.vocab_size // tensor
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {
-        "state": params * copies_held(loss),
+        "state": round(params * copies_held(loss, trained)),
         # Gradients, summed up over microbatches; activations; logits.
-        "update": params * (1 + (update.microbatches > 1)) + kept + logits,
+        "update": round(params * trained * (1 + (update.microbatches > 1))) + kept + logits,
         "rollout": rollout_bytes(
             policy,
             mesh,

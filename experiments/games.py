@@ -156,7 +156,7 @@ class Experiment:
         """Raises ValueError where sizes do not fit together, before anything expensive starts."""
         rollout = self.config["rollout"]
         training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
-        training.check_reference(self.objective, self.config["update"])
+        training.check_reference(self.objective, self.config["update"], self.policy)
         sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": self.config["warm_start"].batch}
         runs.check_multiples(self.mesh, sizes)
         self.task.problem("held_out", 0)

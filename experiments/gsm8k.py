@@ -9,6 +9,8 @@ on-policy; completions end at 512 tokens and not 8,192, and at a stop string; no
 GSM8K alone, without the easiest of MATH; the last number is the answer. For instruct models, verl's recipe:
 
     --data.template=chat --data.instruction=gsm8k --data.judge=strict --loss.kl_coef=1e-3 --optimizer.learning_rate=1e-6
+
+With `--lora.rank=16 --optimizer.learning_rate=1e-5` adapters train, and the model is frozen and its own reference.
 """
 
 import dataclasses
@@ -27,8 +29,7 @@ from experiments.flags import section
 from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
-from grpo_jax.models import pretrained
-from grpo_jax.models.transformer import abstract_params
+from grpo_jax.models import lora, pretrained
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.sampler import Sampler
 
@@ -91,6 +92,7 @@ CACHE = sections.compilation_cache()
 DETERMINISTIC = sections.deterministic()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
+    "lora": lora.LoraConfig,
     "data": tasks.DataConfig,
     "reward": tasks.RewardConfig,
     "reward_model": scorers.RewardModelConfig,
@@ -115,21 +117,23 @@ class Experiment(tasks.Opened):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config = config
         super().__init__(model, config)
+        self.policy = lora.adapted_policy(self.policy, self.model, config["lora"])
         self.key, self.objective = jax.random.key(config["train"].seed), objectives.make_objective(config["loss"])
         rollout = config["rollout"]
         if not rollout.max_tokens:
             raise ValueError("rollout.max_tokens=0 must be 1 or more: GSM8K says nothing about how long answers are.")
         training.check_divides(rollout.prompts * rollout.group_size, config["update"], self.mesh)
-        training.check_reference(self.objective, config["update"])
+        training.check_reference(self.objective, config["update"], self.policy)
         runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
         self.surplus = rollouts.surplus_of(
             rollout, self.objective, max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens
         )
         users = config["rewards"].rewards if "rewards" in config else ()
         self.rewards = self.task.rewards(config["reward"], rollout.max_tokens, users)
-        self.copies, judge = footprint.copies_held(config["loss"]), config["reward_model"]
+        shapes, axes = lora.abstract(self.model, config["lora"])
+        self.copies = footprint.copies_held(config["loss"], footprint.trained_share(self.policy, shapes))
+        judge = config["reward_model"]
         self.scorer = scorers.OpenedScorer(judge, self.mesh) if judge.directory else None
-        shapes, axes = abstract_params(self.model)
         self.own_bytes = sharding.device_bytes(shapes, axes, self.mesh)
         # What a reward model takes of the memory, in the sampler's measure.
         copies = self.copies + (math.ceil(self.scorer.bytes / self.own_bytes) if self.scorer else 0)
@@ -152,7 +156,7 @@ class Experiment(tasks.Opened):
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
         rollout = self.config["rollout"]
-        beside = [self.scorer.reward(self.tokenizer, held=self.copies * self.own_bytes)] if self.scorer else []
+        beside = [self.scorer.reward(self.tokenizer, held=round(self.copies * self.own_bytes))] if self.scorer else []
         return rollouts.GroupRollouts(
             sampler=self.sampler,
             source=sources.shuffled(self.task.train, self.config["train"].seed),
@@ -169,11 +173,12 @@ class Experiment(tasks.Opened):
         parameters = footprint.parameters(self.model)
         estimate = footprint.estimate(
             self.model, self.policy, self.mesh, self.sampler, rollout=rollout, update=config["update"],
-            loss=config["loss"],
+            loss=config["loss"], adapters=config["lora"],
         )  # fmt: skip
         epoch = len(self.task.train) / rollout.prompts
         print(
-            f"{runs.devices()}; {parameters:,} parameters of {MODEL.value}\n"
+            f"{runs.devices()}; {parameters:,} parameters of {MODEL.value}"
+            f"{footprint.trains(self.model, config['lora'])}\n"
             f"{footprint.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
             f"{runs.remarks(config['loss'], config['update'])}"
             f"{len(self.task.train)} training problems, an epoch is {epoch:.1f} steps; {len(self.task.test)} test "
@@ -205,14 +210,15 @@ def main(argv: list[str]) -> None:
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
     runs.keep_description(model, workdir)
     state, rows = phases.phase(
-        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
+        lambda: pretrained.load(model, experiment.mesh, dtype=config["lora"].base_dtype), policy=experiment.policy,
+        model=experiment.model,
         mesh=experiment.mesh, key=experiment.key, objective=experiment.objective, experience=experience,
         workdir=workdir, title=config["loss"].objective, optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
-        surplus=experiment.surplus, profile=profile,
+        surplus=experiment.surplus, profile=profile, lora=config["lora"],
     )  # fmt: skip
-    export = runs.export(workdir, state.params, experiment.model)
+    export = runs.export(workdir, state.params, experiment.model, lora=config["lora"])
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     runs.finish(workdir, rows, summary, "GSM8K")
     print(

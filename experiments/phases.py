@@ -12,7 +12,10 @@ from grpo_jax import loop, objectives, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.compiling import Lowering, compile_all
 from grpo_jax.evaluation import Evaluator
-from grpo_jax.models.transformer import TransformerConfig, abstract_params
+from grpo_jax.models import lora as lora_lib
+from grpo_jax.models import peft
+from grpo_jax.models.lora import LoraConfig
+from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.rollouts import Demonstrations, GroupRollouts
 from grpo_jax.types import Policy, Surplus, TrainState
 
@@ -23,20 +26,23 @@ def phase(
     params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
     objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
     optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
-    surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, **options: Any,
+    surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, lora: LoraConfig = LoraConfig(),
+    **options: Any,
 ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
     """One phase of a run: `loop.train` from what `params()` gives, and lets go of it.
 
     `make_step`: (optimizer, like=, clip_norm=) -> train step; None: `training.make_train_step`, of the objective.
     Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
+    `lora`: adapters that train beside them; `policy` is `lora.adapted_policy`'s then.
     """
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
     if runs.begun(workdir):
-        state = training.abstract_train_state(
-            policy, abstract_params(model)[0], transformation, objective, mesh, surplus
-        )
+        shapes, _ = lora_lib.abstract(model, lora)
+        state = training.abstract_train_state(policy, shapes, transformation, objective, mesh, surplus)
     else:
-        state = training.init_train_state(policy, params(), transformation, objective, mesh, surplus)
+        adapted = _adapted(params, model, lora, mesh, jax.random.fold_in(key, 2))
+        state = training.init_train_state(policy, adapted, transformation, objective, mesh, surplus)
+        del adapted
     if make_step is None:
         key = jax.random.fold_in(key, 1)
         make_step = lambda transformation, **made: training.make_train_step(
@@ -51,6 +57,17 @@ def phase(
     )  # fmt: skip
 
 
+def _adapted(params: Callable[[], Any], model: TransformerConfig, lora: LoraConfig, mesh: Mesh, key: jax.Array) -> Any:
+    """Parameters, with adapters where there are to be some: as they begin, or as PEFT saved them."""
+    if not lora.rank:
+        return params()
+    if lora.adapter:
+        adapters = peft.load(lora.adapter, model, lora, mesh)
+    else:
+        adapters = lora_lib.init_adapters(model, lora, key, mesh)
+    return lora_lib.adapted(params(), adapters, lora)
+
+
 def _lowerings(state: TrainState, step: Any, experience: Any, evaluator: Any) -> list[Lowering]:
     """The programs of a loop that are known before they run: one that the loop came to, it would wait for alone."""
     of_evaluation = evaluator.lowerings(state.params) if isinstance(evaluator, Evaluator) else []
@@ -61,6 +78,7 @@ def _lowerings(state: TrainState, step: Any, experience: Any, evaluator: Any) ->
 def restored(
     workdir: pathlib.Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
     optimizer: training.OptimizerConfig, objective: objectives.Objective, surplus: Surplus | None = None,
+    lora: LoraConfig = LoraConfig(),
 ) -> TrainState:  # fmt: skip
     """The state of a checkpoint, the latest where no step is named; whoever writes there is left alone.
 
@@ -68,5 +86,6 @@ def restored(
       ValueError: there is no such checkpoint, or it is of another model, optimizer or objective.
     """
     transformation, _ = training.make_optimizer(optimizer, 1)
-    like = training.abstract_train_state(policy, abstract_params(model)[0], transformation, objective, mesh, surplus)
+    shapes, _ = lora_lib.abstract(model, lora)
+    like = training.abstract_train_state(policy, shapes, transformation, objective, mesh, surplus)
     return Checkpoints(workdir / "checkpoints", read_only=True).restore(like, step)

@@ -28,7 +28,8 @@ from jax.sharding import Mesh  # noqa: E402
 
 from grpo_jax import objectives, training  # noqa: E402
 from grpo_jax.checkpoints import Checkpoints  # noqa: E402
-from grpo_jax.models import pretrained  # noqa: E402
+from grpo_jax.models import peft, pretrained  # noqa: E402
+from grpo_jax.models.lora import LoraConfig  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
@@ -301,14 +302,21 @@ def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
 
 
 def export(
-    workdir: pathlib.Path, params: Any, config: TransformerConfig, extra: Mapping[str, Any] | None = None
-) -> pathlib.Path:
+    workdir: pathlib.Path, params: Any, config: TransformerConfig, extra: Mapping[str, Any] | None = None,
+    lora: LoraConfig = LoraConfig(),
+) -> pathlib.Path:  # fmt: skip
     """Writes parameters as a Hugging Face directory into the workdir, as the model that they came from was saved.
+
+    Of a model with adapters the sum, and into `adapter/` those alone, in PEFT's format.
 
     `extra`: entries of config.json.
     """
     place, source = workdir / "export", workdir / "model"
     if not place.exists():  # a finished run that is started again has it
+        if lora.rank:
+            base = saved_configuration(workdir)["model"]
+            shutil.rmtree(workdir / "adapter", ignore_errors=True)  # of a start that was killed behind it
+            peft.save(workdir / "adapter", params, config, lora, base=base)
         pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source), extra=extra)
     return place
 

@@ -20,7 +20,7 @@ from experiments.flags import section
 from grpo_jax import loop, objectives, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
-from grpo_jax.models import pretrained
+from grpo_jax.models import lora, pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ CACHE = sections.compilation_cache()
 DETERMINISTIC = sections.deterministic()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
+    "lora": lora.LoraConfig,
     "data": tasks.DataConfig,
     "optimizer": OptimizerConfig,
     "update": training.UpdateConfig,
@@ -73,6 +74,8 @@ class Experiment(tasks.Opened):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, train = config, config["train"]
         super().__init__(model, config)
+        self.policy = lora.adapted_policy(self.policy, self.model, config["lora"])
+        shapes, _ = lora.abstract(self.model, config["lora"])
         training.check_divides(train.batch, config["update"], self.mesh)
         self.evaluator = self.task.evaluator(
             self.policy,
@@ -80,7 +83,7 @@ class Experiment(tasks.Opened):
             config["evaluation"],
             max_tokens=train.max_tokens,
             stop=(),
-            copies=3,
+            copies=1 + 2 * footprint.trained_share(self.policy, shapes),
         )
         fits = lambda prompt: len(self.tokenizer.encode(prompt.columns["solution"], continues=True)) < train.max_tokens
         self.prompts = [prompt for prompt in self.task.train if fits(prompt)]
@@ -114,7 +117,8 @@ def main(argv: list[str]) -> None:
     train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.prompts)
     dropped = len(experiment.task.train) - count
     print(
-        f"{runs.devices()}; {parameters:,} parameters of {model}\n"
+        f"{runs.devices()}; {parameters:,} parameters of {model}"
+        f"{footprint.trains(experiment.model, config['lora'])}\n"
         f"{count} demonstrations ({dropped} more, the end included, have more than {train.max_tokens} tokens); "
         f"{train.batch} a step, an epoch is {count / train.batch:.1f} steps",
         flush=True,
@@ -122,13 +126,14 @@ def main(argv: list[str]) -> None:
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
     runs.keep_description(model, workdir)
     state, rows = phases.phase(
-        lambda: pretrained.load(model, experiment.mesh), policy=experiment.policy, model=experiment.model,
+        lambda: pretrained.load(model, experiment.mesh, dtype=config["lora"].base_dtype), policy=experiment.policy,
+        model=experiment.model,
         mesh=experiment.mesh, key=jax.random.key(train.seed), objective=objectives.supervised(),
         experience=experiment.demonstrations(), workdir=workdir, title="sft", optimizer=config["optimizer"],
         update=config["update"], steps=train.steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
-        evaluate_every=config["evaluation"].every, profile=profile,
+        evaluate_every=config["evaluation"].every, profile=profile, lora=config["lora"],
     )  # fmt: skip
-    export = runs.export(workdir, state.params, experiment.model)
+    export = runs.export(workdir, state.params, experiment.model, lora=config["lora"])
     summary = runs.summary(workdir, rows, train.seed, parameters)
     runs.finish(workdir, rows, summary, "supervised")
     print(

@@ -228,7 +228,7 @@ class Task:
 
     def evaluator(
         self, policy: Policy, mesh: Mesh, config: EvaluationConfig, *, max_tokens: int, stop: Sequence[str],
-        copies: int,
+        copies: float,
     ) -> Evaluator:  # fmt: skip
         """Measures on the test problems, on all where there are fewer than asked for; `copies`: see `Sampler`."""
         most = len(self.test)

@@ -254,8 +254,10 @@ def _forward(spec, hidden, kernel, bias, count, tokens, temperature, mask):
     return tuple(x.reshape(shape) for x in out)
 
 
-def _backward(spec, hidden, kernel, bias, count, tokens, temperature, mask, normalizers, entropies, *cotangents):
-    """Gradients of hidden, kernel and bias on one device; computes the logits again."""
+def _backward(
+    learned, spec, hidden, kernel, bias, count, tokens, temperature, mask, normalizers, entropies, *cotangents
+):
+    """Gradients of hidden, kernel and bias on one device; computes the logits again. None of a frozen kernel."""
     shape, width = hidden.shape, hidden.shape[-1]
     hidden, tokens, temperature, normalizers, entropies, *cotangents = (
         x.reshape(-1, width) if x.ndim == hidden.ndim else x.reshape(-1)
@@ -290,8 +292,10 @@ def _backward(spec, hidden, kernel, bias, count, tokens, temperature, mask, norm
             grad = jnp.where(new, grad / temperatures[:, None], 0)
             low = grad.astype(states.dtype)
             of_states += jnp.matmul(low, part.astype(states.dtype), preferred_element_type=jnp.float32)
-            of_part = jnp.matmul(low.T, states, preferred_element_type=jnp.float32)
-            return of_states, _added(of_kernel, of_part, first), _added(of_bias, grad.sum(axis=0), first)
+            if learned:
+                of_part = jnp.matmul(low.T, states, preferred_element_type=jnp.float32)
+                of_kernel = _added(of_kernel, of_part, first)
+            return of_states, of_kernel, _added(of_bias, grad.sum(axis=0), first)
 
         nothing = jnp.zeros(states.shape, jnp.float32)
         of_states, of_kernel, of_bias = jax.lax.fori_loop(0, chunks, add, (nothing, of_kernel, of_bias))
@@ -302,12 +306,14 @@ def _backward(spec, hidden, kernel, bias, count, tokens, temperature, mask, norm
         return of_hidden.at[at].set(of_states.astype(hidden.dtype), mode="drop"), of_kernel, of_bias
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    start = (jnp.zeros_like(hidden), zeros(kernel.shape), None if bias is None else zeros(bias.shape))
+    of_kernel = zeros(kernel.shape) if learned else None
+    start = (jnp.zeros_like(hidden), of_kernel, None if bias is None else zeros(bias.shape))
     of_hidden, *of_head = jax.lax.fori_loop(0, -(-count // size), of_tokens, start)
     if spec.mesh is not None and not spec.meet:  # tokens stayed apart: the one reduction of the matrix's gradient
         of_head = jax.lax.psum(of_head, "fsdp")
     of_kernel, of_bias = of_head
-    return of_hidden.reshape(shape), jnp.asarray(of_kernel, kernel.dtype), of_bias
+    of_kernel = jnp.asarray(of_kernel, kernel.dtype) if learned else None
+    return of_hidden.reshape(shape), of_kernel, of_bias
 
 
 def _added(whole: jax.Array | None, part: jax.Array, first: jax.Array) -> jax.Array | None:
@@ -323,20 +329,22 @@ def _chunked(spec, hidden, kernel, bias, count, tokenwise):
 
 
 def _chunked_fwd(spec, *primals):
+    learned = () if primals[1].perturbed else None  # a sign: what is saved are arrays, and this has none
     hidden, kernel, bias, count, tokenwise = jax.tree.map(
         lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)
     )
     arguments = (hidden, kernel, bias, count, *tokenwise)
     logprobs, entropies, normalizers = spec.on_devices(_forward, arguments, "ttt")
-    return (logprobs, entropies), (*arguments, normalizers, entropies)
+    return (logprobs, entropies), (learned, (*arguments, normalizers, entropies))
 
 
 def _chunked_bwd(spec, saved, cotangents):
-    of_logprobs, of_entropies = cotangents
+    (learned, saved), (of_logprobs, of_entropies) = saved, cotangents
     if isinstance(of_logprobs, SymbolicZero):
         of_logprobs = jnp.zeros_like(saved[-1])
     learns = () if isinstance(of_entropies, SymbolicZero) else (of_entropies,)
-    grads = spec.on_devices(_backward, (*saved, of_logprobs, *learns), "tvv")
+    backward = functools.partial(_backward, learned is not None)
+    grads = spec.on_devices(backward, (*saved, of_logprobs, *learns), "tvv")
     return (*grads, None, None)
 
 

@@ -125,6 +125,11 @@ def _surplus(state: TrainState) -> Surplus:
     return jax.device_get(state.surplus)
 
 
+def _reference_of(state: TrainState) -> PyTree:
+    """What `make_reference_logprobs` takes: with adapters the reference is in the parameters."""
+    return state.params if state.reference is None else state.reference
+
+
 def _over_tokens(advantages: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
     """Advantages [B] or [B, T] -> the mean of each completion's [B], and the mean size of all, tokens where [B, T]."""
     if advantages.ndim == 1:
@@ -185,7 +190,7 @@ class GroupRollouts:
         params = state.params if self.params_of is None else self.params_of(state)
         programs, prompts = self.sampler.lowerings(params, self.config.prompts), self.config.prompts
         if self.reference_logprobs is not None and self.objective.needs_reference:
-            arguments = state.reference, self.sampler.abstract_rollout(prompts), self.config.temperature
+            arguments = _reference_of(state), self.sampler.abstract_rollout(prompts), self.config.temperature
             reference: Any = self.reference_logprobs
             programs.append(lambda: reference.lower(*arguments))
         return [*programs, lambda: train_step.lower(state, self._abstract_batch())]
@@ -384,7 +389,7 @@ class GroupRollouts:
         """The reference's log-probabilities [B, T] float32, if anything asks for them; nobody waits for them here."""
         if self.reference_logprobs is None or not self.objective.needs_reference:
             return None
-        return self.reference_logprobs(state.reference, rollout, self.config.temperature)
+        return self.reference_logprobs(_reference_of(state), rollout, self.config.temperature)
 
     def _penalties(self, reference: jax.Array | None, host: Rollout) -> tuple[np.ndarray | None, dict]:
         """[B, T] float32 to take from the rewards, and their metrics."""

@@ -107,7 +107,7 @@ class Sampler:
     def __init__(
         self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, *, group_size: int, max_tokens: int,
         max_prompt_tokens: int, key: jax.Array, stop: Sequence[str] = (), slots: int = 0, chunk: int = 64,
-        memory: int | None = None, copies: int = 4,
+        memory: int | None = None, copies: float = 4,
     ):  # fmt: skip
         """`key` is the root of all randomness: with prompt id, member and token index it gives a token's.
 
@@ -119,7 +119,7 @@ class Sampler:
           chunk: tokens between two turns of the host.
           memory: bytes of a device; None: what it says. A rollout that does not fit beside `copies` is cut.
           copies: of the trainer's parameters that are held meanwhile: 4 with Adam's moments and a reference, 1 where
-            nothing is trained.
+            nothing is trained, hardly more where adapters are.
         """
         if not tokenizer.eos_ids or tokenizer.pad_id is None:
             raise ValueError(

@@ -103,12 +103,13 @@ def state_shardings(
 ) -> TrainState:
     """Where each leaf of a TrainState lies: optimizer moments lie as their parameters do."""
     params = sharding.shardings(abstract.params, policy.param_axes, mesh)
+    trained, _ = policy.split.parts(params)
     everywhere = sharding.replicated(mesh)
     return TrainState(
         params=params,
         reference=None if abstract.reference is None else params,
         opt_state=optax.tree_utils.tree_map_params(
-            optimizer, lambda _, s: s, abstract.opt_state, params, transform_non_params=lambda _: everywhere
+            optimizer, lambda _, s: s, abstract.opt_state, trained, transform_non_params=lambda _: everywhere
         ),
         step=everywhere,
         cursor=everywhere,
@@ -117,14 +118,15 @@ def state_shardings(
 
 
 def _initial(
-    params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, surplus: Surplus | None
-) -> TrainState:
+    policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective,
+    surplus: Surplus | None,
+) -> TrainState:  # fmt: skip
     # A weakly typed leaf would be one no more after an update, and all that takes parameters would compile twice.
     params = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), params)
     return TrainState(
         params=params,
-        reference=params if objective.needs_reference else None,
-        opt_state=optimizer.init(params),
+        reference=params if objective.needs_reference and policy.split.reference is None else None,
+        opt_state=optimizer.init(policy.split.parts(params)[0]),
         step=jnp.zeros((), jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
         surplus=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), surplus),
@@ -139,7 +141,7 @@ def abstract_train_state(
 
     `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`.
     """
-    abstract = jax.eval_shape(lambda p: _initial(p, optimizer, objective, surplus), params)
+    abstract = jax.eval_shape(lambda p: _initial(policy, p, optimizer, objective, surplus), params)
     where = state_shardings(policy, optimizer, abstract, mesh)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
 
@@ -150,11 +152,13 @@ def init_train_state(
 ) -> TrainState:  # fmt: skip
     """The state before step 0, sharded over the mesh; `params` are copied, and become the reference too.
 
+    Of a policy whose reference is in its parameters (`Split.reference`) there is no second copy.
+
     `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`.
     """
     abstract = abstract_train_state(policy, params, optimizer, objective, mesh, surplus)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(lambda p: _initial(p, optimizer, objective, surplus), out_shardings=where)(params)
+    return jax.jit(lambda p: _initial(policy, p, optimizer, objective, surplus), out_shardings=where)(params)
 
 
 def train_batch(
@@ -206,15 +210,16 @@ def make_reference_logprobs(
       mesh: where rollout and parameters lie.
 
     Returns:
-      `(params, rollout, temperature) -> logprobs [B, T] float32`, 0 where the rollout's mask is false.
+      `(params, rollout, temperature) -> logprobs [B, T] float32`, 0 where the rollout's mask is false; of a policy
+      whose reference is in its parameters, these are the policy's.
     """
-    parts = update.minibatches * update.microbatches
+    parts, of = update.minibatches * update.microbatches, policy.split.reference or (lambda params: params)
 
     @jax.jit
     def logprobs(params, rollout: Rollout, temperature):
         check_divides(rollout.mask.shape[0], update, mesh)
         batch = train_batch(rollout, jnp.zeros(rollout.mask.shape[0]), temperature=temperature)
-        return frozen_logprobs(policy, params, pack_microbatches(policy, batch, batch.mask, parts, mesh), mesh)[0]
+        return frozen_logprobs(policy, of(params), pack_microbatches(policy, batch, batch.mask, parts, mesh), mesh)[0]
 
     return logprobs
 
@@ -309,15 +314,14 @@ def make_train_step(
     Raises:
       ValueError: a reference is to move, and the objective has none.
     """
-    check_reference(objective, update)
+    check_reference(objective, update, policy)
     where = jax.tree.map(lambda x: x.sharding, like)
     mesh = where.step.mesh
     optimizer_steps = update.epochs * update.minibatches
 
-    loss_of = functools.partial(_loss_of, policy, objective, mesh)
-    gradients = functools.partial(summed_gradients, loss_of, mesh)
-
-    def optimizer_step(params, opt_state, minibatch: _Minibatch):
+    def optimizer_step(params, frozen, opt_state, minibatch: _Minibatch):
+        loss_of = lambda params, *part: _loss_of(policy, objective, mesh, policy.split.join(params, frozen), *part)
+        gradients = functools.partial(summed_gradients, loss_of, mesh)
         microbatches = pack_microbatches(policy, minibatch.batch, minibatch, update.microbatches, mesh)
         # Each data shard sums over its own microbatches; then one reduction over data, and not one a microbatch.
         (loss, metrics), grads = over_data(gradients, params, microbatches)
@@ -341,7 +345,9 @@ def make_train_step(
         parts = update.minibatches * update.microbatches
         packed = functools.cache(lambda: pack_microbatches(policy, batch, batch.mask, parts, mesh))  # once for both
         if objective.reference_in_loss and ref is None:
-            ref, _ = frozen_logprobs(policy, state.reference, packed(), mesh)
+            of = policy.split.reference
+            reference = state.reference if of is None else of(state.params)
+            ref, _ = frozen_logprobs(policy, reference, packed(), mesh)
         # With a single update the old policy is the one that is differentiated: no pass is spent on it.
         if optimizer_steps > 1 or objective.top_entropy < 1:
             old, entropies = frozen_logprobs(policy, state.params, packed(), mesh)
@@ -354,11 +360,13 @@ def make_train_step(
             minibatch = _Minibatch(
                 batch=b, old=take(old), ref=take(ref), learns=take(learns), weights=objective.token_weights(b.mask)
             )
-            params, opt_state, metrics = optimizer_step(params, opt_state, minibatch)
+            params, opt_state, metrics = optimizer_step(params, frozen, opt_state, minibatch)
             return (params, opt_state), metrics
 
         orders = _orders(jax.random.fold_in(key, state.step), batch.mask.shape[0], update)
-        (params, opt_state), metrics = jax.lax.scan(one, (state.params, state.opt_state), orders)
+        trained, frozen = policy.split.parts(state.params)
+        (trained, opt_state), metrics = jax.lax.scan(one, (trained, state.opt_state), orders)
+        params = policy.split.join(trained, frozen)
         state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
         state = dataclasses.replace(state, reference=_moved_reference(state, update))
         return state, metrics_lib.finalize(metrics_lib.merge(metrics))
@@ -381,12 +389,17 @@ def _orders(key: jax.Array, completions: int, update: UpdateConfig) -> jax.Array
     return permute(jnp.arange(update.epochs)).reshape(update.epochs * update.minibatches, -1)
 
 
-def check_reference(objective: Objective, update: UpdateConfig) -> None:
-    """Raises ValueError where a reference is to move that there is not."""
+def check_reference(objective: Objective, update: UpdateConfig, policy: Policy) -> None:
+    """Raises ValueError where a reference is to move that there is not, or that lies in the policy's parameters."""
     if update.reference_every and not objective.needs_reference:
         raise ValueError(
             f"reference_every={update.reference_every}: the objective has no reference that could move. Give the loss "
             "a kl_coef above 0, or leave it out."
+        )
+    if update.reference_every and policy.split.reference is not None:
+        raise ValueError(
+            f"reference_every={update.reference_every}: with adapters (LoRA) the reference is the model without them, "
+            "of which there is no copy that could move. Leave it out, or train all parameters."
         )
 
 

@@ -13,7 +13,19 @@ from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 
-__all__ = ["Groups", "Policy", "PyTree", "Rollout", "SamplingParams", "Surplus", "TrainBatch", "TrainState", "record"]
+__all__ = [
+    "ALL",
+    "Groups",
+    "Policy",
+    "PyTree",
+    "Rollout",
+    "SamplingParams",
+    "Split",
+    "Surplus",
+    "TrainBatch",
+    "TrainState",
+    "record",
+]
 
 PyTree: TypeAlias = Any
 Array: TypeAlias = Any  # jax.Array; also what stands in its place: NumPy on the host, shapes, shardings
@@ -28,6 +40,21 @@ _C = TypeVar("_C")
 def record(cls: type[_C]) -> type[_C]:
     """A frozen, keyword-only dataclass that is a pytree of its fields."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """Which of a policy's parameters train: functions of trees like them, of arrays, shapes or logical axes."""
+
+    # (params) -> (those that train, the others); of those alone there are gradients and moments
+    parts: Callable[[PyTree], tuple[PyTree, PyTree]]
+    # (those that train, the others) -> params
+    join: Callable[[PyTree, PyTree], PyTree]
+    # (params) -> the reference's, which training leaves in them as they were; None: a reference is a copy
+    reference: Callable[[PyTree], PyTree] | None
+
+
+ALL = Split(parts=lambda params: (params, None), join=lambda params, _: params, reference=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +88,7 @@ class Policy:
         False  # `extend` of a token reads of a cache what is visible, so that it need not be in blocks
     )
     max_segments: int | None = None  # a row for `hidden` holds no more; None: any number
+    split: Split = ALL  # which parameters train
 
 
 @record
@@ -123,9 +151,9 @@ class TrainBatch:
 class TrainState:
     """Everything that is carried from one step to the next."""
 
-    params: PyTree  # trainable, float32
-    reference: PyTree  # frozen, as params; None where kl_coef is 0
-    opt_state: PyTree
+    params: PyTree  # of the policy; those that train (`Policy.split`) are float32
+    reference: PyTree  # frozen, as params; None where kl_coef is 0, or where it is in them (`Split.reference`)
+    opt_state: PyTree  # of those that train
     step: Array  # [] int32, rollout steps done
     cursor: Array  # [] int32, prompts consumed; prompts are a function of (seed, cursor)
     surplus: Surplus | None = None  # None: every step trains on what it samples

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import tokenizers
+from safetensors.numpy import load_file
 
 from tests import processes
 
@@ -248,6 +249,49 @@ def test_a_run_goes_on_without_the_model_that_it_began_with(made, tmp_path):
     assert (workdir / name).read_bytes() == (made / "grpo" / name).read_bytes()
 
 
+def test_adapters_train_go_on_and_begin_another_run(made, tmp_path):
+    """Of a run that was killed behind its first step the same, to the bit; and what is written is the model's sum."""
+    workdir, model = tmp_path / "lora", made / "sft" / "export"
+    flags = [f for f in json.loads((made / "again.json").read_text()) if not f.startswith("--workdir")]
+    flags += [
+        "--lora.rank=2",
+        "--lora.targets=('query','down')",
+        "--loss.kl_coef=0.1",
+        "--optimizer.learning_rate=0.01",
+    ]
+    said = run(*flags, f"--workdir={workdir}").stdout
+    # Of 4 layers: queries 192 -> 192, and 576 -> 192.
+    assert f" parameters of {model}, which are frozen; {4 * 2 * (384 + 768):,} of adapters beside them train" in said
+    _, first, second = rows(workdir / "metrics.jsonl")
+    assert first["kl"] == pytest.approx(0, abs=1e-6)  # the reference is the model as it was
+    assert second["kl"] > 1e-6
+    written = lambda place: {
+        name: (place / name).read_bytes() for name in ("export/model.safetensors", "adapter/adapter_model.safetensors")
+    }
+    before = written(workdir)
+    tensors = [load_file(place / "model.safetensors") for place in (model, workdir / "export")]
+    changed = {name for name in tensors[0] if not (tensors[0][name] == tensors[1][name]).all()}
+    kinds = ("self_attn.q_proj", "mlp.down_proj")
+    assert changed == {f"model.layers.{i}.{kind}.weight" for i in range(4) for kind in kinds}
+
+    for place in ("checkpoints/2", "export", "adapter"):
+        shutil.rmtree(workdir / place)
+    (workdir / "summary.json").unlink()
+    assert "grpo: continuing at step 1" in run(*flags, f"--workdir={workdir}").stdout
+    assert written(workdir) == before
+    evaluate = [f"--model={workdir}", f"--output={tmp_path / 'evaluation'}", *MEASURED, *MESH]
+    run("evaluate", *evaluate)
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["metrics"]
+    last = rows(workdir / "metrics.jsonl")[-1]
+    assert metrics == {name: last[name] for name in metrics}
+
+    trained = [f for f in flags[1:] if f.split("=")[0] in ("--model", "--data.train_file", "--data.test_file")]
+    again = ["sft", *trained, *MEASURED, "--train.steps=1", "--train.batch=4", "--train.max_tokens=24"]
+    again += [f"--workdir={tmp_path / 'sft'}", f"--lora.adapter={workdir / 'adapter'}", *flags[-4:-2]]
+    run(*again, "--lora.base_dtype=bfloat16", "--optimizer.learning_rate=0.0")
+    assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").read_bytes() == [*before.values()][1]
+
+
 OF_RUN = """
 import json, pathlib, sys
 from absl import flags
@@ -322,6 +366,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
         ("gsm8k", ["--data.dataset=math500", "--data.test_file=DIR/math500.jsonl"],
          "dataset='math500' is for evaluation alone: train on gsm8k."),
         ("gsm8k", ["--reward=DIR/none.py:brevity"], "--reward=DIR/none.py:...: there is no file DIR/none.py."),
+        ("gsm8k", ["--lora.rank=2", "--update.reference_every=1"], "reference_every=1: with adapters (LoRA) the"),
         ("gsm8k", ["--profile=3"], "--profile='3' must be FIRST:LAST"),
         ("gsm8k", ["--compilation_cache=DIR/train.jsonl/x"], "the compilation cache DIR/train.jsonl/x cannot"),
         ("sft", ["--profile=1:351"], "the profile is of steps 1 to 351, and the run has steps 1 to 350"),

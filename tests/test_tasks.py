@@ -18,7 +18,7 @@ from experiments import footprint, runs, tasks
 from grpo_jax import objectives, rollouts, sharding, training
 from grpo_jax.data.tokenizer import ByteTokenizer, PretrainedTokenizer
 from grpo_jax.logprobs import CHUNK
-from grpo_jax.models import pretrained
+from grpo_jax.models import lora, pretrained
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.sampler import Sampler
 from tests.silent import silent_rollout
@@ -319,10 +319,10 @@ def test_what_does_not_do_what_it_seems_to_is_said():
 
 def memory(
     config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False, max_prompt_tokens=6,
-    slots=0,
+    slots=0, adapters=lora.LoraConfig(),
 ):  # fmt: skip
     made = sharding.make_mesh(mesh)
-    policy = make_policy(config, made)
+    policy = lora.adapted_policy(make_policy(config, made), config, adapters)
     sampler = Sampler(
         policy, made, ByteTokenizer("abc"), group_size=2, max_tokens=4, max_prompt_tokens=max_prompt_tokens,
         key=jax.random.key(0), slots=slots,
@@ -330,7 +330,7 @@ def memory(
     return footprint.estimate(
         config, policy, made, sampler, rollout=rollouts.RolloutConfig(prompts=prompts, group_size=2, slots=slots),
         update=training.UpdateConfig(microbatches=microbatches),
-        loss=objectives.LossConfig(kl_coef=float(needs_reference)),
+        loss=objectives.LossConfig(kl_coef=float(needs_reference)), adapters=adapters,
     )  # fmt: skip
 
 
@@ -354,6 +354,14 @@ def test_memory_by_hand():
     }
     assert memory() == expected
     assert memory(needs_reference=True) == {**expected, "state": 4 * params}
+    # Adapters of rank 2: of the query 8 x 2 and 2 x 16, of `down` 12 x 2 and 2 x 8; the reference is in the parameters.
+    adapters = 4 * (16 + 32 + 24 + 16)
+    adapted = memory(needs_reference=True, adapters=lora.LoraConfig(rank=2, targets=("query", "down")))
+    assert adapted == {
+        **expected,
+        "state": params + 3 * adapters,
+        "update": expected["update"] - 2 * params + 2 * adapters,
+    }
     rematerialized = dataclasses.replace(TINY, remat=True)
     assert memory(rematerialized) == {**expected, "update": 2 * params + layer + inner + scores + logits}
     long = memory(max_prompt_tokens=252)  # 256 columns: 128 queries at a time

@@ -9,7 +9,8 @@ import pytest
 
 from grpo_jax import sharding
 from grpo_jax.logprobs import unembed
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy, project
+from grpo_jax.models.leaves import project
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from tests import oracle
 
 SIZES = {"vocab_size": 24, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 8, "mlp_width": 24}

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from grpo_jax import sharding
 from grpo_jax.models.families import PretrainedError, as_score, differences, parse_config, write_config
 from grpo_jax.models.layout import EMBEDDING, HEAD, Tensor, flat, layout
+from grpo_jax.models.leaves import Adapted, bare, merged
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.types import PyTree
 
@@ -297,7 +298,7 @@ def save(
 
     Args:
       directory: to be made; must not exist, or be empty.
-      params: of `make_policy(config)`.
+      params: of `make_policy(config)`; adapters in them are added to their weights.
       config: their configuration.
       source: a directory whose config.json, tokenizer and template files are carried along; it may also hold a
         tokenizer alone. Of a reward model, that of the language model from which it was made will do.
@@ -312,7 +313,7 @@ def save(
     directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
-    _check_params(params, config)
+    _check_params(bare(params), config)
     raw = _config_of(config, source)
     written = _dtype(dtype or str(jax.tree.leaves(params)[0].dtype))
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(written)
@@ -391,18 +392,22 @@ def _named(params: PyTree, config: TransformerConfig, dtype: str | None) -> Iter
     """Their tensors one by one, on the host."""
     tree, _, _ = layout(config)
     on_host = lambda x: np.asarray(jax.device_get(x)).astype(jnp.dtype(dtype or x.dtype))
+    of_layer = lambda stack, i: jax.tree.map(lambda x: x[i], stack)  # of an adapter too
 
     def walk(tensors, ours):
         if isinstance(tensors, Tensor):
-            yield tensors.name, tensors.write(on_host(ours))
+            yield tensors.name, tensors.write(on_host(_merged(ours) if isinstance(ours, Adapted) else ours))
         elif isinstance(tensors, dict):
             for name in tensors:
                 yield from walk(tensors[name], ours[name])
         else:  # a stack, or a list of layers or stacks
             for i, tensor in enumerate(tensors):
-                yield from walk(tensor, ours[i])
+                yield from walk(tensor, of_layer(ours, i) if isinstance(tensor, Tensor) else ours[i])
 
     return walk(tree, params)
+
+
+_merged = jax.jit(merged)  # a weight at a time: nobody holds a second model
 
 
 def _write_weights(part: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:

@@ -9,7 +9,8 @@ the functions of the `Policy` below run it. Parameters are a plain tree,
 (a reward model has a `score` [1, D] in the head's place)
 with a stack for each place in the pattern of windows, leaves [N // places, ...], so that training scans over
 the pattern, and the layers that are left over in `tail`. `prepare` takes the stacks apart for decoding, because
-indexing a stack inside the decode loop makes XLA copy all of it at every token.
+indexing a stack inside the decode loop makes XLA copy all of it at every token. Matrices of layers may be more than
+arrays: `leaves.py`.
 """
 
 import dataclasses
@@ -24,11 +25,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models.attention import make_attention
+from grpo_jax.models.leaves import merged, project, quantized, quantized_axes
 from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
 from grpo_jax.sharding import SAMPLER_RULES, shardings
 from grpo_jax.types import Policy
 
-__all__ = ["TransformerConfig", "abstract_params", "init_params", "make_policy", "project"]
+__all__ = ["TransformerConfig", "abstract_params", "init_params", "make_policy"]
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=True)}
 
@@ -103,43 +105,6 @@ class TransformerConfig:
     def pattern(self) -> tuple[int, ...]:
         """The windows that the training pass scans over; no longer than the layers."""
         return self.windows[: self.layers]
-
-
-def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
-    """Contracts the last `axes` axes of x with the first of a weight leaf, in x's dtype.
-
-    The leaf is an array, or qwix's of integers with a scale for each output; scaling those is less than scaling it.
-    As a product of matrices, for in the gradient of one with more axes XLA's CPU compiler transposes the cotangents.
-    """
-    matrix, scale = (leaf.qvalue, leaf.scale) if hasattr(leaf, "qvalue") else (leaf, None)
-    inputs, outputs = math.prod(matrix.shape[:axes]), matrix.shape[axes:]
-    out = jnp.matmul(x.reshape(-1, inputs), matrix.astype(x.dtype).reshape(inputs, -1))
-    if scale is not None:
-        out = out * jnp.broadcast_to(scale.astype(x.dtype).reshape(1, -1), out.shape)
-    return out.reshape(*x.shape[: x.ndim - axes], *outputs)
-
-
-_CONTRACTED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}  # leading axes of matrices
-
-
-def _quantized(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer whose matrices are 8-bit integers with a scale for each output."""
-    import qwix  # an extra
-
-    return layer | {
-        name: qwix.quantize(layer[name], "int8", channelwise_axes=range(axes, layer[name].ndim))
-        for name, axes in _CONTRACTED.items()
-    }
-
-
-def _quantized_axes(layer: dict[str, Any], axes: dict[str, Any]) -> dict[str, Any]:
-    """Logical axes of `_quantized`, of which `layer` has the shapes."""
-    of = lambda name: dataclasses.replace(
-        layer[name],
-        qvalue=axes[name],
-        scale=(None,) * _CONTRACTED[name] + axes[name][_CONTRACTED[name] :],
-    )
-    return axes | {name: of(name) for name in _CONTRACTED}
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
@@ -354,7 +319,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return jax.tree.map(cast, tree, is_leaf=lambda x: hasattr(x, "qvalue"))
 
     def sampler_layer(layer):
-        return of_sampler(_quantized(layer) if int8 else layer)
+        layer = merged(layer)
+        return of_sampler(quantized(layer) if int8 else layer)
 
     def prepare(params):
         rest = {name: leaf for name, leaf in params.items() if name not in ("layers", "tail")}
@@ -425,8 +391,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     rest = {name: axes for name, axes in param_axes.items() if name not in ("layers", "tail")}
     sampler_layers = unstacked(param_axes["layers"], param_axes.get("tail", []), layer_axes)
     if int8:
-        quantized = jax.eval_shape(prepare, shapes)["layers"]
-        sampler_layers = [_quantized_axes(*layer) for layer in zip(quantized, sampler_layers, strict=True)]
+        weights = jax.eval_shape(prepare, shapes)["layers"]
+        sampler_layers = [quantized_axes(*layer) for layer in zip(weights, sampler_layers, strict=True)]
     return Policy(
         hidden=hidden,
         head=head,
