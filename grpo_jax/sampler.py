@@ -292,10 +292,10 @@ class Sampler:
         others = shape(np.uint32), shape(np.int32, self.group_size)
         arguments = params, SamplingParams(), *self._fixed, *of_prompts, *others
         start, decode = self._programs(plan, *arguments)
-        begun = jax.eval_shape(start, *arguments)
-        places = sampling.placement(self._policy, *begun, self.mesh)
+        prefilled, state = jax.eval_shape(start, *arguments)
+        places = sampling.placement(self._policy, prefilled, state, self.mesh)
         abstract = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=x.weak_type)
-        held = jax.tree.map(abstract, begun, places)
+        held = jax.tree.map(abstract, (prefilled, state), places)
         return [
             lambda: start.lower(*arguments),
             lambda: decode.lower(*held, np.int32(self._chunk)),
