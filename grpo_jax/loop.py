@@ -11,6 +11,7 @@ import json
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -22,6 +23,7 @@ import optax
 from tqdm import tqdm
 
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
 from grpo_jax.rewards import RewardError
 from grpo_jax.rollouts import Experience
@@ -93,23 +95,32 @@ _FREE = ("mesh", "rollout.slots", "rewards.digests")
 def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
     """Makes the workdir and writes `config.json`, or checks that the one there is the same.
 
+    From here on the workdir is this process's, of several the first's, until it ends.
+
     Args:
       workdir: the directory.
       configuration: sections of plain values.
       free: sections, and fields by section.field, that may change between restarts.
 
     Raises:
-      WorkdirError: it cannot be written, or belongs to another configuration; the fields are named.
+      WorkdirError: it cannot be written, another process has it, or it belongs to another configuration; the fields
+        are named.
     """
     path, text = workdir / "config.json", json.dumps(configuration, indent=2, sort_keys=True) + "\n"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        _probe(workdir)
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
+    if jax.process_index() == 0:
+        lock(workdir)
+    try:
+        if (workdir / "checkpoints").exists():  # which may be on another disk, or another user's
+            _probe(workdir / "checkpoints")
+    except OSError as error:
+        raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
     # What a start that failed has left binds nobody.
-    if path.exists() and any(item.name not in ("config.json", "model") for item in workdir.iterdir()):
+    if path.exists() and any(item.name not in (".lock", "config.json", "model") for item in workdir.iterdir()):
         ours, theirs = _flat(json.loads(text)), _flat(json.loads(path.read_text()))
         differ = [
             f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
@@ -125,6 +136,12 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
                 "Give the same flags to continue it, or another --workdir to start a new run."
             )
     write_atomically(path, text)
+
+
+def _probe(directory: pathlib.Path) -> None:
+    """Raises OSError where no file can be made there."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable-"):
+        pass
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

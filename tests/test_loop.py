@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import tempfile
 import threading
 import time
 import types
@@ -192,6 +193,26 @@ def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match=r"cannot write to workdir .*Choose another --workdir"):
         loop.open_workdir(tmp_path / "file" / "below", {})
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "an immutable directory"])
+def test_checkpoints_that_cannot_be_written_are_said_at_the_start(tmp_path, monkeypatch, obstacle):
+    place = tmp_path / "checkpoints"
+    if obstacle == "a file":
+        place.write_text("")
+    else:  # permissions do not hold root back
+        place.mkdir()
+        made = tempfile.NamedTemporaryFile
+
+        def refused(*arguments, dir, **options):
+            if dir == place:
+                raise PermissionError(13, "Permission denied", str(dir))
+            return made(*arguments, dir=dir, **options)
+
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refused)
+    with pytest.raises(WorkdirError, match=r"cannot write checkpoints to workdir .*checkpoints"):
+        loop.open_workdir(tmp_path, {})
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkeypatch, capsys):
