@@ -198,6 +198,8 @@ def train(
         done = int(state.step)
         how = f"continuing at step {done} from" if done < steps else f"all {done} steps are in"
         print(f"{title}: {how} {workdir}", flush=True)
+    else:
+        store.prepare(state)
     step = begun = int(state.step)
     log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
     screen, profiler = Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
