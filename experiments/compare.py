@@ -44,7 +44,13 @@ DEFAULTS = {
     "evaluation.every": 5,
 }
 VARIED = {"loss.objective": "--objectives", "train.seed": "--seeds"}
-ELSEWHERE = ("baselines", "eval_only", "eval_step", "warm_start_only")  # flags of experiments.countdown's own
+ELSEWHERE = (
+    "baselines",
+    "debug_nans",
+    "eval_only",
+    "eval_step",
+    "warm_start_only",
+)  # flags of experiments.countdown's own
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 flags.declare_key_flag("workdir")
 

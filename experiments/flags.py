@@ -9,11 +9,14 @@ from typing import Any, Generic, TypeVar
 
 import fancyflags as ff
 from absl import flags
+from jax.sharding import Mesh
 
 __all__ = [
     "Section",
+    "check_debugging",
     "check_distinct",
     "compilation_cache",
+    "debug_nans",
     "field_comments",
     "profile",
     "rewards",
@@ -66,6 +69,20 @@ def profile() -> "flags.FlagHolder[str | None]":
     return flags.DEFINE_string(
         "profile", "", "FIRST:LAST, as 3:5: the steps of which a trace is written to WORKDIR/profile; empty: none."
     )
+
+
+def debug_nans() -> "flags.FlagHolder[bool]":
+    """Defines `--debug_nans`, of experiments that train; `check_debugging` says where it does not work."""
+    return flags.DEFINE_bool(
+        "debug_nans", False, "Stop at the first update that is not finite, and name the operation that made the first "
+        "NaN, with its file and line. On one device; slow, and it takes twice the memory.",
+    )  # fmt: skip
+
+
+def check_debugging(asked: bool, mesh: Mesh) -> None:
+    """Raises ValueError where NaNs are to be named on a mesh of several devices."""
+    if asked and mesh.size > 1:
+        raise ValueError(f"--debug_nans works on one device, and the mesh has {mesh.size}: leave out --mesh.")
 
 
 def rewards() -> "flags.FlagHolder[list[str]]":

@@ -88,6 +88,7 @@ WORKDIR = flags.DEFINE_string(
 REWARD = sections.rewards()
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DEBUG_NANS = sections.debug_nans()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -191,6 +192,7 @@ def main(argv: list[str]) -> None:
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
+        sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
         print(experiment.check_rewards(workdir, experience.rewards), end="", flush=True)
     except RewardError:
@@ -205,7 +207,7 @@ def main(argv: list[str]) -> None:
         workdir=workdir, title=config["loss"].objective, optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
-        surplus=experiment.surplus, profile=profile,
+        surplus=experiment.surplus, profile=profile, debug_nans=DEBUG_NANS.value,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)

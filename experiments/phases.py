@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from experiments import runs
 from grpo_jax import loop, objectives, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.debugging import naming_nans
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.types import Policy, Surplus, TrainState
 
@@ -20,11 +21,13 @@ def phase(
     params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
     objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
     optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
-    surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, **options: Any,
+    surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, debug_nans: bool = False,
+    **options: Any,
 ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
     """One phase of a run: `loop.train` from what `params()` gives, and lets go of it.
 
     `make_step`: (optimizer, like=, clip_norm=) -> train step; None: `training.make_train_step`, of the objective.
+    `debug_nans`: stop where the first NaN is made, and say where that is.
     Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
     """
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
@@ -41,8 +44,9 @@ def phase(
         )
     step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
     return loop.train(
-        state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
-        learning_rate=schedule, checkpoints=checkpoints, **options,
+        state, train_step=naming_nans(step) if debug_nans else step, experience=experience, steps=steps,
+        workdir=workdir, title=title, learning_rate=schedule, checkpoints=checkpoints,
+        max_skipped=optimizer.max_skipped, **options,
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ WORKDIR = flags.DEFINE_string(
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory: config, safetensors, tokenizer.", required=True)
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DEBUG_NANS = sections.debug_nans()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -104,6 +105,7 @@ def main(argv: list[str]) -> None:
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
+        sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
     except ValueError as error:
         sys.exit(f"error: {error}")
     train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.prompts)
@@ -121,7 +123,7 @@ def main(argv: list[str]) -> None:
         mesh=experiment.mesh, key=jax.random.key(train.seed), objective=objectives.supervised(),
         experience=experiment.demonstrations(), workdir=workdir, title="sft", optimizer=config["optimizer"],
         update=config["update"], steps=train.steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
-        evaluate_every=config["evaluation"].every, profile=profile,
+        evaluate_every=config["evaluation"].every, profile=profile, debug_nans=DEBUG_NANS.value,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model)
     summary = runs.summary(workdir, rows, train.seed, parameters)

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from grpo_jax import incidents
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
@@ -88,8 +89,9 @@ class StopSignals:
             raise Stopped
 
 
-# What changes nothing but roundings; and what files hold that a user may have to mend, which is said.
-_FREE = ("mesh", "rollout.slots", "rewards.digests")
+# What changes nothing but roundings, or when a run gives up; and what files hold that a user may have to mend, which is
+# said.
+_FREE = ("mesh", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
 
 
 def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
@@ -165,6 +167,7 @@ def train(
     checkpoints: CheckpointConfig = CheckpointConfig(),
     title: str = "train",
     profile: range = range(0),
+    max_skipped: int = 5,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Runs, or goes on with, the run in `workdir` until it has done `steps` steps.
 
@@ -182,6 +185,7 @@ def train(
       checkpoints: when to save and what to keep.
       title: of the progress bar.
       profile: the steps, from 1, of which a trace is written to `WORKDIR/profile/`.
+      max_skipped: optimizer steps in a row that may be skipped, by the metric `skipped_in_a_row`.
 
     Returns:
       The last state, and the log: one dictionary of metrics a step, with evaluations under `eval/`.
@@ -190,6 +194,7 @@ def train(
       SystemExit: a signal came (128 + its number): the last finished step is saved.
       ValueError: steps to profile that the run does not have.
       WorkdirError: something cannot be written. RewardError: a reward function misbehaved.
+      NotFiniteError: too many optimizer steps in a row were not finite; `not_finite.json` holds what was seen.
     """
     check_steps(profile, steps)
     store = Checkpoints(workdir / "checkpoints", checkpoints)
@@ -205,7 +210,7 @@ def train(
     screen, profiler = Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
     evaluate = evaluator or _NoEvaluation()
     rate_at = jax.jit(lambda count: {"learning_rate": learning_rate(count)} if learning_rate else {})
-    optimizer_steps = int(_optimizer_count(state))
+    optimizer_steps, sightings = int(_optimizer_count(state)), []
     with StopSignals() as stop:
         try:
             if not log.rows:
@@ -227,8 +232,13 @@ def train(
                     ended = time.perf_counter()
                     step, elapsed, optimizer_steps = step + 1, elapsed + ended - started, int(count)
                     metrics = {name: float(value) for name, value in metrics.items()} | dict(experienced.metrics)
+                    cursor, state = int(state.cursor), _advance(state, experienced)
+                    in_a_row = metrics.get("skipped_in_a_row", 0.0)
+                    sightings = [*sightings, incidents.seen(step, cursor, metrics, experienced)] if in_a_row else []
                     metrics |= _times(experienced, ended - started, ended - updating, elapsed)
-                    state = _advance(state, experienced)
+                    if in_a_row >= max_skipped:
+                        log.write(step, metrics, experienced.samples)
+                        raise incidents.stopped(workdir, sightings, store.steps[-1] if store.steps else None)
                     if step == steps:
                         metrics |= _evaluation(evaluate.full, state.params)
                     elif step % evaluate_every == 0:
