@@ -103,6 +103,7 @@ def main(given: games.Given, argv: list[str]) -> None:
         print(runs.cache_compilations(given.cache.value), flush=True)
         experiment = Experiment(config)
         experiment.check()
+        sections.check_debugging(given.debug_nans.value, experiment.mesh)
         if not given.eval_only.value:
             print(experiment.check_rewards(workdir), end="", flush=True)
     except RewardError:
@@ -113,15 +114,17 @@ def main(given: games.Given, argv: list[str]) -> None:
         games.evaluate_only(experiment, workdir, given.eval_step.value)
         return
     loop.open_workdir(workdir, runs.as_json(config))
-    run(experiment, workdir, profile)
+    run(experiment, workdir, profile, given.debug_nans.value)
 
 
-def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)) -> None:
+def run(
+    experiment: Experiment, workdir: pathlib.Path, profile: range = range(0), debug_nans: bool = False
+) -> None:  # fmt: skip
     """A warm start, GRPO, and what came of it."""
     config = experiment.config
     params = games.warmed(experiment, workdir)
     print(description(experiment, workdir), end="", flush=True)
-    rows = experiment.train(params, workdir, config["loss"].objective, profile)
+    rows = experiment.train(params, workdir, config["loss"].objective, profile, debug_nans)
     summary = runs.summary(workdir, rows, config["train"].seed, footprint.parameters(config["model"]))
     runs.finish(workdir, rows, summary, "Programming puzzles")
     print(

@@ -47,6 +47,7 @@ VARIED = {"loss.objective": "--objectives", "train.seed": "--seeds"}
 ELSEWHERE = (
     "baselines",
     "deterministic",
+    "debug_nans",
     "eval_only",
     "eval_step",
     "warm_start_only",

@@ -65,8 +65,8 @@ SECTIONS: dict[str, type[Any]] = {
 }
 SKIPPED = games.SKIPPED
 GIVEN = games.define_flags(SECTIONS)
-WORKDIR, EVAL_ONLY, EVAL_STEP, PROFILE, CACHE = (
-    GIVEN.workdir, GIVEN.eval_only, GIVEN.eval_step, GIVEN.profile, GIVEN.cache,
+WORKDIR, EVAL_ONLY, EVAL_STEP, PROFILE, CACHE, DEBUG_NANS = (
+    GIVEN.workdir, GIVEN.eval_only, GIVEN.eval_step, GIVEN.profile, GIVEN.cache, GIVEN.debug_nans,
 )  # fmt: skip
 for module in (games, sections):
     flags.adopt_module_key_flags(module)  # so that --help shows them
@@ -169,6 +169,7 @@ def main(argv: list[str]) -> None:
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config)
         experiment.check()
+        sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
         if not EVAL_ONLY.value:
             print(experiment.check_rewards(workdir), end="", flush=True)
     except RewardError:
@@ -193,7 +194,7 @@ def main(argv: list[str]) -> None:
         end="",
         flush=True,
     )
-    rows = experiment.train(params, workdir, config["loss"].objective, profile)
+    rows = experiment.train(params, workdir, config["loss"].objective, profile, DEBUG_NANS.value)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     curves = {"GRPO": rows}
     if BASELINES.value:

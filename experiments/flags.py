@@ -9,11 +9,14 @@ from typing import Any, Generic, TypeVar
 
 import fancyflags as ff
 from absl import flags
+from jax.sharding import Mesh
 
 __all__ = [
     "Section",
+    "check_debugging",
     "check_distinct",
     "compilation_cache",
+    "debug_nans",
     "deterministic",
     "field_comments",
     "profile",
@@ -76,6 +79,20 @@ def deterministic() -> "flags.FlagHolder[bool]":
         "process of the run: which were fastest is kept in WORKDIR/xla. It costs speed (docs/performance.md), and "
         "changes nothing elsewhere, where runs repeat anyway.",
     )  # fmt: skip
+
+
+def debug_nans() -> "flags.FlagHolder[bool]":
+    """Defines `--debug_nans`, of experiments that train; `check_debugging` says where it does not work."""
+    return flags.DEFINE_bool(
+        "debug_nans", False, "Stop at the first update that is not finite, and name the operation that made the first "
+        "NaN, with its file and line. On one device; slow, and it takes twice the memory.",
+    )  # fmt: skip
+
+
+def check_debugging(asked: bool, mesh: Mesh) -> None:
+    """Raises ValueError where NaNs are to be named on a mesh of several devices."""
+    if asked and mesh.size > 1:
+        raise ValueError(f"--debug_nans works on one device, and the mesh has {mesh.size}: leave out --mesh.")
 
 
 def rewards() -> "flags.FlagHolder[list[str]]":

@@ -186,7 +186,7 @@ class Experiment:
         return phases.phase(lambda: params, **{**shared, **options})
 
     def train(
-        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0)
+        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0), debug_nans: bool = False
     ) -> list[dict[str, Any]]:  # fmt: skip
         """The phase with the objective that the flags name, from `params`: its log."""
         config = self.config
@@ -195,6 +195,7 @@ class Experiment:
             optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
             evaluator=self.evaluator, evaluate_every=config["evaluation"].every,
             samples_every=config["train"].samples_every, surplus=self.surplus, profile=profile,
+            debug_nans=debug_nans,
         )  # fmt: skip
         return rows
 
@@ -228,6 +229,7 @@ class Given:
     reward: "flags.FlagHolder[list[str]]"
     profile: "flags.FlagHolder[str | None]"
     cache: "flags.FlagHolder[str | None]"
+    debug_nans: "flags.FlagHolder[bool]"
     sections: Mapping[str, experiment_flags.Section[Any]]  # by name
 
 
@@ -244,6 +246,7 @@ def define_flags(sections: Mapping[str, type[Any]]) -> Given:
         reward=experiment_flags.rewards(),
         profile=experiment_flags.profile(),
         cache=experiment_flags.compilation_cache(),
+        debug_nans=experiment_flags.debug_nans(),
         sections={
             name: experiment_flags.section(name, cls, skip=SKIPPED if name == "model" else ())
             for name, cls in sections.items()

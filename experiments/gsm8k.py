@@ -90,6 +90,7 @@ REWARD = sections.rewards()
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
 DETERMINISTIC = sections.deterministic()
+DEBUG_NANS = sections.debug_nans()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "lora": lora.LoraConfig,
@@ -201,6 +202,7 @@ def main(argv: list[str]) -> None:
             print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
+        sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
         print(experiment.check_rewards(workdir, experience.rewards), end="", flush=True)
     except RewardError:
@@ -216,7 +218,7 @@ def main(argv: list[str]) -> None:
         workdir=workdir, title=config["loss"].objective, optimizer=config["optimizer"], update=config["update"],
         steps=config["train"].steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
         evaluate_every=config["evaluation"].every, samples_every=config["train"].samples_every,
-        surplus=experiment.surplus, profile=profile, lora=config["lora"],
+        surplus=experiment.surplus, profile=profile, lora=config["lora"], debug_nans=DEBUG_NANS.value,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model, lora=config["lora"])
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)

@@ -11,6 +11,7 @@ from experiments import runs
 from grpo_jax import loop, objectives, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.compiling import Lowering, compile_all
+from grpo_jax.debugging import naming_nans
 from grpo_jax.evaluation import Evaluator
 from grpo_jax.models import lora as lora_lib
 from grpo_jax.models import peft
@@ -27,11 +28,13 @@ def phase(
     objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
     optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
     surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, lora: LoraConfig = LoraConfig(),
+    debug_nans: bool = False,
     **options: Any,
 ) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
     """One phase of a run: `loop.train` from what `params()` gives, and lets go of it.
 
     `make_step`: (optimizer, like=, clip_norm=) -> train step; None: `training.make_train_step`, of the objective.
+    `debug_nans`: stop where the first NaN is made, and say where that is.
     Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
     `lora`: adapters that train beside them; `policy` is `lora.adapted_policy`'s then.
     """
@@ -52,8 +55,9 @@ def phase(
     if (runs.saved_step(workdir) or 0) < steps:  # else nothing is left to run
         compile_all(_lowerings(state, step, experience, options.get("evaluator")))
     return loop.train(
-        state, train_step=step, experience=experience, steps=steps, workdir=workdir, title=title,
-        learning_rate=schedule, checkpoints=checkpoints, **options,
+        state, train_step=naming_nans(step) if debug_nans else step, experience=experience, steps=steps,
+        workdir=workdir, title=title, learning_rate=schedule, checkpoints=checkpoints,
+        max_skipped=optimizer.max_skipped, **options,
     )  # fmt: skip
 
 

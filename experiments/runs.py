@@ -28,6 +28,7 @@ from jax.sharding import Mesh  # noqa: E402
 
 from grpo_jax import objectives, training  # noqa: E402
 from grpo_jax.checkpoints import Checkpoints  # noqa: E402
+from grpo_jax.guard import NotFiniteError  # noqa: E402
 from grpo_jax.models import peft, pretrained  # noqa: E402
 from grpo_jax.models.lora import LoraConfig  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig  # noqa: E402
@@ -349,7 +350,7 @@ def command(main: Callable[[list[str]], None]) -> None:
     """`interruptible`, with the errors that a user can mend as one line instead of a traceback."""
     try:
         interruptible(main)
-    except (WorkdirError, RewardError, pretrained.PretrainedError, OSError) as error:
+    except (WorkdirError, RewardError, NotFiniteError, pretrained.PretrainedError, OSError) as error:
         if error.__cause__ is not None and isinstance(error, RewardError):
             traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
         sys.exit(f"error: {error}")

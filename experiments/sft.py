@@ -52,6 +52,7 @@ MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory: config, sa
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
 DETERMINISTIC = sections.deterministic()
+DEBUG_NANS = sections.debug_nans()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "lora": lora.LoraConfig,
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> None:
             print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
+        sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
     except ValueError as error:
         sys.exit(f"error: {error}")
     train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.prompts)
@@ -131,7 +133,7 @@ def main(argv: list[str]) -> None:
         mesh=experiment.mesh, key=jax.random.key(train.seed), objective=objectives.supervised(),
         experience=experiment.demonstrations(), workdir=workdir, title="sft", optimizer=config["optimizer"],
         update=config["update"], steps=train.steps, checkpoints=config["checkpoints"], evaluator=experiment.evaluator,
-        evaluate_every=config["evaluation"].every, profile=profile, lora=config["lora"],
+        evaluate_every=config["evaluation"].every, profile=profile, lora=config["lora"], debug_nans=DEBUG_NANS.value,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model, lora=config["lora"])
     summary = runs.summary(workdir, rows, train.seed, parameters)

@@ -1,18 +1,27 @@
-"""Checkpoints with Orbax: written in the background, atomic, the latest few and the best kept."""
+"""Checkpoints with Orbax: written in the background, atomic, the latest few and the best kept.
+
+Each holds a fingerprint of every array, and is taken only where it is what was saved; else the one before it is, and
+the bad one is set aside in `checkpoints_bad/`, never deleted.
+"""
 
 import contextlib
 import dataclasses
+import json
+import logging
 import pathlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from grpo_jax.fingerprints import fingerprints
 from grpo_jax.telemetry import WorkdirError
 from grpo_jax.types import TrainState
 
-__all__ = ["CheckpointConfig", "Checkpoints"]
+__all__ = ["CheckpointConfig", "Checkpoints", "everywhere"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,29 +37,83 @@ class CheckpointConfig:
             raise ValueError(f"{self}: every and keep_latest must be 1 or more, keep_best 0 or more.")
 
 
+class _Bad(Exception):
+    """A checkpoint that cannot be read, or is not what was saved."""
+
+
 class Checkpoints:
     """The checkpoints of one run, by step."""
 
     def __init__(
-        self, directory: pathlib.Path, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False
+        self,
+        directory: pathlib.Path,
+        config: CheckpointConfig = CheckpointConfig(),
+        *,
+        read_only: bool = False,
+        say: Callable[[str], None] = print,
     ):
-        """`read_only`: leave alone what another process may be writing there."""
+        """Opens the directory.
+
+        Args:
+          directory: where they are.
+          config: what to keep.
+          read_only: leave alone what another process may be writing there.
+          say: gets a line for each that is set aside.
+
+        Raises:
+          WorkdirError: the directory cannot be written.
+        """
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep_latest)]
         if config.keep_best:
             kept.append(
                 policies.BestN(get_metric_fn=_metric, n=config.keep_best, keep_checkpoints_without_metrics=False)
             )
+        self._directory, self._say = directory.absolute(), say
+        self._checkpointer: Any = None  # where nothing is written; it would read metrics, which may be bad
+        if read_only:
+            return
+        self._make_ready()
         checkpointer: Any = ocp.training.Checkpointer  # its annotations are narrower than what it takes
-        self._checkpointer = checkpointer(
-            directory.absolute(),
-            cleanup_tmp_directories=not read_only,
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-        )
+        with _quiet():
+            self._checkpointer = checkpointer(
+                self._directory, preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+            )
+
+    def _make_ready(self) -> None:
+        """Of all processes: makes the directory, and sets aside metrics that cannot be read, for Orbax."""
+        error = None
+        if _first():
+            try:
+                self._mend()
+            except OSError as raised:
+                error = raised
+        if not everywhere(error is None):
+            why = error or "see the first process"
+            raise WorkdirError(f"cannot write checkpoints in {self._directory}: {why}. Mend this first.") from error
+
+    def _mend(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.glob("*/metrics/metrics"):
+            try:
+                json.loads(path.read_text())
+            except ValueError as error:
+                where = self._set_aside(path.parent, f"{path.parent.parent.name}.metrics")
+                self._say(f"the metric of checkpoint {path.parent.parent.name} is lost ({error}): set aside in {where}")
+
+    def _set_aside(self, what: pathlib.Path, name: str) -> pathlib.Path:
+        place = self._directory.with_name(f"{self._directory.name}_bad")
+        place.mkdir(exist_ok=True)
+        names = (name if i == 0 else f"{name}.{i}" for i in range(10**6))
+        target = next(place / name for name in names if not (place / name).exists())
+        what.rename(target)
+        return target
 
     @property
     def steps(self) -> list[int]:
         """The steps there are, in order."""
+        if self._checkpointer is None:
+            return sorted(int(path.name) for path in self._directory.glob("*/") if path.name.isdecimal())
         return sorted(c.step for c in self._checkpointer.checkpoints)
 
     @property
@@ -59,29 +122,74 @@ class Checkpoints:
         measured = [c for c in self._checkpointer.checkpoints if _metric(c.metrics) > -1e30]
         return max(measured, key=lambda c: (_metric(c.metrics), c.step)).step if measured else None
 
+    def prepare(self, state: TrainState) -> None:
+        """Compiles what `save` asks of a state, so that no checkpoint waits for it."""
+        fingerprints(state)
+
     def save(self, state: TrainState, metric: float | None = None) -> None:
         """Copies the state off the devices and writes it in the background; a step there already is left alone."""
         step = int(state.step)
         if step in self.steps:
             return
         metrics = {} if metric is None else {"metric": metric}
+        described = _sealed({"shapes": _shapes(state), "fingerprints": fingerprints(state)})
         with self._explained():
             self._checkpointer.save_checkpointables_async(
-                step, {"state": state}, metrics=metrics, custom_metadata=_shapes(state), force=True
+                step, {"state": state}, metrics=metrics, custom_metadata=described, force=True
             )
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """The state at a step (None: the latest), bit-equal, laid out as `like`, which may be on another mesh.
+        """The state at a step, bit-equal to what was saved, laid out as `like`, which may be on another mesh.
+
+        None: the latest that is good. Those after it are set aside, unless this is `read_only`.
 
         Raises:
-          ValueError: there is no such step, or it holds a model of another shape.
+          ValueError: there is no such step, it holds a model of another shape, or none is good.
         """
         if not self.steps or (step is not None and step not in self.steps):
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise ValueError(f"{which} in {self._checkpointer.directory}; there are {self.steps}.")
-        step = self.steps[-1] if step is None else step
-        saved = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        wanted = _shapes(like)
+            raise ValueError(f"{which} in {self._directory}; there are {self.steps}.")
+        bad: dict[int, _Bad] = {}
+        for candidate in reversed(self.steps) if step is None else [step]:
+            try:
+                state = self._read(like, candidate)
+            except _Bad as error:
+                bad[candidate] = error
+                continue
+            for of, error in bad.items():
+                self._leave_behind(of, error, candidate)
+            if bad and self._checkpointer is not None:
+                self._checkpointer.reload()
+            return state
+        reasons = "".join(f"\n  step {of}: {error}" for of, error in bad.items())
+        raise ValueError(
+            f"no checkpoint in {self._directory} can be read, and nothing was changed there:{reasons}\n"
+            "Bring one back from a copy, or choose another --workdir to start anew."
+            if step is None
+            else f"checkpoint {step} in {self._directory} cannot be read: {bad[step]}. There are {self.steps}."
+        )
+
+    def _leave_behind(self, step: int, error: _Bad, instead: int) -> None:
+        """Of all processes: sets a bad checkpoint aside, and says so."""
+        where = "left where it is"
+        if self._checkpointer is not None:
+            if _first():
+                where = f"set aside in {self._set_aside(self._directory / str(step), str(step))}"
+            everywhere(True)  # the others look at the directory afterwards
+        if _first():
+            self._say(f"checkpoint {step} is bad ({error}): {where}; taking that of step {instead}.")
+
+    def _read(self, like: TrainState, step: int) -> TrainState:
+        """Of all processes: the state of a step.
+
+        Raises:
+          _Bad: one of them cannot read it, or it is not what was saved.
+          ValueError: it is of another shape.
+        """
+        place = self._directory / str(step)
+        # What one process cannot read is bad for all: they would go on from different steps.
+        described = self._of_all(lambda: _unsealed(ocp.checkpointables_metadata(place).custom_metadata))
+        saved, wanted = described["shapes"], _shapes(like)
         wrong = [
             f"{k}: saved {saved.get(k)}, expected {wanted.get(k)}"
             for k in {**saved, **wanted}
@@ -89,11 +197,30 @@ class Checkpoints:
         ]
         if wrong:
             raise ValueError(
-                f"checkpoint {step} in {self._checkpointer.directory} is of another model, optimizer or objective:\n  "
+                f"checkpoint {step} in {self._directory} is of another model, optimizer or objective:\n  "
                 + "\n  ".join(wrong[:10])
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        state = self._of_all(lambda: ocp.load_checkpointables(place, {"state": abstract})["state"])
+        found = fingerprints(state)
+        differ = [name for name, value in described["fingerprints"].items() if found[name] != value]
+        if differ:
+            raise _Bad(f"{len(differ)} of {len(found)} arrays are not what was saved, {differ[0]} for one")
+        return state
+
+    def _of_all(self, read: Callable[[], Any]) -> Any:
+        """What `read` gives, where it does on every process; _Bad where it does not on one."""
+        found, reason = None, "another process cannot read it"
+        try:
+            with _quiet():
+                found = read()
+        except (MemoryError, jax.errors.JaxRuntimeError):  # not the checkpoint's fault
+            raise
+        except Exception as error:  # of Orbax, TensorStore and JSON: what a damaged file makes of them
+            reason = _first_line(error)
+        if not everywhere(found is not None):
+            raise _Bad(reason)
+        return found
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -115,9 +242,59 @@ class Checkpoints:
             yield
         except Exception as error:  # a full disk is an OSError here and a ValueError there, from a thread of Orbax
             raise WorkdirError(
-                f"cannot write a checkpoint in {self._checkpointer.directory}: {error}\nThose already saved, of steps "
+                f"cannot write a checkpoint in {self._directory}: {error}\nThose already saved, of steps "
                 f"{self.steps}, are intact: mend this and run the same command again to continue."
             ) from error
+
+
+def everywhere(here: bool) -> bool:
+    """Whether it is true on all processes, which all must ask; it waits for them."""
+    if jax.process_count() == 1:
+        return here
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def _first() -> bool:
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the pages that Orbax logs about a damaged file: we say what it comes to, in a line."""
+    logger, nothing = logging.getLogger("absl"), lambda record: record.levelno >= logging.CRITICAL
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
+
+
+def _first_line(error: BaseException) -> str:
+    """The innermost reason in a line: what Orbax raises says little, and what it was raised from much."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].partition(" [tensorstore_spec=")[0][:300]
+
+
+def _sealed(described: dict[str, Any]) -> dict[str, Any]:
+    """With a checksum, so that damage to it is not taken for another model."""
+    text = json.dumps(described)
+    return {"described": text, "checksum": zlib.crc32(text.encode())}
+
+
+def _unsealed(metadata: Any) -> dict[str, Any]:
+    """What `_sealed` was given.
+
+    Raises:
+      ValueError: it is damaged, or gone.
+    """
+    text = (metadata or {}).get("described")
+    if not isinstance(text, str) or zlib.crc32(text.encode()) != (metadata or {}).get("checksum"):
+        raise ValueError("its description is damaged, gone, or of another version of grpo_jax")
+    return json.loads(text)
 
 
 def _metric(metrics: Any) -> float:

@@ -109,11 +109,15 @@ def _truncated(metrics: Row, history: Sequence[Row]) -> str | None:
 
 
 def _not_finite(metrics: Row, history: Sequence[Row]) -> str | None:
-    if math.isfinite(metrics.get("loss", 0.0)) and math.isfinite(metrics.get("grad_norm", 0.0)):
+    skipped, in_a_row = metrics.get("skipped", 0.0), metrics.get("skipped_in_a_row", 0.0)
+    names = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+    if not skipped and not names:
         return None
+    what = " and ".join(names) or "the parameters after a step"
     return (
-        "not finite: loss or gradient is not a finite number, and the parameters are lost with it: lower "
-        "--optimizer.learning_rate, bound log-ratios with --loss.clamp, and go on from a checkpoint before this step."
+        f"not finite: {what}; {skipped:.0f} optimizer steps were left out ({in_a_row:.0f} in a row by now), and the "
+        "parameters are as they were: if it comes again, lower --optimizer.learning_rate or bound log-ratios with "
+        "--loss.clamp; --debug_nans names the operation."
     )
 
 

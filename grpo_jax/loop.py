@@ -11,8 +11,9 @@ import json
 import pathlib
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Protocol
 
@@ -21,12 +22,14 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from grpo_jax import incidents
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
-from grpo_jax.diagnosis import diagnose
+from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
 from grpo_jax.rewards import RewardError
 from grpo_jax.rollouts import Experience
 from grpo_jax.scoring import Journal
+from grpo_jax.screen import Screen
 from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
 from grpo_jax.types import PyTree, TrainState
 
@@ -86,12 +89,15 @@ class StopSignals:
             raise Stopped
 
 
-# What changes nothing but roundings; and what files hold that a user may have to mend, which is said.
-_FREE = ("mesh", "rollout.slots", "rewards.digests")
+# What changes nothing but roundings, or when a run gives up; and what files hold that a user may have to mend, which is
+# said.
+_FREE = ("mesh", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
 
 
 def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
     """Makes the workdir and writes `config.json`, or checks that the one there is the same.
+
+    From here on the workdir is this process's, of several the first's, until it ends.
 
     Args:
       workdir: the directory.
@@ -99,17 +105,24 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
       free: sections, and fields by section.field, that may change between restarts.
 
     Raises:
-      WorkdirError: it cannot be written, or belongs to another configuration; the fields are named.
+      WorkdirError: it cannot be written, another process has it, or it belongs to another configuration; the fields
+        are named.
     """
     path, text = workdir / "config.json", json.dumps(configuration, indent=2, sort_keys=True) + "\n"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        _probe(workdir)
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
+    if jax.process_index() == 0:
+        lock(workdir)
+    try:
+        if (workdir / "checkpoints").exists():  # which may be on another disk, or another user's
+            _probe(workdir / "checkpoints")
+    except OSError as error:
+        raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
     # What a start that failed has left binds nobody.
-    if path.exists() and any(item.name not in ("config.json", "model") for item in workdir.iterdir()):
+    if path.exists() and any(item.name not in (".lock", "config.json", "model") for item in workdir.iterdir()):
         ours, theirs = _flat(json.loads(text)), _flat(json.loads(path.read_text()))
         differ = [
             f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
@@ -125,6 +138,12 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
                 "Give the same flags to continue it, or another --workdir to start a new run."
             )
     write_atomically(path, text)
+
+
+def _probe(directory: pathlib.Path) -> None:
+    """Raises OSError where no file can be made there."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable-"):
+        pass
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -148,6 +167,7 @@ def train(
     checkpoints: CheckpointConfig = CheckpointConfig(),
     title: str = "train",
     profile: range = range(0),
+    max_skipped: int = 5,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Runs, or goes on with, the run in `workdir` until it has done `steps` steps.
 
@@ -165,6 +185,7 @@ def train(
       checkpoints: when to save and what to keep.
       title: of the progress bar.
       profile: the steps, from 1, of which a trace is written to `WORKDIR/profile/`.
+      max_skipped: optimizer steps in a row that may be skipped, by the metric `skipped_in_a_row`.
 
     Returns:
       The last state, and the log: one dictionary of metrics a step, with evaluations under `eval/`.
@@ -173,6 +194,7 @@ def train(
       SystemExit: a signal came (128 + its number): the last finished step is saved.
       ValueError: steps to profile that the run does not have.
       WorkdirError: something cannot be written. RewardError: a reward function misbehaved.
+      NotFiniteError: too many optimizer steps in a row were not finite; `not_finite.json` holds what was seen.
     """
     check_steps(profile, steps)
     store = Checkpoints(workdir / "checkpoints", checkpoints)
@@ -181,12 +203,14 @@ def train(
         done = int(state.step)
         how = f"continuing at step {done} from" if done < steps else f"all {done} steps are in"
         print(f"{title}: {how} {workdir}", flush=True)
+    else:
+        store.prepare(state)
     step = begun = int(state.step)
     log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
-    screen, profiler = _Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
+    screen, profiler = Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
     evaluate = evaluator or _NoEvaluation()
     rate_at = jax.jit(lambda count: {"learning_rate": learning_rate(count)} if learning_rate else {})
-    optimizer_steps = int(_optimizer_count(state))
+    optimizer_steps, sightings = int(_optimizer_count(state)), []
     with StopSignals() as stop:
         try:
             if not log.rows:
@@ -208,8 +232,13 @@ def train(
                     ended = time.perf_counter()
                     step, elapsed, optimizer_steps = step + 1, elapsed + ended - started, int(count)
                     metrics = {name: float(value) for name, value in metrics.items()} | dict(experienced.metrics)
+                    cursor, state = int(state.cursor), _advance(state, experienced)
+                    in_a_row = metrics.get("skipped_in_a_row", 0.0)
+                    sightings = [*sightings, incidents.seen(step, cursor, metrics, experienced)] if in_a_row else []
                     metrics |= _times(experienced, ended - started, ended - updating, elapsed)
-                    state = _advance(state, experienced)
+                    if in_a_row >= max_skipped:
+                        log.write(step, metrics, experienced.samples)
+                        raise incidents.stopped(workdir, sightings, store.steps[-1] if store.steps else None)
                     if step == steps:
                         metrics |= _evaluation(evaluate.full, state.params)
                     elif step % evaluate_every == 0:
@@ -279,86 +308,8 @@ def _times(experienced: Experience, step: float, update: float, elapsed: float) 
     }
 
 
-def _shown(name: str, value: float) -> str:
-    """A share as per cents; the mean of a reward may be anything, as of a loss."""
-    counts = name.endswith(("/failed", "/not_applicable"))
-    return f"{value:.1%}" if _by_number(name)[0] in _SHARES and not counts else f"{value:.3g}"
-
-
-_SHARES = ("eval/accuracy", "eval/pass", "eval/mean", "eval/maj")
-
-
-def _by_number(name: str) -> tuple[str, int]:
-    """accuracy, mean@4, mean@4/failed, mean@64, pass@1, pass@16."""
-    kind, _, count = name.partition("@")
-    return kind, int(count.partition("/")[0] or 0)
-
-
 class _NoEvaluation:
     def greedy(self, params, interrupt=None):
         return {}
 
     full = greedy
-
-
-class _Screen:
-    """A progress bar on a terminal, and now and then a line where there is none."""
-
-    def __init__(self, title: str, steps: int, step: int):
-        self._title, self._steps = title, steps
-        self._said: dict[str, int] = {}  # the step at which a diagnosis was last printed, by its name
-        self._lines = max(1, min(steps // 20, 200))  # steps between lines where there is no terminal
-        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
-
-    def evaluation(self, row: Mapping[str, Any]) -> None:
-        names = sorted((name for name in row if name.startswith("eval/")), key=_by_number)
-        if names:
-            shown = (
-                f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {_shown(name, row[name])}"
-                for name in names
-            )
-            self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
-
-    def step(self, rows: Sequence[Mapping[str, Any]], samples: Any) -> None:
-        row = rows[-1]
-        self._bar.set_postfix_str(_line(row), refresh=False)
-        self._bar.update()
-        self.evaluation(row)
-        if self._bar.disable and (row["step"] % self._lines == 0 or row["step"] == 1):
-            self._say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
-        for sample in samples[:4]:
-            text = f"{sample['prompt']} -> {sample['completion']}"
-            reward = "unknown" if sample["reward"] is None else f"{sample['reward']:.2f}"
-            self._say(f"    {text}  reward {reward}  advantage {sample['advantage']:+.2f}")
-        for said in diagnose(row, rows[:-1]):
-            name = said.partition(":")[0]
-            again = max(self._lines, 10)  # its numbers differ every time, so that it would be said at each
-            if row["step"] - self._said.get(name, -again) >= again:
-                self._say(f"{self._title}: step {row['step']}: {said}")
-                self._said[name] = row["step"]
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    parts = {
-        "reward": row.get("reward"),
-        "accuracy": row.get("accuracy"),
-        "kl": row.get("kl"),
-        "loss": row.get("loss"),
-        "length": row.get("completions/mean_length"),
-    }
-    text = " ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
-    speeds = {"rollout": row["time/rollout_tokens_per_second"], "train": row["time/train_tokens_per_second"]}
-    said = " ".join(f"{name} {speed:.0f}" for name, speed in speeds.items() if speed)
-    seconds = row["time/step_seconds"]
-    names = ("rollout", "rewards", "reference", "update", "other")
-    parts = {name: name.removesuffix("s") for name in names}
-    shares = {name: row[f"time/{key}_seconds"] / seconds for name, key in parts.items()}
-    split = " ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
-    return f"{text} tok/s: {said} {seconds:.2g}s ({split})"

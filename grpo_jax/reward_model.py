@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import sharding
+from grpo_jax.guard import guarded_update, skip_metrics
 from grpo_jax.logprobs import unembed
 from grpo_jax.memory import most_alive, parts_that_fit
-from grpo_jax.metrics import Mean, Metrics, masked_mean
+from grpo_jax.metrics import Metrics, masked_mean
 from grpo_jax.microbatches import Microbatches, over_data, over_parts, pack_microbatches
 from grpo_jax.packing import Rows, take_columns
 from grpo_jax.sharding import per_device
@@ -164,14 +165,15 @@ def make_pair_step(
         microbatches = dataclasses.replace(microbatches, of=derivatives.reshape(microbatches.of.shape))
         _, grads = over_data(functools.partial(summed_gradients, of_part, mesh), state.params, microbatches)
         grads = jax.tree.map(lambda x: x.sum(0), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        norm, once = optax.tree.norm(grads), lambda x: Mean(total=x.astype(jnp.float32), count=jnp.ones(()))
-        metrics = {**metrics, "loss": once(value), "grad_norm": once(norm)}
-        if clip_norm:
-            metrics["grad_clipped"] = once(norm > clip_norm)
-        params = optax.apply_updates(state.params, updates)
-        state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
-        return state, metrics_lib.finalize(metrics)
+        updated = guarded_update(
+            optimizer, state.params, state.opt_state, state.skipped, value, grads, clip_norm=clip_norm
+        )
+        skipped = None if state.skipped is None else updated.skipped
+        state = dataclasses.replace(
+            state, params=updated.params, opt_state=updated.opt_state, step=state.step + 1, skipped=skipped
+        )
+        finished = metrics_lib.finalize({**metrics, **updated.metrics})
+        return state, {**finished, **skip_metrics(updated.skipped[None])}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 

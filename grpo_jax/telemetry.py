@@ -17,6 +17,7 @@ the function says so (`rewards.Judged`), else its whole call. A step whose rewar
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -135,24 +136,52 @@ class RewardJournal:
         self._lines.close()
 
 
+class _Board:
+    """A TensorBoard event file, written when it is told to.
+
+    tensorboardX's own SummaryWriter leaves that to a thread that waits by the wall clock: after a jump back it writes
+    nothing for as long as that. The times in the file count on from the start, whatever the clock does.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        from tensorboardX import event_file_writer, proto, summary  # imports protobuf: half a second
+
+        self._summary, self._event = summary, proto.event_pb2.Event
+        self._file = event_file_writer.EventsWriter(str(directory / "events"))
+        self._began = time.time() - time.perf_counter()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        now = self._began + time.perf_counter()
+        for name, value in row.items():
+            if name != "step":
+                scalar = self._summary.scalar(name, value)
+                self._file.write_event(self._event(wall_time=now, step=row["step"], summary=scalar))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class RunLog:
     """`metrics.jsonl`, `samples.jsonl` and TensorBoard event files of one run, cut back to a step."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
         """Opens the logs and drops everything after `step`, which is where the run goes on from."""
-        from tensorboardX import SummaryWriter  # imports protobuf: half a second
-
         self._metrics = _JsonLines(workdir / "metrics.jsonl", keep=lambda row: row["step"] <= step)
         self._samples = _JsonLines(workdir / "samples.jsonl", keep=lambda row: row["step"] <= step)
         directory = workdir / "tensorboard"
         try:
             for stale in directory.glob("events.out.tfevents.*"):
                 stale.unlink()
-            self._board = SummaryWriter(str(directory))
+            directory.mkdir(exist_ok=True)
+            self._board = _Board(directory)
         except OSError as error:
             raise _explained(directory, error) from error
         for row in self._metrics.rows:
-            self._to_board(row)
+            self._board.write(row)
+        self._board.flush()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -166,12 +195,8 @@ class RunLog:
             self._samples.append({"step": step, **sample})
         self._metrics.append(row)
         self._metrics.rows.append(row)
-        self._to_board(row)
-
-    def _to_board(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        self._board.write(row)
+        self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import sharding
 from grpo_jax.corrections import top_entropies
+from grpo_jax.guard import guarded_update, skip_metrics
 from grpo_jax.logprobs import row_logprobs
 from grpo_jax.microbatches import Microbatches, frozen_logprobs, over_data, pack_microbatches
 from grpo_jax.objectives import Objective
@@ -51,12 +52,15 @@ class OptimizerConfig:
     b2: float = 0.98  # decay of Adam's mean of squares
     epsilon: float = 1e-8  # in Adam's denominator
     weight_decay: float = 0.0  # a step, times the learning rate
+    max_skipped: int = 5  # optimizer steps in a row that may be skipped, for NaN or inf; then the run stops
 
     def __post_init__(self) -> None:
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay={self.decay!r} must be 'constant', 'linear' or 'cosine'.")
         if self.learning_rate < 0 or self.clip_norm < 0 or self.warmup_steps < 0:
             raise ValueError(f"{self}: learning_rate, clip_norm and warmup_steps must be 0 or more.")
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped={self.max_skipped} must be 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,7 @@ def state_shardings(
         step=everywhere,
         cursor=everywhere,
         surplus=jax.tree.map(lambda x: sharding.batch_sharding(mesh) if x.ndim else everywhere, abstract.surplus),
+        skipped=None if abstract.skipped is None else everywhere,
     )
 
 
@@ -130,6 +135,7 @@ def _initial(
         step=jnp.zeros((), jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
         surplus=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), surplus),
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 
@@ -307,7 +313,8 @@ def make_train_step(
     Returns:
       `train_step(state, batch) -> (state, metrics)`, jitted; the state is donated. The step count goes up
       by one; the cursor stays, since only the caller knows what the batch consumed. Metrics are
-      {name: [] float32}, means over all tokens of all optimizer steps.
+      {name: [] float32}, means over all tokens of all optimizer steps; and of optimizer steps `skipped`, how many,
+      and `skipped_in_a_row`, see `guarded_update`.
       It raises ValueError where B does not divide into minibatches x microbatches x data x fsdp, or a correction finds
       no log-probabilities of the sampler.
 
@@ -319,19 +326,15 @@ def make_train_step(
     mesh = where.step.mesh
     optimizer_steps = update.epochs * update.minibatches
 
-    def optimizer_step(params, frozen, opt_state, minibatch: _Minibatch):
+    def optimizer_step(params, frozen, opt_state, skipped, minibatch: _Minibatch):
         loss_of = lambda params, *part: _loss_of(policy, objective, mesh, policy.split.join(params, frozen), *part)
         gradients = functools.partial(summed_gradients, loss_of, mesh)
         microbatches = pack_microbatches(policy, minibatch.batch, minibatch, update.microbatches, mesh)
         # Each data shard sums over its own microbatches; then one reduction over data, and not one a microbatch.
         (loss, metrics), grads = over_data(gradients, params, microbatches)
         loss, metrics, grads = loss.sum(), metrics_lib.merge(metrics), jax.tree.map(lambda x: x.sum(0), grads)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        norm, once = optax.tree.norm(grads), lambda x: metrics_lib.Mean(total=x.astype(jnp.float32), count=jnp.ones(()))
-        metrics = {**metrics, "loss": once(loss), "grad_norm": once(norm)}
-        if clip_norm:
-            metrics["grad_clipped"] = once(norm > clip_norm)
-        return optax.apply_updates(params, updates), opt_state, metrics
+        updated = guarded_update(optimizer, params, opt_state, skipped, loss, grads, clip_norm=clip_norm)
+        return dataclasses.replace(updated, metrics={**metrics, **updated.metrics})
 
     def train_step(state: TrainState, batch: TrainBatch):
         check_divides(batch.mask.shape[0], update, mesh)
@@ -356,20 +359,24 @@ def make_train_step(
 
         def one(carry, order):
             take = lambda tree: jax.tree.map(lambda x: x[order], tree) if update.minibatches > 1 else tree
-            (params, opt_state), b = carry, take(batch)
+            (params, opt_state, skipped), b = carry, take(batch)
             minibatch = _Minibatch(
                 batch=b, old=take(old), ref=take(ref), learns=take(learns), weights=objective.token_weights(b.mask)
             )
-            params, opt_state, metrics = optimizer_step(params, frozen, opt_state, minibatch)
-            return (params, opt_state), metrics
+            updated = optimizer_step(params, frozen, opt_state, skipped, minibatch)
+            return (updated.params, updated.opt_state, updated.skipped), (updated.metrics, updated.skipped)
 
         orders = _orders(jax.random.fold_in(key, state.step), batch.mask.shape[0], update)
         trained, frozen = policy.split.parts(state.params)
-        (trained, opt_state), metrics = jax.lax.scan(one, (trained, state.opt_state), orders)
-        params = policy.split.join(trained, frozen)
-        state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        before = jnp.int32(0) if state.skipped is None else state.skipped
+        carry, (metrics, skipped) = jax.lax.scan(one, (trained, state.opt_state, before), orders)
+        trained, opt_state, after = carry
+        state = dataclasses.replace(
+            state, params=policy.split.join(trained, frozen), opt_state=opt_state, step=state.step + 1,
+            skipped=None if state.skipped is None else after,
+        )  # fmt: skip
         state = dataclasses.replace(state, reference=_moved_reference(state, update))
-        return state, metrics_lib.finalize(metrics_lib.merge(metrics))
+        return state, {**metrics_lib.finalize(metrics_lib.merge(metrics)), **skip_metrics(skipped)}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 

@@ -157,3 +157,4 @@ class TrainState:
     step: Array  # [] int32, rollout steps done
     cursor: Array  # [] int32, prompts consumed; prompts are a function of (seed, cursor)
     surplus: Surplus | None = None  # None: every step trains on what it samples
+    skipped: Array | None = None  # [] int32, the last so many optimizer steps were skipped; None: nobody counts

@@ -1,5 +1,6 @@
 import dataclasses
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import objectives, sharding, training
+from grpo_jax import checkpoints, objectives, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.telemetry import WorkdirError
@@ -90,6 +91,117 @@ def test_a_full_disk_is_an_error_and_what_was_saved_is_intact(tmp_path):
     again = Checkpoints(tmp_path)
     assert again.steps == [0]
     np.testing.assert_array_equal(again.restore(state).params["embedding"], state.params["embedding"])
+
+
+def bits(state):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+
+
+def removed(path):
+    path.unlink()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A directory with checkpoints of steps 1 and 2, and their states."""
+    place, state = tmp_path_factory.mktemp("two") / "checkpoints", state_on()
+    states = {1: at(jax.tree.map(lambda x: x + 1, state), 1), 2: at(state, 2)}
+    store = Checkpoints(place)
+    for of in states.values():
+        save(store, of, 0.5)
+    store.close()
+    return place, states
+
+
+def damaged(two, tmp_path, damage, names):
+    """A copy in which files of step 2 are damaged."""
+    place = tmp_path / "checkpoints"
+    shutil.copytree(two[0], place)
+    for name in names:
+        damage(place / name)
+    return place
+
+
+@pytest.mark.parametrize("damage", [removed, truncated, flipped])
+def test_whatever_happens_to_a_file_what_is_restored_is_what_was_saved(two, tmp_path, damage):
+    names = [path.relative_to(two[0]) for path in sorted((two[0] / "2").rglob("*")) if path.is_file()]
+    assert len(names) > 10
+    taken, reasons = {}, ""
+    for i, name in enumerate(names):
+        said: list[str] = []
+        place = damaged(two, tmp_path / str(i), damage, [name])
+        reader = Checkpoints(place, read_only=True, say=said.append)
+        read = reader.restore(two[1][1])
+        assert reader.steps == [1, 2]
+        store = Checkpoints(place, say=said.append)
+        restored = store.restore(two[1][1])
+        taken[name] = step = int(restored.step)
+        assert bits(restored) == bits(read) == bits(two[1][step])
+        bad = tmp_path / str(i) / "checkpoints_bad"
+        assert (bad / "2").exists() == (step == 1)
+        assert store.steps == list(range(1, step + 1))
+        if step == 1:
+            assert all(line.startswith("checkpoint 2 is bad (") and "\n" not in line for line in said)
+            assert [line.partition("): ")[2] for line in said] == [
+                "left where it is; taking that of step 1.", f"set aside in {bad / '2'}; taking that of step 1.",
+            ]  # fmt: skip
+            save(store, two[1][2])  # which comes again
+            assert bits(store.restore(two[1][1])) == bits(two[1][2])
+        store.close()
+        reasons += "".join(said)
+    of_the_state = [name for name in names if {"d", "manifest.ocdbt", "_CHECKPOINT_METADATA"} & {*name.parts}]
+    # Some files are not read, and some bytes mean nothing; what holds the state, or says what it is, must be seen.
+    assert sum(taken[name] == 1 for name in of_the_state) >= 4, taken
+    assert ("arrays are not what was saved" in reasons) == (damage is flipped)  # Orbax itself does not see it
+
+
+def test_where_none_is_good_nothing_is_touched(two, tmp_path):
+    place = damaged(two, tmp_path, removed, ["1/state/manifest.ocdbt", "2/state/manifest.ocdbt"])
+    before = sorted(place.rglob("*"))
+    for read_only in (False, True):
+        with pytest.raises(ValueError, match=r"can be read, and nothing was changed there:\n  step 2: .*\n  step 1: "):
+            Checkpoints(place, read_only=read_only).restore(two[1][1])
+    assert sorted(place.rglob("*")) == before
+    assert not (tmp_path / "checkpoints_bad").exists()
+
+
+def test_a_bad_step_that_is_asked_for_by_name_is_an_error(two, tmp_path):
+    place = damaged(two, tmp_path, truncated, ["2/state/manifest.ocdbt"])
+    with pytest.raises(ValueError, match=r"checkpoint 2 in .* cannot be read: .*There are \[1, 2\]"):
+        Checkpoints(place).restore(two[1][1], 2)
+    assert (place / "2").exists()
+
+
+def test_another_model_is_not_set_aside(two, tmp_path):
+    place = damaged(two, tmp_path, truncated, [])
+    with pytest.raises(ValueError, match="is of another model"):
+        Checkpoints(place).restore(state_on(dataclasses.replace(CONFIG, vocab_size=20)))
+    assert (place / "2").exists()
+
+
+def test_what_one_process_cannot_read_is_bad_for_all(two, tmp_path, monkeypatch):
+    """Here as the process that could read it: the other says no to the first question about step 2."""
+    answers, place = iter([False]), damaged(two, tmp_path, truncated, [])
+    store = Checkpoints(place)
+    monkeypatch.setattr(checkpoints, "everywhere", lambda here: here and next(answers, True))
+    assert int(store.restore(two[1][1]).step) == 1
+    assert (tmp_path / "checkpoints_bad" / "2").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(WorkdirError, match=r"cannot write checkpoints in .*/checkpoints: .*Mend this first"):
+        Checkpoints(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("changes", [{"every": 0}, {"keep_latest": 0}, {"keep_best": -1}])

@@ -10,9 +10,9 @@ from grpo_jax import evaluation, sharding
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.evaluation import EvaluationConfig, Evaluator, maj_at_k, pass_at_k
-from grpo_jax.loop import _by_number, _shown
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.rewards import Judged, Reward
+from grpo_jax.screen import _by_number, _shown
 
 TOKENIZER = ByteTokenizer("abcd")
 CONFIG = TransformerConfig(

@@ -16,8 +16,10 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.corrections import top_entropies
 from grpo_jax.data.countdown import Countdown
 from grpo_jax.data.sources import Prompt
+from grpo_jax.guard import NotFiniteError
 from grpo_jax.models.transformer import init_params, make_policy
 from grpo_jax.rewards import Reward
+from grpo_jax.telemetry import read_jsonl
 from grpo_jax.types import Rollout
 from tests.silent import silent_rollout
 from tests.test_rollouts import Journal
@@ -35,7 +37,7 @@ OTHER = {
              "clip_low": 0.01, "clip_high": 0.01, "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1,
              "mdpo_coef": 0.5, "top_entropy": 0.5, "correction": "token_truncate", "correction_bound": 1.01},
     "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
-                  "epsilon": 1.0, "weight_decay": 0.1},
+                  "epsilon": 1.0, "weight_decay": 0.1, "max_skipped": 2},
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2, "reference_every": 2, "reference_mix": 0.5},
     "train": {"steps": 7, "seed": 1, "format_reward": 0.5, "samples_every": 1},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -141,7 +143,24 @@ def observe_optimizer(config, tmp_path):
     for _ in range(5):
         updates, state = optimizer.update(params * jnp.array([3.0, 0.5]), state, params)
         params = optax.apply_updates(params, updates)
-    return params.tolist(), [float(schedule(i)) for i in range(6)]
+    return params.tolist(), [float(schedule(i)) for i in range(6)], gives_up_after(config, tmp_path)
+
+
+def gives_up_after(config, tmp_path) -> int:
+    """Steps of a run in which every optimizer step is skipped."""
+    experiment = countdown.Experiment(config)
+
+    def skipping(state, batch):
+        return dataclasses.replace(state, step=state.step + 1), {"skipped_in_a_row": state.step + np.float32(1)}
+
+    experience = lambda *_: rollouts.Experience(batch=None, prompts_consumed=1)
+    with pytest.raises(NotFiniteError):
+        experiment.run(
+            fresh_params(config), objective=objectives.supervised(), experience=experience, workdir=tmp_path,
+            title="test", optimizer=config["optimizer"], update=config["update"], steps=9,
+            make_step=lambda *_, **__: skipping,
+        )  # fmt: skip
+    return len(read_jsonl(tmp_path / "metrics.jsonl")) - 1
 
 
 def observe_update(config, tmp_path):

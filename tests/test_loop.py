@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import tempfile
 import threading
 import time
 import types
@@ -194,6 +195,26 @@ def test_unwritable_workdir(tmp_path):
         loop.open_workdir(tmp_path / "file" / "below", {})
 
 
+@pytest.mark.parametrize("obstacle", ["a file", "an immutable directory"])
+def test_checkpoints_that_cannot_be_written_are_said_at_the_start(tmp_path, monkeypatch, obstacle):
+    place = tmp_path / "checkpoints"
+    if obstacle == "a file":
+        place.write_text("")
+    else:  # permissions do not hold root back
+        place.mkdir()
+        made = tempfile.NamedTemporaryFile
+
+        def refused(*arguments, dir, **options):
+            if dir == place:
+                raise PermissionError(13, "Permission denied", str(dir))
+            return made(*arguments, dir=dir, **options)
+
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refused)
+    with pytest.raises(WorkdirError, match=r"cannot write checkpoints to workdir .*checkpoints"):
+        loop.open_workdir(tmp_path, {})
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkeypatch, capsys):
     now = 100.0
 
@@ -232,6 +253,41 @@ def test_the_parts_of_a_step_add_up_and_evaluations_are_of_none(tmp_path, monkey
         3,
     }
     assert "10s (rollout 20% rewards 10% reference 5% update 30% other 35%)" in capsys.readouterr().out
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    straight, rows = run(tmp_path / "straight", 6)
+    year, steps, clock = 365 * 86400, [0], time.time
+
+    def jumping(state, *rest):
+        steps[0] += 1  # a year back, a year ahead, and so on
+        monkeypatch.setattr(time, "time", lambda: clock() + (-year if steps[0] % 2 else year))
+        return experience(state, *rest)
+
+    for until in (3, 6):
+        jumped, again = run(tmp_path / "jumped", until, experience=jumping)
+    assert steps == [6]
+    np.testing.assert_array_equal(straight.params["w"], jumped.params["w"])
+    assert [row["step"] for row in read_jsonl(tmp_path / "jumped" / "metrics.jsonl")] == list(range(7))
+    assert [row.get("loss") for row in again] == [row.get("loss") for row in rows]
+    assert all(0 <= row["time/step_seconds"] < 600 for row in again[1:])
+    (path,) = (tmp_path / "jumped" / "tensorboard").iterdir()
+    content, events = path.read_bytes(), []
+    while content:  # records: a length, its checksum, an event, its checksum
+        (length,) = np.frombuffer(content[:8], np.uint64).tolist()
+        body, (checksum,) = content[12 : 12 + length], np.frombuffer(content[12 + length : 16 + length], np.uint32)
+        assert masked_crc32c(body) == checksum
+        events.append(event_pb2.Event.FromString(body))
+        content = content[16 + length :]
+    losses = {
+        e.step: e.summary.value[0].simple_value for e in events if e.summary.value and e.summary.value[0].tag == "loss"
+    }
+    assert losses == {row["step"]: np.float32(row["loss"]) for row in rows[1:]}
+    times = [e.wall_time for e in events[1:]]
+    assert times == sorted(times)
 
 
 def compiled_by_step(workdir, steps, change=lambda batch, step: batch):

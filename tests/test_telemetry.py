@@ -24,6 +24,16 @@ def test_logs_are_cut_back_to_a_step_and_a_torn_line_is_dropped(tmp_path):
     assert events.stat().st_size > 200
 
 
+def test_tensorboard_has_a_step_as_soon_as_it_is_written(tmp_path):
+    log = RunLog(tmp_path, 0)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    for step in range(1, 4):
+        before = events.stat().st_size
+        log.write(step, {"reward": 1.0})
+        assert events.stat().st_size > before
+    log.close()
+
+
 def test_journal_gives_back_what_was_recorded_for_the_same_completions_only(tmp_path):
     said = []
     journal = RewardJournal(tmp_path)

@@ -456,7 +456,7 @@ def test_supervised_update(policy, params, batch):
     got, metrics = step(
         state, dataclasses.replace(batch, advantages=np.full(B, np.nan, np.float32), sampler_logprobs=None)
     )
-    assert metrics.keys() == {"loss", "entropy", "grad_norm", "packing/fill"}
+    assert metrics.keys() == {"loss", "entropy", "grad_norm", "packing/fill", "skipped", "skipped_in_a_row"}
 
     @jax.jit
     @jax.value_and_grad
