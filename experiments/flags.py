@@ -14,6 +14,7 @@ __all__ = [
     "Section",
     "check_distinct",
     "compilation_cache",
+    "distributed",
     "field_comments",
     "profile",
     "rewards",
@@ -66,6 +67,14 @@ def profile() -> "flags.FlagHolder[str | None]":
     return flags.DEFINE_string(
         "profile", "", "FIRST:LAST, as 3:5: the steps of which a trace is written to WORKDIR/profile; empty: none."
     )
+
+
+def distributed() -> "flags.FlagHolder[str | None]":
+    """Defines `--distributed`, of experiments that run on several hosts; `grpo_jax.hosts.initialize` reads it."""
+    return flags.DEFINE_string(
+        "distributed", "off", "auto: one of the processes of a TPU pod slice, a Slurm or an MPI job; elsewhere "
+        "HOST:PORT,PROCESS,COUNT: where the first one is, which this is, from 0, and how many; off: the only one.",
+    )  # fmt: skip
 
 
 def rewards() -> "flags.FlagHolder[list[str]]":

@@ -88,6 +88,7 @@ WORKDIR = flags.DEFINE_string(
 REWARD = sections.rewards()
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DISTRIBUTED = sections.distributed()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -186,6 +187,7 @@ def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the final policy."""
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
+        runs.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)

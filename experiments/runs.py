@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from grpo_jax import objectives, training  # noqa: E402
+from grpo_jax import hosts, objectives, training  # noqa: E402
 from grpo_jax.checkpoints import Checkpoints  # noqa: E402
 from grpo_jax.models import pretrained  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig  # noqa: E402
@@ -48,6 +48,7 @@ __all__ = [
     "export",
     "finish",
     "interruptible",
+    "join_hosts",
     "keep_description",
     "peak_rss",
     "remarks",
@@ -59,7 +60,14 @@ __all__ = [
 
 def devices() -> str:
     """What runs, in words."""
-    return f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}{processes}"
+
+
+def join_hosts(asked: str | None) -> None:
+    """`hosts.initialize`, as `--distributed` says, before JAX is asked for anything."""
+    if said := hosts.initialize(asked):
+        print(said, flush=True)
 
 
 def cache_compilations(asked: str | None, platform: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
@@ -198,8 +206,11 @@ def finish(workdir: pathlib.Path, rows: list[dict[str, Any]], summarized: Mappin
     """Writes `curve.png` and `summary.json`."""
     from experiments import plots  # imports matplotlib: half a second
 
-    plots.curve(rows, workdir / "curve.png", f"{title}, seed {summarized['seed']}")
-    write_atomically(workdir / "summary.json", json.dumps(summarized, indent=2) + "\n")
+    def write() -> None:
+        plots.curve(rows, workdir / "curve.png", f"{title}, seed {summarized['seed']}")
+        write_atomically(workdir / "summary.json", json.dumps(summarized, indent=2) + "\n")
+
+    hosts.first_does(write, kind=WorkdirError)
 
 
 def _version(package: str) -> str:
@@ -260,9 +271,13 @@ def description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
 
 def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
     """Copies all but the weights of a Hugging Face directory into the workdir, for what comes after the start."""
-    if not begun(workdir):  # what a start that failed has left may be of other files
+
+    def keep() -> None:
         shutil.rmtree(workdir / "model", ignore_errors=True)
         pretrained.copy_description(model, workdir / "model")
+
+    if not begun(workdir):  # what a start that failed has left may be of other files
+        hosts.first_does(keep, kind=pretrained.PretrainedError)
 
 
 def export(
@@ -273,7 +288,7 @@ def export(
     `extra`: entries of config.json.
     """
     place, source = workdir / "export", workdir / "model"
-    if not place.exists():  # a finished run that is started again has it
+    if hosts.agreed(hosts.is_first() and not place.exists()):  # a finished run that is started again has it
         pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source), extra=extra)
     return place
 
@@ -306,7 +321,7 @@ def command(main: Callable[[list[str]], None]) -> None:
     """`interruptible`, with the errors that a user can mend as one line instead of a traceback."""
     try:
         interruptible(main)
-    except (WorkdirError, RewardError, pretrained.PretrainedError, OSError) as error:
+    except (WorkdirError, RewardError, pretrained.PretrainedError, hosts.HostError, OSError) as error:
         if error.__cause__ is not None and isinstance(error, RewardError):
             traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
         sys.exit(f"error: {error}")

@@ -51,6 +51,7 @@ WORKDIR = flags.DEFINE_string(
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory: config, safetensors, tokenizer.", required=True)
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DISTRIBUTED = sections.distributed()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "data": tasks.DataConfig,
@@ -100,6 +101,7 @@ def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the model."""
     workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
+        runs.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         print(runs.cache_compilations(CACHE.value), flush=True)

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from grpo_jax import hosts
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.diagnosis import diagnose
 from grpo_jax.profiling import Profiler, check_steps
@@ -52,6 +53,8 @@ class Stopped(BaseException):
 class StopSignals:
     """Turns SIGTERM and SIGINT into a flag that the loop looks at; the second one kills as usual.
 
+    Of several processes each looks at the flags of all, at the same moments, so that all stop at the same step.
+
     A handler does not run while the main thread waits inside a compiled program, which is why sampling
     comes back to the host every few tokens.
     """
@@ -80,9 +83,15 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
+    def heard(self) -> int | None:
+        """The signal that has come, to this process or another; all must ask."""
+        if number := hosts.agreed(self.received or 0):
+            self.received = number
+        return number or None
+
     def check(self) -> None:
-        """Raises Stopped once a signal has come."""
-        if self.received is not None:
+        """Raises Stopped once a signal has come, to this process or another; all must ask."""
+        if self.heard() is not None:
             raise Stopped
 
 
@@ -101,7 +110,28 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
     Raises:
       WorkdirError: it cannot be written, or belongs to another configuration; the fields are named.
     """
-    path, text = workdir / "config.json", json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+    hosts.first_does(lambda: _open_workdir(workdir, configuration, free), kind=WorkdirError)
+    hosts.together(lambda: _check_shared(workdir, configuration), kind=WorkdirError)
+
+
+def _as_text(configuration: Mapping[str, Any]) -> str:
+    return json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+
+
+def _check_shared(workdir: pathlib.Path, configuration: Mapping[str, Any]) -> None:
+    """Raises WorkdirError unless this process sees what the first wrote; a network's file system may take a while."""
+    path, until = workdir / "config.json", time.monotonic() + 60
+    while not (path.exists() and path.read_text() == _as_text(configuration)):
+        if time.monotonic() > until:
+            raise WorkdirError(
+                f"{path}, which process 0 has written, is not what process {jax.process_index()} finds there: "
+                "--workdir must be on a file system that all hosts share, and all must be given the same flags."
+            )
+        time.sleep(0.5)
+
+
+def _open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    path, text = workdir / "config.json", _as_text(configuration)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / ".writable").touch()
@@ -180,19 +210,23 @@ def train(
         state = store.restore(state)
         done = int(state.step)
         how = f"continuing at step {done} from" if done < steps else f"all {done} steps are in"
-        print(f"{title}: {how} {workdir}", flush=True)
+        _say(f"{title}: {how} {workdir}")
     step = begun = int(state.step)
-    log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
-    screen, profiler = _Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
+    first = hosts.is_first()  # it alone writes, but for the rewards: all have their own
+    log, journal = RunLog(workdir, step, write=first), RewardJournal(workdir, _say, jax.process_index())
+    screen, profiler = (
+        _Screen(title, steps, step),
+        Profiler(workdir / "profile", profile if first else range(0), step, _say),
+    )
     evaluate = evaluator or _NoEvaluation()
     rate_at = jax.jit(lambda count: {"learning_rate": learning_rate(count)} if learning_rate else {})
     optimizer_steps = int(_optimizer_count(state))
     with StopSignals() as stop:
         try:
-            if not log.rows:
+            if hosts.agreed(first and not log.rows):
                 log.write(0, {"time/elapsed_seconds": 0.0, **_evaluation(evaluate.full, state.params, stop.check)})
                 screen.evaluation(log.rows[-1])
-            elapsed, ended = log.rows[-1]["time/elapsed_seconds"], time.perf_counter()
+            elapsed, ended = log.rows[-1]["time/elapsed_seconds"] if first else 0.0, time.perf_counter()
             while step < steps:
                 stop.check()
                 with profiler.step(step + 1):
@@ -204,7 +238,7 @@ def train(
                         state, measured = train_step(state, experienced.batch)
                         # All that the host asks of a step, at once; an array remembers what was fetched of it.
                         asked = {**measured, **rate}, _optimizer_count(state), state.step, state.cursor
-                        metrics, count, *_ = jax.device_get(asked)
+                        metrics, count, *_ = hosts.fetched(asked)
                     ended = time.perf_counter()
                     step, elapsed, optimizer_steps = step + 1, elapsed + ended - started, int(count)
                     metrics = {name: float(value) for name, value in metrics.items()} | dict(experienced.metrics)
@@ -227,16 +261,16 @@ def train(
         except RewardError:
             if step > begun:
                 store.save(state)
-                tqdm.write(f"{title}: step {step} is saved. Mend the reward, and the same command goes on.")
+                _say(f"{title}: step {step} is saved. Mend the reward, and the same command goes on.")
             raise
         finally:  # whatever happened: what was being saved is saved, and every file is closed
             with contextlib.ExitStack() as closing:
                 for thing in (store, profiler, journal, log, screen):
                     closing.callback(thing.close)
-    if stop.received is not None:  # also where it came during the last step, for there may be another phase
-        name = signal.Signals(stop.received).name
-        print(f"{name}: stopped after step {step}, which is saved. The same command continues it.", flush=True)
-        sys.exit(128 + stop.received)
+    if received := stop.heard():  # also where it came during the last step, for there may be another phase
+        name = signal.Signals(received).name
+        _say(f"{name}: stopped after step {step}, which is saved. The same command continues it.")
+        sys.exit(128 + received)
     return state, log.rows
 
 
@@ -247,8 +281,8 @@ def _advance(state: TrainState, experienced: Experience) -> TrainState:
     """What a step has consumed, and what it leaves to the next."""
     cursor, surplus = np.int32(int(state.cursor) + experienced.prompts_consumed), experienced.surplus
     if surplus is not None:
-        surplus = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), surplus, state.surplus)
-    return dataclasses.replace(state, cursor=jax.device_put(cursor, state.cursor.sharding), surplus=surplus)
+        surplus = jax.tree.map(lambda new, old: hosts.put(new, old.sharding), surplus, state.surplus)
+    return dataclasses.replace(state, cursor=hosts.put(cursor, state.cursor.sharding), surplus=surplus)
 
 
 def _optimizer_count(state: TrainState) -> jax.Array | int:
@@ -301,6 +335,13 @@ class _NoEvaluation:
     full = greedy
 
 
+def _say(text: str) -> None:
+    """Beside a progress bar; of several processes, the first speaks for all."""
+    if hosts.is_first():
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
 class _Screen:
     """A progress bar on a terminal, and now and then a line where there is none."""
 
@@ -308,7 +349,8 @@ class _Screen:
         self._title, self._steps = title, steps
         self._said: dict[str, int] = {}  # the step at which a diagnosis was last printed, by its name
         self._lines = max(1, min(steps // 20, 200))  # steps between lines where there is no terminal
-        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
+        hidden = None if hosts.is_first() else True  # None: where there is no terminal
+        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=hidden, dynamic_ncols=True)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         names = sorted((name for name in row if name.startswith("eval/")), key=_by_number)
@@ -317,7 +359,7 @@ class _Screen:
                 f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {_shown(name, row[name])}"
                 for name in names
             )
-            self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
+            _say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
 
     def step(self, rows: Sequence[Mapping[str, Any]], samples: Any) -> None:
         row = rows[-1]
@@ -325,21 +367,17 @@ class _Screen:
         self._bar.update()
         self.evaluation(row)
         if self._bar.disable and (row["step"] % self._lines == 0 or row["step"] == 1):
-            self._say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
+            _say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
         for sample in samples[:4]:
             text = f"{sample['prompt']} -> {sample['completion']}"
             reward = "unknown" if sample["reward"] is None else f"{sample['reward']:.2f}"
-            self._say(f"    {text}  reward {reward}  advantage {sample['advantage']:+.2f}")
+            _say(f"    {text}  reward {reward}  advantage {sample['advantage']:+.2f}")
         for said in diagnose(row, rows[:-1]):
             name = said.partition(":")[0]
             again = max(self._lines, 10)  # its numbers differ every time, so that it would be said at each
             if row["step"] - self._said.get(name, -again) >= again:
-                self._say(f"{self._title}: step {row['step']}: {said}")
+                _say(f"{self._title}: step {row['step']}: {said}")
                 self._said[name] = row["step"]
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
 
     def close(self) -> None:
         self._bar.close()

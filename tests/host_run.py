@@ -1,0 +1,97 @@
+"""A tiny run of GRPO, on one process or as one of several; tests/test_hosts.py starts it.
+
+    python -m tests.host_run '{"distributed": "127.0.0.1:1234,0,2", "workdir": "runs/a", "model": "runs/model"}'
+
+`die`: `[process, step, how]`, how a process of the run ends when that step (from 0) has its rewards: `SIGKILL`,
+`SIGTERM`, or `raise` an error that no other process has.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+import numpy as np
+
+from experiments import runs
+from grpo_jax import hosts, loop, objectives, rollouts, sharding, training
+from grpo_jax.checkpoints import CheckpointConfig
+from grpo_jax.data import sources
+from grpo_jax.data.sources import Prompt
+from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.evaluation import EvaluationConfig, Evaluator
+from grpo_jax.models import pretrained
+from grpo_jax.models.transformer import TransformerConfig, make_policy
+from grpo_jax.rewards import Reward
+from grpo_jax.sampler import Sampler
+
+STEPS = 5
+TOKENIZER = ByteTokenizer("abcd")
+CONFIG = TransformerConfig(
+    vocab_size=TOKENIZER.vocab_size, layers=2, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16,
+    scale_embedding=False,
+)
+
+
+def reward(completions: list[str], letter: list[str], **_) -> list[float]:
+    """How often a letter is in a completion; a string, so that groups without signal are common."""
+    return [float(text.count(of)) for text, of in zip(completions, letter, strict=True)]
+
+
+def main(asked: dict) -> None:
+    """Trains, or goes on with, the run in a workdir."""
+    workdir, (dies_on, dies_at, how) = pathlib.Path(asked["workdir"]), asked.get("die", (-1, -1, ""))
+    hosts.initialize(asked["distributed"], heartbeat=10)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
+    hosts.check_mesh(mesh)
+    loop.open_workdir(workdir, {"steps": {"of": STEPS}})
+    policy, key = make_policy(CONFIG, mesh), jax.random.key(0)
+    params = pretrained.load(asked["model"], mesh)
+    if not (workdir / "export").exists():
+        pretrained.save(workdir / "export", params, CONFIG)
+    objective = objectives.make_objective(objectives.LossConfig(kl_coef=0.1))
+    update = training.UpdateConfig(minibatches=2, microbatches=2)
+    config = rollouts.RolloutConfig(prompts=4, group_size=4, max_waves=2)
+    optimizer, schedule = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), 2 * STEPS)
+    sizes = {"max_tokens": 8, "max_prompt_tokens": 2}
+    surplus = rollouts.surplus_of(config, objective, **sizes)
+    prompts = [Prompt(text=a + b, columns={"letter": b}) for a in "abcd" for b in "abcd"]
+    rewards = [Reward(name="often", function=reward)]
+    collect = rollouts.GroupRollouts(
+        sampler=Sampler(policy, mesh, TOKENIZER, group_size=4, key=key, chunk=4, slots=6, **sizes),
+        source=sources.shuffled(prompts, 0), rewards=rewards, config=config, objective=objective,
+        reference_logprobs=training.make_reference_logprobs(policy, update, mesh),
+    )  # fmt: skip
+
+    def experience(state, journal, interrupt):
+        experienced = collect(state, journal, interrupt)
+        if (dies_on, dies_at) == (jax.process_index(), int(state.step)):
+            if how == "raise":
+                raise ValueError("this host alone is ill")
+            os.kill(os.getpid(), getattr(signal, how))
+        return experienced
+
+    state = training.init_train_state(policy, params, optimizer, objective, mesh, surplus)
+    state, rows = loop.train(
+        state, train_step=training.make_train_step(policy, optimizer, objective, update, like=state, key=key),
+        experience=experience, steps=STEPS, workdir=workdir, learning_rate=schedule, evaluate_every=2, samples_every=1,
+        checkpoints=CheckpointConfig(every=1),
+        evaluator=Evaluator(
+            policy, mesh, TOKENIZER, sources.in_order(prompts), rewards,
+            EvaluationConfig(prompts=6, sampled_prompts=3, samples=2), key=key, **sizes,
+        ),
+    )  # fmt: skip
+    greedy = Sampler(policy, mesh, TOKENIZER, group_size=1, key=key, **sizes)
+    tokens = hosts.fetched(greedy(state.params, [p.text for p in prompts[:4]], range(4), rollouts.SamplingParams(0.0)))
+    named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(hosts.fetched(state))}
+
+    def write() -> None:
+        np.savez(workdir / "state.npz", greedy=tokens.completion_tokens, **named)
+
+    hosts.first_does(write)
+
+
+if __name__ == "__main__":
+    runs.command(lambda argv: main(json.loads(argv[1])))
