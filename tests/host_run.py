@@ -10,10 +10,10 @@ import json
 import os
 import pathlib
 import signal
-import sys
 
 import jax
 import numpy as np
+from absl import logging
 
 from experiments import runs
 from grpo_jax import hosts, loop, objectives, rollouts, sharding, training
@@ -26,11 +26,18 @@ from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import TransformerConfig, make_policy
 from grpo_jax.rewards import Reward
 from grpo_jax.sampler import Sampler
+from grpo_jax.types import SamplingParams
 
 STEPS = 5
 TOKENIZER = ByteTokenizer("abcd")
 CONFIG = TransformerConfig(
-    vocab_size=TOKENIZER.vocab_size, layers=2, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16,
+    vocab_size=TOKENIZER.vocab_size,
+    layers=2,
+    width=16,
+    heads=2,
+    kv_heads=2,
+    head_width=8,
+    mlp_width=16,
     scale_embedding=False,
 )
 
@@ -43,6 +50,7 @@ def reward(completions: list[str], letter: list[str], **_) -> list[float]:
 def main(asked: dict) -> None:
     """Trains, or goes on with, the run in a workdir."""
     workdir, (dies_on, dies_at, how) = pathlib.Path(asked["workdir"]), asked.get("die", (-1, -1, ""))
+    logging.set_verbosity(logging.WARNING)
     hosts.initialize(asked["distributed"], heartbeat=10)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
     hosts.check_mesh(mesh)
@@ -74,7 +82,7 @@ def main(asked: dict) -> None:
         return experienced
 
     state = training.init_train_state(policy, params, optimizer, objective, mesh, surplus)
-    state, rows = loop.train(
+    state, _ = loop.train(
         state, train_step=training.make_train_step(policy, optimizer, objective, update, like=state, key=key),
         experience=experience, steps=STEPS, workdir=workdir, learning_rate=schedule, evaluate_every=2, samples_every=1,
         checkpoints=CheckpointConfig(every=1),
@@ -84,7 +92,9 @@ def main(asked: dict) -> None:
         ),
     )  # fmt: skip
     greedy = Sampler(policy, mesh, TOKENIZER, group_size=1, key=key, **sizes)
-    tokens = hosts.fetched(greedy(state.params, [p.text for p in prompts[:4]], range(4), rollouts.SamplingParams(0.0)))
+    tokens = hosts.fetched(
+        greedy(state.params, [p.text for p in prompts[:4]], range(4), SamplingParams(temperature=0.0))
+    )
     named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(hosts.fetched(state))}
 
     def write() -> None:
