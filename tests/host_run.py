@@ -3,7 +3,7 @@
     python -m tests.host_run '{"distributed": "127.0.0.1:1234,0,2", "workdir": "runs/a", "model": "runs/model"}'
 
 `die`: `[process, step, how]`, how a process of the run ends when that step (from 0) has its rewards: `SIGKILL`,
-`SIGTERM`, or `raise` an error that no other process has.
+`SIGTERM`, or `raise` an error that no other process has; at step -1 before anything is compiled.
 """
 
 import json
@@ -14,6 +14,7 @@ import signal
 import jax
 import numpy as np
 from absl import logging
+from jax._src import compiler, distributed
 
 from experiments import runs
 from grpo_jax import hosts, loop, objectives, rollouts, sharding, training
@@ -40,6 +41,22 @@ def reward(completions: list[str], letter: list[str], **_) -> list[float]:
     return [float(text.count(of)) for text, of in zip(completions, letter, strict=True)]
 
 
+def keep_what_all_compile() -> None:
+    """JAX keeps only what the first process compiles, and on CPUs what others compile is not the same."""
+    write = getattr(compiler, "_cache_write", None)
+
+    def as_the_first(*arguments) -> None:
+        state = distributed.global_state
+        process, state.process_id = state.process_id, 0
+        try:
+            write(*arguments)
+        finally:
+            state.process_id = process
+
+    if write is not None:
+        compiler._cache_write = as_the_first
+
+
 class Greedy(Evaluator):
     """Everything that compiles costs every process that a test starts."""
 
@@ -50,10 +67,19 @@ def main(asked: dict) -> None:
     """Trains, or goes on with, the run in a workdir."""
     workdir, (dies_on, dies_at, how) = pathlib.Path(asked["workdir"]), asked.get("die", (-1, -1, ""))
     logging.set_verbosity(logging.WARNING)
+    keep_what_all_compile()
     hosts.initialize(asked["distributed"], heartbeat=10)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
     hosts.check_mesh(mesh)
     loop.open_workdir(workdir, {"steps": {"of": STEPS}})
+
+    def die_at(step: int) -> None:
+        if (dies_on, dies_at) == (jax.process_index(), step):
+            if how == "raise":
+                raise ValueError("this host alone is ill")
+            os.kill(os.getpid(), getattr(signal, how))
+
+    die_at(-1)
     policy, key = make_policy(CONFIG, mesh), jax.random.key(0)
     params = pretrained.load(asked["model"], mesh)
     if not (workdir / "export").exists():
@@ -74,10 +100,7 @@ def main(asked: dict) -> None:
 
     def experience(state, journal, interrupt):
         experienced = collect(state, journal, interrupt)
-        if (dies_on, dies_at) == (jax.process_index(), int(state.step)):
-            if how == "raise":
-                raise ValueError("this host alone is ill")
-            os.kill(os.getpid(), getattr(signal, how))
+        die_at(int(state.step))
         return experienced
 
     evaluator = Greedy(

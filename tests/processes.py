@@ -24,6 +24,28 @@ def _compiled() -> str:
     return place
 
 
+def _environment(devices: int, variables: dict[str, str]) -> dict[str, str]:
+    """Of a program on so many CPU devices."""
+    # It compiles much and runs little, as all tests do.
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": _compiled(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
+    }
+
+
+def begin(*command: str, devices: int = 1) -> "subprocess.Popen[str]":
+    """Starts Python on the command, at the root of the clone, on so many CPU devices; what it says can be read."""
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=_environment(devices, {}), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 def python(
     *command: str, devices: int = 1, status: int | None = 0, timeout: float = 1200, **variables: str
 ) -> subprocess.CompletedProcess[str]:
@@ -36,19 +58,10 @@ def python(
       timeout: in seconds.
       variables: of its environment, too.
     """
-    # It compiles much and runs little, as all tests do.
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": _compiled(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **variables,
-    }
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+        [sys.executable, *command], cwd=ROOT, env=_environment(devices, variables), capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
 
