@@ -324,4 +324,15 @@ def command(main: Callable[[list[str]], None]) -> None:
     except (WorkdirError, RewardError, pretrained.PretrainedError, hosts.HostError, OSError) as error:
         if error.__cause__ is not None and isinstance(error, RewardError):
             traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
-        sys.exit(f"error: {error}")
+        told = str(error).startswith("process ")  # to all, by `hosts.together`
+        sys.exit(f"error: {'' if told else _whose()}{error}")
+    except Exception as error:
+        if whose := _whose():  # before the others' words of it
+            print(f"error: {whose}{type(error).__name__}: {error!s:.500}\nAll will end.", file=sys.stderr, flush=True)
+        raise
+
+
+def _whose() -> str:
+    """Of several processes, which this is."""
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return f"process {jax.process_index()} of {jax.process_count()}: " if several else ""

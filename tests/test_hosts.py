@@ -64,6 +64,11 @@ def straight(place):
     return place / "straight"
 
 
+def said_in_python(text: str) -> list[str]:
+    """What goes past Python comes from gloo."""
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+
+
 def untimed(path: pathlib.Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
@@ -85,7 +90,7 @@ def test_a_process_that_dies_or_hears_a_signal_ends_all_and_the_next_start_ends_
     (status, out, _), (other, silent, _) = run(place, "ended", 2, 1, 2, "SIGTERM", status=None)
     assert status == other == 128 + 15
     assert "SIGTERM: stopped after step 3, which is saved" in out  # the update ends, then all hear of it
-    assert not silent
+    assert not said_in_python(silent)
 
     (_, out, _), _ = run(place, "ended", 2)
     assert "continuing at step 3" in out
@@ -149,7 +154,7 @@ def test_an_experiment_on_two_processes(tmp_path):
     assert "2 processes, of which this is number 0; 4 devices, 2 of them here" in out
     assert "grpo: step 1/1" in out
     assert "the policy is in" in out
-    assert not silent
+    assert not said_in_python(silent)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "checkpoints", "config.json", "curve.png", "export", "metrics.jsonl", "model", "rewards.1.jsonl",
         "rewards.jsonl", "samples.jsonl", "summary.json", "tensorboard",
