@@ -18,6 +18,7 @@ __all__ = [
     "compilation_cache",
     "debug_nans",
     "deterministic",
+    "distributed",
     "field_comments",
     "profile",
     "rewards",
@@ -93,6 +94,14 @@ def check_debugging(asked: bool, mesh: Mesh) -> None:
     """Raises ValueError where NaNs are to be named on a mesh of several devices."""
     if asked and mesh.size > 1:
         raise ValueError(f"--debug_nans works on one device, and the mesh has {mesh.size}: leave out --mesh.")
+
+
+def distributed() -> "flags.FlagHolder[str | None]":
+    """Defines `--distributed`, of experiments that run on several hosts; `grpo_jax.hosts.initialize` reads it."""
+    return flags.DEFINE_string(
+        "distributed", "off", "auto: one of the processes of a TPU pod slice, a Slurm or an MPI job; elsewhere "
+        "HOST:PORT,PROCESS,COUNT: where the first one is, which this is, from 0, and how many; off: the only one.",
+    )  # fmt: skip
 
 
 def rewards() -> "flags.FlagHolder[list[str]]":

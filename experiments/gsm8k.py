@@ -91,6 +91,7 @@ PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
 DETERMINISTIC = sections.deterministic()
 DEBUG_NANS = sections.debug_nans()
+DISTRIBUTED = sections.distributed()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "lora": lora.LoraConfig,
@@ -195,6 +196,7 @@ def main(argv: list[str]) -> None:
     if DETERMINISTIC.value:
         runs.make_deterministic(workdir)
     try:
+        runs.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)

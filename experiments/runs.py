@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from grpo_jax import objectives, training  # noqa: E402
+from grpo_jax import hosts, objectives, training  # noqa: E402
 from grpo_jax.checkpoints import Checkpoints  # noqa: E402
 from grpo_jax.guard import NotFiniteError  # noqa: E402
 from grpo_jax.models import peft, pretrained  # noqa: E402
@@ -50,6 +50,7 @@ __all__ = [
     "export",
     "finish",
     "interruptible",
+    "join_hosts",
     "keep_description",
     "make_deterministic",
     "peak_rss",
@@ -64,7 +65,14 @@ __all__ = [
 
 def devices() -> str:
     """What runs, in words."""
-    return f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}{processes}"
+
+
+def join_hosts(asked: str | None) -> None:
+    """`hosts.initialize`, as `--distributed` says, before JAX is asked for anything."""
+    if said := hosts.initialize(asked):
+        print(said, flush=True)
 
 
 def cache_compilations(asked: str | None, platform: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
@@ -228,8 +236,11 @@ def finish(workdir: pathlib.Path, rows: list[dict[str, Any]], summarized: Mappin
     """Writes `curve.png` and `summary.json`."""
     from experiments import plots  # imports matplotlib: half a second
 
-    plots.curve(rows, workdir / "curve.png", f"{title}, seed {summarized['seed']}")
-    write_atomically(workdir / "summary.json", json.dumps(summarized, indent=2) + "\n")
+    def write() -> None:
+        plots.curve(rows, workdir / "curve.png", f"{title}, seed {summarized['seed']}")
+        write_atomically(workdir / "summary.json", json.dumps(summarized, indent=2) + "\n")
+
+    hosts.first_does(write, kind=WorkdirError)
 
 
 def _version(package: str) -> str:
@@ -297,9 +308,13 @@ def description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
 
 def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
     """Copies all but the weights of a Hugging Face directory into the workdir, for what comes after the start."""
-    if not begun(workdir):  # what a start that failed has left may be of other files
+
+    def keep() -> None:
         shutil.rmtree(workdir / "model", ignore_errors=True)
         pretrained.copy_description(model, workdir / "model")
+
+    if not begun(workdir):  # what a start that failed has left may be of other files
+        hosts.first_does(keep, kind=pretrained.PretrainedError)
 
 
 def export(
@@ -313,11 +328,11 @@ def export(
     `extra`: entries of config.json.
     """
     place, source = workdir / "export", workdir / "model"
-    if not place.exists():  # a finished run that is started again has it
+    if hosts.agreed(hosts.is_first() and not place.exists()):  # a finished run that is started again has it
         if lora.rank:
-            base = saved_configuration(workdir)["model"]
-            shutil.rmtree(workdir / "adapter", ignore_errors=True)  # of a start that was killed behind it
-            peft.save(workdir / "adapter", params, config, lora, base=base)
+            if hosts.is_first():
+                shutil.rmtree(workdir / "adapter", ignore_errors=True)  # of a start that was killed behind it
+            peft.save(workdir / "adapter", params, config, lora, base=saved_configuration(workdir)["model"])
         pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source), extra=extra)
     return place
 
@@ -350,7 +365,20 @@ def command(main: Callable[[list[str]], None]) -> None:
     """`interruptible`, with the errors that a user can mend as one line instead of a traceback."""
     try:
         interruptible(main)
-    except (WorkdirError, RewardError, NotFiniteError, pretrained.PretrainedError, OSError) as error:
+    except (
+        WorkdirError, RewardError, NotFiniteError, pretrained.PretrainedError, hosts.HostError, OSError,
+    ) as error:  # fmt: skip
         if error.__cause__ is not None and isinstance(error, RewardError):
             traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
-        sys.exit(f"error: {error}")
+        told = str(error).startswith("process ")  # to all, by `hosts.together`
+        sys.exit(f"error: {'' if told else _whose()}{error}")
+    except Exception as error:
+        if whose := _whose():  # before the others' words of it
+            print(f"error: {whose}{type(error).__name__}: {error!s:.500}\nAll will end.", file=sys.stderr, flush=True)
+        raise
+
+
+def _whose() -> str:
+    """Of several processes, which this is."""
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return f"process {jax.process_index()} of {jax.process_count()}: " if several else ""

@@ -53,6 +53,7 @@ PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
 DETERMINISTIC = sections.deterministic()
 DEBUG_NANS = sections.debug_nans()
+DISTRIBUTED = sections.distributed()
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
     "lora": lora.LoraConfig,
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> None:
     if DETERMINISTIC.value:
         runs.make_deterministic(workdir)
     try:
+        runs.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from experiments import runs
-from grpo_jax import evaluation, sharding
+from grpo_jax import evaluation, hosts, sharding
 from grpo_jax.data import sources
 from grpo_jax.data.benchmarks import aime, math500
 from grpo_jax.data.gsm8k import gsm8k_record, gsm8k_records
@@ -131,6 +131,7 @@ class Opened:
     def __init__(self, directory: pathlib.Path, config: Mapping[str, Any]):
         """Raises ValueError where sections `mesh`, `policy` and `data` do not fit the model, or the devices."""
         self.mesh = sharding.make_mesh(config["mesh"])
+        hosts.check_mesh(self.mesh)
         self.model = pretrained.read_config(directory, **dataclasses.asdict(config["policy"]))
         self.policy = make_policy(self.model, self.mesh)
         self.tokenizer = PretrainedTokenizer.load(directory, self.model.vocab_size)

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from grpo_jax import hosts
 from grpo_jax.fingerprints import fingerprints
 from grpo_jax.telemetry import WorkdirError
 from grpo_jax.types import TrainState
 
-__all__ = ["CheckpointConfig", "Checkpoints", "everywhere"]
+__all__ = ["CheckpointConfig", "Checkpoints"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,15 +82,15 @@ class Checkpoints:
 
     def _make_ready(self) -> None:
         """Of all processes: makes the directory, and sets aside metrics that cannot be read, for Orbax."""
-        error = None
-        if _first():
+
+        def mend() -> None:
             try:
                 self._mend()
-            except OSError as raised:
-                error = raised
-        if not everywhere(error is None):
-            why = error or "see the first process"
-            raise WorkdirError(f"cannot write checkpoints in {self._directory}: {why}. Mend this first.") from error
+            except OSError as error:
+                why = f"cannot write checkpoints in {self._directory}: {error}. Mend this first."
+                raise WorkdirError(why) from error
+
+        hosts.first_does(mend, kind=WorkdirError)
 
     def _mend(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -173,10 +173,10 @@ class Checkpoints:
         """Of all processes: sets a bad checkpoint aside, and says so."""
         where = "left where it is"
         if self._checkpointer is not None:
-            if _first():
+            if hosts.is_first():
                 where = f"set aside in {self._set_aside(self._directory / str(step), str(step))}"
-            everywhere(True)  # the others look at the directory afterwards
-        if _first():
+            hosts.agreed(True)  # the others look at the directory afterwards
+        if hosts.is_first():
             self._say(f"checkpoint {step} is bad ({error}): {where}; taking that of step {instead}.")
 
     def _read(self, like: TrainState, step: int) -> TrainState:
@@ -218,7 +218,7 @@ class Checkpoints:
             raise
         except Exception as error:  # of Orbax, TensorStore and JSON: what a damaged file makes of them
             reason = _first_line(error)
-        if not everywhere(found is not None):
+        if hosts.agreed(found is None):
             raise _Bad(reason)
         return found
 
@@ -245,19 +245,6 @@ class Checkpoints:
                 f"cannot write a checkpoint in {self._directory}: {error}\nThose already saved, of steps "
                 f"{self.steps}, are intact: mend this and run the same command again to continue."
             ) from error
-
-
-def everywhere(here: bool) -> bool:
-    """Whether it is true on all processes, which all must ask; it waits for them."""
-    if jax.process_count() == 1:
-        return here
-    from jax.experimental import multihost_utils
-
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
-
-
-def _first() -> bool:
-    return jax.process_index() == 0
 
 
 @contextlib.contextmanager

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax import hosts
 from grpo_jax.compiling import Lowering
 from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward
 from grpo_jax.sampler import Sampler
-from grpo_jax.scoring import completion_texts, interruptibly, on_every_host, score_rollout
+from grpo_jax.scoring import completion_texts, groups_of, interruptibly, on_every_host, score_rollout, scores_of_all
 from grpo_jax.types import Policy, PyTree, SamplingParams
 
 __all__ = ["EvaluationConfig", "Evaluator", "maj_at_k", "pass_at_k"]
@@ -164,10 +165,15 @@ class Evaluator:
             texts, filled = [p.text for p in prompts], size - len(ids)
             texts_and_ids = texts + texts[:1] * filled, [*ids, *[start] * filled]
             limits = np.repeat([[self._max_tokens], [0]], [len(ids), filled], axis=0).repeat(group, axis=1)
-            rollout = jax.device_get(sampler(params, *texts_and_ids, choice, interrupt, limits))
+            rollout = hosts.fetched(sampler(params, *texts_and_ids, choice, interrupt, limits))
             rollout = jax.tree.map(lambda x, n=len(ids): x[: len(x) // size * n], rollout)
-            judge = functools.partial(score_rollout, self._rewards, prompts, rollout, self._tokenizer, group)
+            own = hosts.share(range(len(ids)))  # of several processes each judges its part
+            of_own = groups_of(rollout, own)
+            judge = functools.partial(
+                score_rollout, self._rewards, [prompts[i] for i in own], of_own, self._tokenizer, group
+            )
             (scores,) = on_every_host(functools.partial(interruptibly, [judge], self._rewards, interrupt))
+            scores = scores_of_all(scores, [len(ids)], group)
             for i, (tokens, completion) in enumerate(zip(*completion_texts(rollout, self._tokenizer), strict=True)):
                 prompt, sample = divmod(i, group)
                 yield {

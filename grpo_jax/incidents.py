@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax import hosts
 from grpo_jax.guard import NotFiniteError
 from grpo_jax.rollouts import Experience
 from grpo_jax.telemetry import write_atomically
@@ -57,7 +58,8 @@ def stopped(workdir: pathlib.Path, sightings: Sequence[Mapping[str, Any]], newes
         "the rewards of step n are in rewards.jsonl, which counts steps from 0.",
     ]
     said = {"skipped_in_a_row": last["metrics"]["skipped_in_a_row"], "newest_checkpoint": newest, "how_to_go_on": ways}
-    write_atomically(path, json.dumps({**said, "seen": list(sightings)}, indent=1, ensure_ascii=False) + "\n")
+    if hosts.is_first():
+        write_atomically(path, json.dumps({**said, "seen": list(sightings)}, indent=1, ensure_ascii=False) + "\n")
     return NotFiniteError(
         f"step {last['step']}: the last {last['metrics']['skipped_in_a_row']:.0f} optimizer steps were not finite and "
         f"were left out ({', '.join(names) or 'the parameters they would have made'}); the run stops, and {again}. "

@@ -20,16 +20,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from grpo_jax import incidents
+from grpo_jax import hosts, incidents
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
 from grpo_jax.rewards import RewardError
 from grpo_jax.rollouts import Experience
 from grpo_jax.scoring import Journal
-from grpo_jax.screen import Screen
+from grpo_jax.screen import Screen, say
 from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
 from grpo_jax.types import PyTree, TrainState
 
@@ -54,6 +53,8 @@ class Stopped(BaseException):
 
 class StopSignals:
     """Turns SIGTERM and SIGINT into a flag that the loop looks at; the second one kills as usual.
+
+    Of several processes each looks at the flags of all, at the same moments, so that all stop at the same step.
 
     A handler does not run while the main thread waits inside a compiled program, which is why sampling
     comes back to the host every few tokens.
@@ -83,9 +84,15 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
+    def heard(self) -> int | None:
+        """The signal that has come, to this process or another; all must ask."""
+        if number := hosts.agreed(self.received or 0):
+            self.received = number
+        return number or None
+
     def check(self) -> None:
-        """Raises Stopped once a signal has come."""
-        if self.received is not None:
+        """Raises Stopped once a signal has come, to this process or another; all must ask."""
+        if self.heard() is not None:
             raise Stopped
 
 
@@ -108,21 +115,41 @@ def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: 
       WorkdirError: it cannot be written, another process has it, or it belongs to another configuration; the fields
         are named.
     """
-    path, text = workdir / "config.json", json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+    hosts.first_does(lambda: _open_workdir(workdir, configuration, free), kind=WorkdirError)
+    hosts.together(lambda: _check_shared(workdir, configuration), kind=WorkdirError)
+
+
+def _as_text(configuration: Mapping[str, Any]) -> str:
+    return json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+
+
+def _check_shared(workdir: pathlib.Path, configuration: Mapping[str, Any]) -> None:
+    """Raises WorkdirError unless this process sees what the first wrote; a network's file system may take a while."""
+    path, until = workdir / "config.json", time.monotonic() + 60
+    while not (path.exists() and path.read_text() == _as_text(configuration)):
+        if time.monotonic() > until:
+            raise WorkdirError(
+                f"{path}, which process 0 has written, is not what process {jax.process_index()} finds there: "
+                "--workdir must be on a file system that all hosts share, and all must be given the same flags."
+            )
+        time.sleep(0.5)
+
+
+def _open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    path, text = workdir / "config.json", _as_text(configuration)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         _probe(workdir)
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
-    if jax.process_index() == 0:
-        lock(workdir)
+    lock(workdir)
     try:
         if (workdir / "checkpoints").exists():  # which may be on another disk, or another user's
             _probe(workdir / "checkpoints")
     except OSError as error:
         raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
     # What a start that failed has left binds nobody.
-    if path.exists() and any(item.name not in (".lock", "config.json", "model") for item in workdir.iterdir()):
+    if path.exists() and any(item.name not in (".lock", "config.json", "model", "xla") for item in workdir.iterdir()):
         ours, theirs = _flat(json.loads(text)), _flat(json.loads(path.read_text()))
         differ = [
             f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
@@ -202,21 +229,23 @@ def train(
         state = store.restore(state)
         done = int(state.step)
         how = f"continuing at step {done} from" if done < steps else f"all {done} steps are in"
-        print(f"{title}: {how} {workdir}", flush=True)
+        say(f"{title}: {how} {workdir}")
     else:
         store.prepare(state)
     step = begun = int(state.step)
-    log, journal = RunLog(workdir, step), RewardJournal(workdir, tqdm.write, jax.process_index())
-    screen, profiler = Screen(title, steps, step), Profiler(workdir / "profile", profile, step, tqdm.write)
+    first = hosts.is_first()  # it alone writes, but for the rewards: all have their own
+    log, journal = RunLog(workdir, step, write=first), RewardJournal(workdir, say, jax.process_index())
+    screen = Screen(title, steps, step)
+    profiler = Profiler(workdir / "profile", profile if first else range(0), step, say)
     evaluate = evaluator or _NoEvaluation()
     rate_at = jax.jit(lambda count: {"learning_rate": learning_rate(count)} if learning_rate else {})
     optimizer_steps, sightings = int(_optimizer_count(state)), []
     with StopSignals() as stop:
         try:
-            if not log.rows:
+            if hosts.agreed(first and not log.rows):
                 log.write(0, {"time/elapsed_seconds": 0.0, **_evaluation(evaluate.full, state.params, stop.check)})
                 screen.evaluation(log.rows[-1])
-            elapsed, ended = log.rows[-1]["time/elapsed_seconds"], time.perf_counter()
+            elapsed, ended = log.rows[-1]["time/elapsed_seconds"] if first else 0.0, time.perf_counter()
             while step < steps:
                 stop.check()
                 with profiler.step(step + 1):
@@ -228,7 +257,7 @@ def train(
                         state, measured = train_step(state, experienced.batch)
                         # All that the host asks of a step, at once; an array remembers what was fetched of it.
                         asked = {**measured, **rate}, _optimizer_count(state), state.step, state.cursor
-                        metrics, count, *_ = jax.device_get(asked)
+                        metrics, count, *_ = hosts.fetched(asked)
                     ended = time.perf_counter()
                     step, elapsed, optimizer_steps = step + 1, elapsed + ended - started, int(count)
                     metrics = {name: float(value) for name, value in metrics.items()} | dict(experienced.metrics)
@@ -256,16 +285,16 @@ def train(
         except RewardError:
             if step > begun:
                 store.save(state)
-                tqdm.write(f"{title}: step {step} is saved. Mend the reward, and the same command goes on.")
+                say(f"{title}: step {step} is saved. Mend the reward, and the same command goes on.")
             raise
         finally:  # whatever happened: what was being saved is saved, and every file is closed
             with contextlib.ExitStack() as closing:
                 for thing in (store, profiler, journal, log, screen):
                     closing.callback(thing.close)
-    if stop.received is not None:  # also where it came during the last step, for there may be another phase
-        name = signal.Signals(stop.received).name
-        print(f"{name}: stopped after step {step}, which is saved. The same command continues it.", flush=True)
-        sys.exit(128 + stop.received)
+    if received := stop.heard():  # also where it came during the last step, for there may be another phase
+        name = signal.Signals(received).name
+        say(f"{name}: stopped after step {step}, which is saved. The same command continues it.")
+        sys.exit(128 + received)
     return state, log.rows
 
 
@@ -276,8 +305,8 @@ def _advance(state: TrainState, experienced: Experience) -> TrainState:
     """What a step has consumed, and what it leaves to the next."""
     cursor, surplus = np.int32(int(state.cursor) + experienced.prompts_consumed), experienced.surplus
     if surplus is not None:
-        surplus = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), surplus, state.surplus)
-    return dataclasses.replace(state, cursor=jax.device_put(cursor, state.cursor.sharding), surplus=surplus)
+        surplus = jax.tree.map(lambda new, old: hosts.put(new, old.sharding), surplus, state.surplus)
+    return dataclasses.replace(state, cursor=hosts.put(cursor, state.cursor.sharding), surplus=surplus)
 
 
 def _optimizer_count(state: TrainState) -> jax.Array | int:

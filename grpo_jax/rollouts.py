@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import sharding
+from grpo_jax import hosts, sharding
 from grpo_jax.compiling import Lowering
 from grpo_jax.data.sources import Prompt, Source
 from grpo_jax.data.tokenizer import Tokenizer, pad
@@ -23,11 +23,13 @@ from grpo_jax.scoring import (
     Ahead,
     Journal,
     ScoredGroups,
+    groups_of,
     interruptibly,
     journaled_scores,
     rollout_metrics,
     samples_of_group,
     score_rollout,
+    scores_of_all,
 )
 from grpo_jax.training import train_batch
 from grpo_jax.types import Groups, PyTree, Rollout, SamplingParams, Surplus, TrainBatch, TrainState
@@ -116,13 +118,24 @@ class _Wave:
     reference_seconds: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sampled:
+    """A wave before it is scored."""
+
+    rollout: Rollout  # where the sampler left it
+    host: Rollout  # the same on the host
+    own: Rollout  # of that, what this process scores and journals; with one process all of it
+    score: Callable[[], Scores]  # of its own
+    parts: Sequence[int]  # prompts that were sampled at a time
+
+
 def _surplus(state: TrainState) -> Surplus:
     """Of a state, on the host."""
     if state.surplus is None:
         raise ValueError(
             "max_waves above 1 needs a place in the state: init_train_state(..., surplus=surplus_of(...))."
         )
-    return jax.device_get(state.surplus)
+    return hosts.fetched(state.surplus)
 
 
 def _reference_of(state: TrainState) -> PyTree:
@@ -232,7 +245,7 @@ class GroupRollouts:
         reference, reference_seconds = waves[0].reference, waves[0].reference_seconds
         if waiting is not None:
             groups, surplus, chosen, said = fill(waiting, fresh.groups, fresh.constant)
-            rollout = jax.device_put(groups.rollout, sharding.batch_sharding(self.sampler.mesh))
+            rollout = hosts.put(groups.rollout, sharding.batch_sharding(self.sampler.mesh))
             asked = time.perf_counter()
             reference = jax.block_until_ready(self._reference(state, rollout))
             reference_seconds = time.perf_counter() - asked
@@ -240,10 +253,10 @@ class GroupRollouts:
         host: Rollout = groups.rollout
 
         penalties, penalty_metrics = self._penalties(reference, host)
-        advantages = self._estimate(dataclasses.replace(self._outcome(groups), penalties=penalties))
+        advantages = np.asarray(self._estimate(dataclasses.replace(self._outcome(groups), penalties=penalties)))
         known = ~np.isnan(groups.rewards).reshape(-1)
         if not known.all():  # they do not train
-            advantages = jnp.where(known.reshape(-1, *[1] * (advantages.ndim - 1)), advantages, 0)
+            advantages = np.where(known.reshape(-1, *[1] * (advantages.ndim - 1)), advantages, np.float32(0))
         selected = known if self.select is None else known & self.select(fresh.scores)
         if not self.advantages.train_truncated:
             selected = selected & host.finished
@@ -251,7 +264,7 @@ class GroupRollouts:
             rollout, advantages, temperature=config.temperature, selected=selected,
             ref_logprobs=reference if self.objective.reference_in_loss else None,
         )  # fmt: skip
-        of_completions, abs_mean = _over_tokens(np.asarray(advantages), host.mask)
+        of_completions, abs_mean = _over_tokens(advantages, host.mask)
         metrics |= {"advantage/abs_mean": abs_mean, **penalty_metrics}
         if self.objective.needs_steps:
             steps = sum(len(x or ()) for given in fresh.scores.steps.values() for x in given)
@@ -294,17 +307,18 @@ class GroupRollouts:
         with Ahead() as ahead:
             with jax.profiler.TraceAnnotation("rollout"):
                 known = journal.knows(step, wave)
-                rollout, host, score = self._sample(state, prompts, first, interrupt, None if known else ahead)
-            sampled = time.perf_counter()
+                sampled = self._sample(state, prompts, first, interrupt, None if known else ahead)
+            ended = time.perf_counter()
             # Of what waves leave to train on, it is known only when they are scored. A GPU's runtime holds us here
             # until the pass ends, for it has a loop; others do not.
-            reference = self._reference(state, rollout) if config.max_waves == 1 else None
+            reference = self._reference(state, sampled.rollout) if config.max_waves == 1 else None
             asked = time.perf_counter()
-            scores = journaled_scores(score, self.rewards, host, journal, step, wave)
+            scores = journaled_scores(sampled.score, self.rewards, sampled.own, journal, step, wave)
+            scores = scores_of_all(scores, sampled.parts, config.group_size)
             scored = time.perf_counter()
         jax.block_until_ready(reference)  # what the device is asked next would wait for it too
         referred = time.perf_counter()
-        groups = self._groups(scores, host)
+        groups = self._groups(scores, sampled.host)
         return _Wave(
             scored=ScoredGroups(
                 prompts=prompts,
@@ -313,18 +327,18 @@ class GroupRollouts:
                 total=scores.total(self.rewards).reshape(-1, config.group_size),
                 constant=np.asarray(_without_signal(self._outcome(groups))),
             ),
-            rollout=rollout,
+            rollout=sampled.rollout,
             reference=reference,
-            rollout_seconds=sampled - started,
+            rollout_seconds=ended - started,
             reward_seconds=scored - asked,
-            reference_seconds=(asked - sampled) + (referred - scored),
+            reference_seconds=(asked - ended) + (referred - scored),
         )
 
     def _sample(
         self, state: TrainState, prompts: Sequence[Prompt], first: int, interrupt: Callable[[], None],
         ahead: Ahead | None,
-    ) -> tuple[Rollout, Rollout, Callable[[], Scores]]:  # fmt: skip
-        """Completions where the sampler left them, and on the host; and what gives their scores.
+    ) -> _Sampled:  # fmt: skip
+        """Completions, and what scores those that are this process's.
 
         Where the sampler cuts a rollout to the memory, functions see a part of it at a time, whole groups; and each
         part `ahead`, while the device samples the next or reads the last as the reference does, if none uses the
@@ -333,7 +347,8 @@ class GroupRollouts:
         params = state.params if self.params_of is None else self.params_of(state)
         texts, ids = [prompt.text for prompt in prompts], range(first, first + len(prompts))
         parts: list[Rollout] = []
-        hosts: list[Rollout] = []
+        on_host: list[Rollout] = []
+        own: list[Rollout] = []
         scored: list[Callable[[], Scores]] = []
         begun, ahead = 0, None if any(reward.on_device for reward in self.rewards) else ahead
 
@@ -344,16 +359,23 @@ class GroupRollouts:
 
         for part in self.sampler.waves(params, texts, ids, self.config.sampling, look):
             parts.append(part)
-            hosts.append(jax.device_get(part))
-            of_part = prompts[begun : begun + len(part.prompt_tokens)]
+            on_host.append(hosts.fetched(part))
+            of_part = range(len(part.prompt_tokens))
+            own.append(groups_of(on_host[-1], hosts.share(of_part)))
+            mine = [prompts[begun + i] for i in hosts.share(of_part)]
             begun += len(of_part)
-            scored.append(functools.partial(self._score, of_part, hosts[-1]))
+            scored.append(functools.partial(self._score, mine, own[-1]))
             if ahead is not None:
                 ahead.add(scored[-1])
-        host = hosts[0] if len(hosts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *hosts)
-
+        joined = lambda of: of[0] if len(of) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *of)
         results = ahead.results if ahead is not None else functools.partial(interruptibly, scored, self.rewards)
-        return join(parts), host, lambda: Scores.join(results(interrupt))
+        return _Sampled(
+            rollout=join(parts),
+            host=joined(on_host),
+            own=joined(own),
+            score=lambda: Scores.join(results(interrupt)),
+            parts=[len(part.prompt_tokens) for part in parts],
+        )
 
     def _score(self, prompts: Sequence[Prompt], rollout: Rollout) -> Scores:
         return score_rollout(self.rewards, prompts, rollout, self.sampler.tokenizer, self.config.group_size)
@@ -395,7 +417,7 @@ class GroupRollouts:
         """[B, T] float32 to take from the rewards, and their metrics."""
         if self.objective.reward_kl is None or reference is None:
             return None, {}
-        kl = self.objective.reward_kl(host.logprobs, jnp.asarray(reference))
+        kl = self.objective.reward_kl(host.logprobs, jnp.asarray(hosts.fetched(reference)))
         kl = np.where(host.mask, kl, 0).astype(np.float32)
         penalties = self.objective.reward_kl_coef * kl
         means = {"kl": kl.sum() / host.mask.sum(), "reward/kl_penalty": penalties.sum(axis=1).mean()}

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from grpo_jax import sampling, sharding
+from grpo_jax import hosts, sampling, sharding
 from grpo_jax.compiling import Lowering
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
@@ -261,7 +261,7 @@ class Sampler:
         first = 0
         for prefilled, state, decode, tokens, mask in self._begin(params, prompts, prompt_ids, sampling_params, None):
             while True:
-                so_far = jax.device_get(self._collect(prefilled, state, tokens, mask))
+                so_far = hosts.fetched(self._collect(prefilled, state, tokens, mask))
                 for b, (ids, keep) in enumerate(zip(so_far.completion_tokens, so_far.mask, strict=True)):
                     text = self.tokenizer.decode(ids[keep].tolist())
                     # A character whose bytes are not all there yet waits for the others.
@@ -351,7 +351,7 @@ class Sampler:
         of_prompts = tokens, mask, np.asarray(prompt_ids, np.uint32), limits.astype(np.int32)
         for first in range(0, len(prompts), plan.prompts):
             part = tuple(x[first : first + plan.prompts] for x in of_prompts)
-            part = jax.device_put(part, sharding.batch_sharding(self.mesh))
+            part = hosts.put(part, sharding.batch_sharding(self.mesh))
             arguments = params, sampling_params, *self._fixed, *part
             start, decode = self._programs(plan, *arguments)
             yield *start(*arguments), decode, *part[:2]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -11,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from grpo_jax import hosts
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward, RewardError, Scores, score
@@ -23,6 +22,7 @@ __all__ = [
     "Journal",
     "ScoredGroups",
     "completion_texts",
+    "groups_of",
     "interruptibly",
     "journaled_scores",
     "on_every_host",
@@ -30,11 +30,11 @@ __all__ = [
     "samples_of_group",
     "score_completions",
     "score_rollout",
+    "scores_of_all",
 ]
 
 _T = TypeVar("_T")
 _LOOK = 0.1  # seconds between looks whether to stop
-_SAID = 1000  # bytes of an error that other processes hear of
 
 
 class Journal(Protocol):
@@ -79,6 +79,12 @@ class ScoredGroups:
         )
 
 
+def groups_of(rollout: Rollout, prompts: range) -> Rollout:
+    """Of a rollout that lies on the host, the groups of some of its prompts."""
+    count = len(rollout.prompt_mask)
+    return jax.tree.map(lambda x: x[len(x) // count * prompts.start : len(x) // count * prompts.stop], rollout)
+
+
 def completion_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
     """Token ids and texts of the completions of a rollout that lies on the host."""
     ids = [row[keep].tolist() for row, keep in zip(rollout.completion_tokens, rollout.mask, strict=True)]
@@ -105,6 +111,8 @@ def score_completions(
     Raises:
       RewardError: a reward function did something wrong, or the prompts do not all have the same columns.
     """
+    if not prompts:  # of several processes, one may have none
+        return Scores.of({reward.name: [] for reward in rewards})
     for prompt in prompts:
         if prompt.columns.keys() != prompts[0].columns.keys():
             raise RewardError(
@@ -188,58 +196,37 @@ def interruptibly(
         return ahead.results(interrupt)
 
 
-_calls = itertools.count()  # of on_every_host: the same on every process
-
-
 def on_every_host(compute: Callable[[], _T], patience: float = 3600.0) -> _T:
-    """What `compute` gives on this process, once it has ended on all of them; with one process, just that.
-
-    Every process must call it. A process that dies is noticed by `jax.distributed`, which ends the others.
-
-    Args:
-      compute: runs once.
-      patience: seconds that a process waits for the others, when it has ended.
+    """What `compute` gives on this process, once all have their rewards: `hosts.together`.
 
     Raises:
-      RewardError: on every process, if `compute` raised on any, with the number of the first such process and the
-        beginning of what it said; or if it did not end on all in time.
+      RewardError: on every process, if `compute` raised on any, or did not end on all in time.
+    """
+    return hosts.together(compute, kind=RewardError, waits_for="had their rewards", patience=patience)
+
+
+def scores_of_all(scores: Scores, parts: Sequence[int], group_size: int) -> Scores:
+    """Those of all completions, in their order, from what each process has of its own; every process must call it.
+
+    Args:
+      scores: of this process: of its `hosts.share` of each part.
+      parts: prompts that were sampled at a time.
+      group_size: completions of each.
     """
     if jax.process_count() == 1:
-        return compute()
-    result, error = None, None
-    try:
-        result = compute()
-    except Exception as raised:
-        error = raised
-    status = np.zeros(1 + _SAID, np.uint8)  # whether it failed, and what it says
-    if error is not None:
-        said = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-        text = b"\1" + said.encode(errors="replace")[:_SAID]
-        status[: len(text)] = np.frombuffer(text, np.uint8)
-    _meet(patience)
-    every = np.asarray(multihost_utils.process_allgather(status)).reshape(-1, len(status))
-    failed = np.flatnonzero(every[:, 0]).tolist()
-    if failed:
-        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        heard = every[failed[0], 1:].tobytes().rstrip(b"\0").decode(errors="replace")
-        raise RewardError(f"process {failed[0]} of {len(every)}{others}: {heard}") from error
-    return result  # pyright: ignore[reportReturnType]
-
-
-def _meet(patience: float) -> None:
-    """Waits for the other processes: longer than a collective would (gloo and NCCL give up after a minute or less)."""
-    from orbax.checkpoint import multihost  # has a barrier that needs no device
-
-    barrier, key = multihost.get_barrier_sync_fn(), f"grpo_jax/on_every_host/{next(_calls)}"
-    with Ahead() as waiting:  # in a thread, since a signal would not be handled meanwhile
-        waiting.add(lambda: barrier(key=key, timeout_ms=round(1000 * patience)))
-        try:
-            waiting.results()
-        except Exception as error:
-            raise RewardError(
-                f"process {jax.process_index()} of {jax.process_count()}: not all processes had their rewards within "
-                f"{patience:g} s of each other: {error!s:.500}"
-            ) from error
+        return scores
+    seconds = {name: taken.tolist() for name, taken in scores.seconds.items()}
+    every = [
+        dataclasses.replace(
+            Scores.of_record(said["record"]), seconds={n: np.array(s, np.float64) for n, s in said["seconds"].items()}
+        )
+        for said in hosts.gathered({"record": scores.record(), "seconds": seconds})
+    ]
+    prompts = np.arange(sum(parts))
+    of_parts = np.split(prompts, np.cumsum(parts)[:-1])
+    shares = [of[[*hosts.share(range(len(of)), i)]] for i in range(len(every)) for of in of_parts]
+    order = np.concatenate(shares)[:, None] * group_size + np.arange(group_size)[None]
+    return Scores.join(every).take(np.argsort(order.reshape(-1)))
 
 
 @functools.partial(jax.profiler.annotate_function, name="rewards")  # a part of a step, in its profile

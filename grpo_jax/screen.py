@@ -6,9 +6,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grpo_jax import hosts
 from grpo_jax.diagnosis import diagnose
 
-__all__ = ["Screen"]
+__all__ = ["Screen", "say"]
+
+
+def say(text: str) -> None:
+    """A line beside a progress bar; of several processes, the first speaks for all."""
+    if hosts.is_first():
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 class Screen:
@@ -19,7 +27,8 @@ class Screen:
         self._title, self._steps = title, steps
         self._said: dict[str, int] = {}  # the step at which a diagnosis was last printed, by its name
         self._lines = max(1, min(steps // 20, 200))  # steps between lines where there is no terminal
-        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
+        hidden = None if hosts.is_first() else True  # None: where there is no terminal
+        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=hidden, dynamic_ncols=True)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """What a row of the log says of the held-out problems, where it says anything."""
@@ -29,7 +38,7 @@ class Screen:
                 f"{name.removeprefix('eval/').replace('accuracy', 'greedy')} {_shown(name, row[name])}"
                 for name in names
             )
-            self._say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
+            say(f"{self._title}: step {row['step']}, held out: {'  '.join(shown)}")
 
     def step(self, rows: Sequence[Mapping[str, Any]], samples: Any) -> None:
         """The last of the rows, its sampled completions, and what is to be said of it."""
@@ -38,21 +47,17 @@ class Screen:
         self._bar.update()
         self.evaluation(row)
         if self._bar.disable and (row["step"] % self._lines == 0 or row["step"] == 1):
-            self._say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
+            say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
         for sample in samples[:4]:
             text = f"{sample['prompt']} -> {sample['completion']}"
             reward = "unknown" if sample["reward"] is None else f"{sample['reward']:.2f}"
-            self._say(f"    {text}  reward {reward}  advantage {sample['advantage']:+.2f}")
+            say(f"    {text}  reward {reward}  advantage {sample['advantage']:+.2f}")
         for said in diagnose(row, rows[:-1]):
             name = said.partition(":")[0]
             again = max(self._lines, 10)  # its numbers differ every time, so that it would be said at each
             if row["step"] - self._said.get(name, -again) >= again:
-                self._say(f"{self._title}: step {row['step']}: {said}")
+                say(f"{self._title}: step {row['step']}: {said}")
                 self._said[name] = row["step"]
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
 
     def close(self) -> None:
         """Leaves the bar as it is."""

@@ -167,8 +167,15 @@ class _Board:
 class RunLog:
     """`metrics.jsonl`, `samples.jsonl` and TensorBoard event files of one run, cut back to a step."""
 
-    def __init__(self, workdir: pathlib.Path, step: int):
-        """Opens the logs and drops everything after `step`, which is where the run goes on from."""
+    def __init__(self, workdir: pathlib.Path, step: int, *, write: bool = True):
+        """Opens the logs and drops everything after `step`, which is where the run goes on from.
+
+        `write`: false where another process writes them, and this one only keeps `rows`.
+        """
+        self._writes = write
+        if not write:
+            self._rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["step"] <= step]
+            return
         self._metrics = _JsonLines(workdir / "metrics.jsonl", keep=lambda row: row["step"] <= step)
         self._samples = _JsonLines(workdir / "samples.jsonl", keep=lambda row: row["step"] <= step)
         directory = workdir / "tensorboard"
@@ -179,27 +186,32 @@ class RunLog:
             self._board = _Board(directory)
         except OSError as error:
             raise _explained(directory, error) from error
-        for row in self._metrics.rows:
+        self._rows = self._metrics.rows
+        for row in self._rows:
             self._board.write(row)
         self._board.flush()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The metrics so far, one dictionary a step."""
-        return self._metrics.rows
+        return self._rows
 
     def write(self, step: int, metrics: Metrics, samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Appends a step; when this returns, a kill of the process loses nothing of it."""
         row = {"step": step, **{name: metrics[name] for name in sorted(metrics)}}
+        self._rows.append(row)
+        if not self._writes:
+            return
         for sample in samples:
             self._samples.append({"step": step, **sample})
         self._metrics.append(row)
-        self._metrics.rows.append(row)
         self._board.write(row)
         self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
+        if not self._writes:
+            return
         self._metrics.close()
         self._samples.close()
         self._board.close()

@@ -38,6 +38,14 @@ def environment(devices: int = 1, **variables: str) -> dict[str, str]:
     }
 
 
+def begin(*command: str, devices: int = 1) -> "subprocess.Popen[str]":
+    """Starts Python on the command, at the root of the clone, on so many CPU devices; what it says can be read."""
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 def python(
     *command: str, devices: int = 1, status: int | None = 0, timeout: float = 1200, **variables: str
 ) -> subprocess.CompletedProcess[str]:
@@ -51,13 +59,9 @@ def python(
       variables: of its environment, too.
     """
     done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(devices, **variables),
-        capture_output=True,
-        text=True,
+        [sys.executable, *command], cwd=ROOT, env=environment(devices, **variables), capture_output=True, text=True,
         timeout=timeout,
-    )
+    )  # fmt: skip
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
 

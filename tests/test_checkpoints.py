@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import checkpoints, objectives, sharding, training
+from grpo_jax import hosts, objectives, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.telemetry import WorkdirError
@@ -191,9 +191,9 @@ def test_another_model_is_not_set_aside(two, tmp_path):
 
 def test_what_one_process_cannot_read_is_bad_for_all(two, tmp_path, monkeypatch):
     """Here as the process that could read it: the other says no to the first question about step 2."""
-    answers, place = iter([False]), damaged(two, tmp_path, truncated, [])
+    answers, place = iter([True]), damaged(two, tmp_path, truncated, [])
     store = Checkpoints(place)
-    monkeypatch.setattr(checkpoints, "everywhere", lambda here: here and next(answers, True))
+    monkeypatch.setattr(hosts, "agreed", lambda here: here or next(answers, False))
     assert int(store.restore(two[1][1]).step) == 1
     assert (tmp_path / "checkpoints_bad" / "2").exists()
 

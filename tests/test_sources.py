@@ -12,7 +12,6 @@ from grpo_jax.data.sources import (
     Mapped,
     Prompt,
     drop_long,
-    host_cursors,
     in_order,
     json_records,
     make_prompts,
@@ -107,15 +106,6 @@ def test_mapped_is_a_sequence():
     assert (squares[-1], list(squares[1:4]), list(squares[1:][::-2]), len(squares[3:])) == (16, [1, 4, 9], [16, 4], 2)
     with pytest.raises(IndexError):
         squares[5]
-
-
-def test_each_host_reads_its_own_part():
-    assert [list(host_cursors(100, 6, i, 3)) for i in range(3)] == [[100, 101], [102, 103], [104, 105]]
-    assert host_cursors(7, 4, 0, 1) == range(7, 11)
-    with pytest.raises(ValueError, match="10 prompts a step do not divide over 4 hosts"):
-        host_cursors(0, 10, 0, 4)
-    with pytest.raises(ValueError, match="process_index=3 must be from 0 to 2"):
-        host_cursors(0, 6, 3, 3)
 
 
 # Prompts --------------------------------------------------------------------------------------------

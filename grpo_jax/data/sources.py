@@ -26,7 +26,6 @@ __all__ = [
     "Record",
     "Source",
     "drop_long",
-    "host_cursors",
     "in_order",
     "json_records",
     "make_prompts",
@@ -247,25 +246,3 @@ def _count(prompts: Sequence[Any]) -> int:
     if not len(prompts):
         raise ValueError("a source needs at least one prompt; there is none.")
     return len(prompts)
-
-
-def host_cursors(cursor: int, prompts: int, process_index: int, process_count: int) -> range:
-    """The cursors that one host reads in a step: hosts in order, equal shares, together all of the step's.
-
-    Args:
-      cursor: prompts consumed before the step, by all hosts together.
-      prompts: prompts of the step, of all hosts together.
-      process_index: of this host, from 0.
-      process_count: hosts.
-
-    Raises:
-      ValueError: the prompts do not divide over the hosts, or there is no such host.
-    """
-    if prompts % process_count:
-        raise ValueError(
-            f"{prompts} prompts a step do not divide over {process_count} hosts; use a multiple of {process_count}."
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be from 0 to {process_count - 1}.")
-    share = prompts // process_count
-    return range(cursor + process_index * share, cursor + (process_index + 1) * share)

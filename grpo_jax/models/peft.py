@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grpo_jax import sharding
+from grpo_jax import hosts, sharding
 from grpo_jax.models.families import PretrainedError
 from grpo_jax.models.layout import Tensor, layout
 from grpo_jax.models.leaves import MATRICES, Adapted
@@ -159,7 +159,7 @@ def load(directory: Path, model: TransformerConfig, config: LoraConfig, mesh: Me
 
 def _tensors(params: PyTree, model: TransformerConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Theirs by name, on the host."""
-    theirs = lambda x, rows: np.ascontiguousarray(np.asarray(jax.device_get(x), np.float32).reshape(rows).T)
+    theirs = lambda x, rows: np.ascontiguousarray(np.asarray(hosts.fetched(x), np.float32).reshape(rows).T)
     tree, _, _ = layout(model)
     for group in ("layers", "tail"):
         for layer, own in zip(tree.get(group, ()), params.get(group, ()), strict=True):
@@ -189,7 +189,9 @@ def save(directory: Path, params: PyTree, model: TransformerConfig, config: Lora
     Raises:
       PretrainedError: the directory is in use, or cannot be written.
     """
-    directory = pathlib.Path(directory)
+    directory, tensors = pathlib.Path(directory), dict(_tensors(params, model))
+    if not hosts.is_first():  # it has handed its parts over
+        return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
     described = {
@@ -202,7 +204,7 @@ def save(directory: Path, params: PyTree, model: TransformerConfig, config: Lora
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file(dict(_tensors(params, model)), part / _WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
         (part / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         shutil.copymode(part / _CONFIG, part / _WEIGHTS)  # safetensors writes for its owner alone
         part.replace(directory)  # an empty directory gives way

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grpo_jax import sharding
+from grpo_jax import hosts, sharding
 from grpo_jax.models.families import PretrainedError, as_score, differences, parse_config, write_config
 from grpo_jax.models.layout import EMBEDDING, HEAD, Tensor, flat, layout
 from grpo_jax.models.leaves import Adapted, bare, merged
@@ -253,7 +253,7 @@ def load(
     those = lambda full: {name: full[name] for name in tree}
     params = jax.tree.map(leaf, tree, those(shapes), those(where), is_leaf=is_leaf)
     if begins:
-        params["score"] = jax.device_put(jnp.zeros(shapes["score"].shape, to), where["score"])
+        params["score"] = hosts.put(np.zeros(shapes["score"].shape, to), where["score"])
     return params
 
 
@@ -294,7 +294,8 @@ def save(
 ) -> None:
     """Writes a Hugging Face directory that `transformers` and all that reads such directories can load.
 
-    All of it or nothing: it is written beside its place and then renamed.
+    All of it or nothing: it is written beside its place and then renamed. Of several processes, each of which must call
+    it, the first writes; what is split over hosts comes to it a layer's matrix at a time.
 
     Args:
       directory: to be made; must not exist, or be empty.
@@ -311,6 +312,10 @@ def save(
         Face's describes this one, `params` are not of `config`, or the disk is full.
     """
     directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
+    if not hosts.is_first():
+        for _ in _named(params, config, dtype):  # its part in handing them over
+            pass
+        return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
     _check_params(bare(params), config)
@@ -391,7 +396,7 @@ def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[s
 def _named(params: PyTree, config: TransformerConfig, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors one by one, on the host."""
     tree, _, _ = layout(config)
-    on_host = lambda x: np.asarray(jax.device_get(x)).astype(jnp.dtype(dtype or x.dtype))
+    on_host = lambda x: np.asarray(hosts.fetched(x)).astype(jnp.dtype(dtype or x.dtype))
     of_layer = lambda stack, i: jax.tree.map(lambda x: x[i], stack)  # of an adapter too
 
     def walk(tensors, ours):

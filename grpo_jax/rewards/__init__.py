@@ -140,6 +140,14 @@ class Scores:
             seconds={name: np.concatenate([part.seconds[name] for part in parts]) for name in measured},
         )
 
+    def take(self, completions: np.ndarray) -> "Scores":
+        """Of these completions, by their indices."""
+        return dataclasses.replace(
+            self.of({name: [items[i] for i in completions] for name, items in self.items().items()}),
+            failed={name: of[completions] for name, of in self.failed.items()},
+            seconds={name: of[completions] for name, of in self.seconds.items()},
+        )
+
     def of_failed(self, name: str) -> np.ndarray:
         """[B] bool: where the judge of that name came to no verdict."""
         return self.failed.get(name, np.zeros(len(self.by_name[name]), bool))

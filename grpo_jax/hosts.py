@@ -1,0 +1,250 @@
+"""Several processes that run one program: the same script on every host, as JAX wants it.
+
+All of them hold the same host values and take the same decisions; what differs is only who does what: each scores a
+share of the completions, each device holds its part of the arrays, and the first process writes files and speaks.
+Whatever only one of them sees (a signal, an error, a file) is told to all before anybody acts on it.
+
+With one process everything here is what its name says, and costs nothing.
+"""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import re
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from grpo_jax.types import PyTree
+
+__all__ = [
+    "HEARTBEAT",
+    "HostError",
+    "agreed",
+    "check_mesh",
+    "fetched",
+    "first_does",
+    "gathered",
+    "initialize",
+    "is_first",
+    "on_all",
+    "put",
+    "share",
+    "together",
+]
+
+_T = TypeVar("_T")
+_SAID = 1000  # bytes of an error that other processes hear of
+HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and all others end
+_SHUTDOWN = 10  # seconds that one which ends with an error waits for the others, before they are told
+
+
+class HostError(RuntimeError):
+    """A process could not go on, or did not come where the others waited for it."""
+
+
+def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
+    """Joins this process to the others of a run; to be called before JAX is asked for anything.
+
+    The standard output of all but the first goes nowhere from here on: they say the same. Errors and warnings go to
+    the standard error of each.
+
+    Args:
+      asked: `off`: there are no others. `auto`: TPU pod slices, Slurm and Open MPI say who they are. Elsewhere
+        `HOST:PORT,PROCESS,COUNT`: where the first process can be reached, which one this is, from 0, and how many.
+      heartbeat: seconds after which a process that gives no sign of life counts as dead.
+
+    Returns:
+      A line for the screen, empty where there are no others.
+
+    Raises:
+      ValueError: it is none of these, or nothing here says who is who.
+      HostError: the others did not come.
+    """
+    if asked == "off":
+        return ""
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": _SHUTDOWN}
+    if asked != "auto":
+        match = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", asked or "")
+        if match is None or not int(match[2]) < int(match[3]):
+            raise ValueError(
+                f"--distributed={asked or ''} must be off, auto or HOST:PORT,PROCESS,COUNT with PROCESS from 0 to "
+                "COUNT - 1, as 10.0.0.1:8476,0,2 and 10.0.0.1:8476,1,2."
+            )
+        options |= {"coordinator_address": match[1], "process_id": int(match[2]), "num_processes": int(match[3])}
+        options["cluster_detection_method"] = "deactivate"
+    # It would take SIGTERM for itself; `loop.StopSignals` agrees on it between steps, and between tokens.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**options)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed=auto finds no TPU pod slice, Slurm or MPI job ({error}): say who is who, as "
+            "--distributed=HOST:PORT,PROCESS,COUNT."
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise HostError(f"not all processes of --distributed={asked} came: {error!s:.500}") from error
+    if not is_first():
+        sys.stdout = pathlib.Path(os.devnull).open("w")  # noqa: SIM115, for as long as the process runs
+    devices = f"{jax.device_count()} devices, {jax.local_device_count()} of them here"
+    return f"{jax.process_count()} processes, of which this is number {jax.process_index()}; {devices}"
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks."""
+    return jax.process_index() == 0
+
+
+def share(places: range, process: int | None = None) -> range:
+    """Which of these a process does, None: this one; in order, to within one the same number each."""
+    process, count = jax.process_index() if process is None else process, jax.process_count()
+    return places[len(places) * process // count : len(places) * (process + 1) // count]
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises ValueError unless every device of every process is in the mesh: all take part in all programs."""
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"mesh {shape} has {mesh.size} devices, and {jax.process_count()} processes have {jax.device_count()} "
+            "together: give a mesh of all of them."
+        )
+
+
+# Arrays -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def on_all(tree: PyTree) -> PyTree:
+    """Arrays that lie in parts on several hosts, whole on every device; others as they are. All must call it."""
+
+    def one(x: Any) -> Any:
+        split = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return _everywhere(x.sharding.mesh)(x) if split else x  # pyright: ignore[reportAttributeAccessIssue]
+
+    return jax.tree.map(one, tree)
+
+
+def fetched(tree: PyTree) -> PyTree:
+    """`jax.device_get`, also of arrays that lie in parts on several hosts, one array at a time. All must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)  # all at once
+    return jax.tree.map(lambda x: jax.device_get(on_all(x)), tree)
+
+
+def put(tree: PyTree, place: Sharding) -> PyTree:
+    """Host arrays, the same on every process, onto devices: each process hands over the parts that its devices hold."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, place)
+    one = lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+    return jax.tree.map(lambda x: one(np.asarray(x)), tree)
+
+
+# Words ------------------------------------------------------------------------------------------------
+
+
+def agreed(value: int) -> int:
+    """The largest of what all processes say; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def gathered(value: Any) -> Sequence[Any]:
+    """What each process says, plain JSON, in their order; all must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(said)))).reshape(-1)
+    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)  # a power of two: few programs are compiled
+    padded[: len(said)] = said
+    every = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(every, lengths, strict=True)]
+
+
+def together(
+    compute: Callable[[], _T], *, kind: type[Exception] = HostError, waits_for: str = "were here",
+    patience: float = 3600.0,
+) -> _T:  # fmt: skip
+    """What `compute` gives on this process, once it has ended on all of them; with one process, just that.
+
+    Every process must call it. A process that dies is noticed by `jax.distributed`, which ends the others.
+
+    Args:
+      compute: runs once.
+      kind: of error that says enough without its name, and that the others hear of.
+      waits_for: what is said of the processes that did not come: not all ...
+      patience: seconds that a process waits for the others, when it has ended.
+
+    Raises:
+      kind: on every process, if `compute` raised on any, with the number of the first such process and the beginning
+        of what it said; or if it did not end on all in time.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    result, error = None, None
+    try:
+        result = compute()
+    except Exception as raised:
+        error = raised
+    status = np.zeros(1 + _SAID, np.uint8)  # whether it failed, and what it says
+    if error is not None:
+        said = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
+        text = b"\1" + said.encode(errors="replace")[:_SAID]
+        status[: len(text)] = np.frombuffer(text, np.uint8)
+    try:
+        _meet(patience)
+    except Exception as late:
+        raise kind(
+            f"process {jax.process_index()} of {jax.process_count()}: not all processes {waits_for} within "
+            f"{patience:g} s of each other: {late!s:.500}"
+        ) from late
+    every = np.asarray(multihost_utils.process_allgather(status)).reshape(-1, len(status))
+    failed = np.flatnonzero(every[:, 0]).tolist()
+    if failed:
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        heard = every[failed[0], 1:].tobytes().rstrip(b"\0").decode(errors="replace")
+        raise kind(f"process {failed[0]} of {len(every)}{others}: {heard}") from error
+    return result  # pyright: ignore[reportReturnType]
+
+
+def first_does(compute: Callable[[], Any], *, kind: type[Exception] = HostError) -> None:
+    """Files that are everybody's: the first process writes them, and none goes on before they are there.
+
+    Raises:
+      kind: on every process, if it raised.
+    """
+    together(compute if is_first() else lambda: None, kind=kind)
+
+
+_meetings = itertools.count()  # the same on every process
+
+
+def _meet(patience: float) -> None:
+    """Waits for the other processes: longer than a collective would (gloo and NCCL give up after a minute or less)."""
+    from orbax.checkpoint import multihost  # has a barrier that needs no device
+
+    barrier, key, met = multihost.get_barrier_sync_fn(), f"grpo_jax/{next(_meetings)}", Future()
+
+    def wait() -> None:
+        try:
+            met.set_result(barrier(key=key, timeout_ms=round(1000 * patience)))
+        except BaseException as error:
+            met.set_exception(error)
+
+    # In a thread, since a signal would not be handled meanwhile; which ends with the process.
+    threading.Thread(target=wait, name="barrier", daemon=True).start()
+    met.result()
