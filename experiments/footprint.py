@@ -1,5 +1,6 @@
 """What a run will take: the arithmetic of a step, and the memory of a device, estimated from shapes."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -14,7 +15,7 @@ from grpo_jax.rollouts import RolloutConfig
 from grpo_jax.sampler import Sampler, rollout_bytes
 from grpo_jax.types import Policy
 
-__all__ = ["batch_arithmetic", "copies_held", "estimate", "line", "parameters"]
+__all__ = ["batch_arithmetic", "copies_held", "estimate", "line", "moments", "parameters"]
 
 
 def parameters(config: TransformerConfig) -> int:
@@ -39,14 +40,24 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
 _UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
 
 
-def copies_held(loss: objectives.LossConfig) -> int:
-    """How many times a training run holds the parameters: themselves, two moments of Adam's, and a reference if any."""
-    return 3 + (loss.kl_coef > 0)
+def moments(config: TransformerConfig, optimizer: training.OptimizerConfig) -> float:
+    """How many times the parameters the optimizer's state is, on a device: 2 of Adam's; 0 where it lies on the host."""
+    if optimizer.offload:
+        return 0.0
+    state = jax.eval_shape(training.make_optimizer(optimizer, 1)[0].init, abstract_params(config)[0])
+    return sum(x.size for x in jax.tree.leaves(state) if x.ndim) / parameters(config)
+
+
+def copies_held(
+    config: TransformerConfig, optimizer: training.OptimizerConfig, loss: objectives.LossConfig | None = None
+) -> float:
+    """How many times a training run holds the parameters: themselves, the optimizer's state, and a reference if any."""
+    return 1 + moments(config, optimizer) + (loss is not None and loss.kl_coef > 0)
 
 
 def estimate(
     config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
-    update: training.UpdateConfig, loss: objectives.LossConfig,
+    update: training.UpdateConfig, optimizer: training.OptimizerConfig, loss: objectives.LossConfig,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.
 
@@ -55,6 +66,7 @@ def estimate(
     shapes, axes = abstract_params(config)
     params = sharding.device_bytes(shapes, axes, mesh)
     plan, max_tokens = sampler.plan(shapes, rollout.prompts), sampler.max_tokens
+    brought = round(params * moments(config, dataclasses.replace(optimizer, offload=False))) if optimizer.offload else 0
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
     width = 2 if config.compute_dtype == "bfloat16" else 4
@@ -62,13 +74,18 @@ def estimate(
     layer = rows * columns * config.width * width
     inner = rows * columns * (2 * config.heads * config.head_width + 2 * config.mlp_width // tensor) * width
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
-    kept = scores + (config.layers * layer + inner if config.remat else config.layers * (4 * layer + inner))
+    of_layers = {
+        "none": config.layers * (4 * layer + inner),
+        "dots": config.layers * (2 * layer + inner),  # their input, what attention adds, and what is inside
+        "full": config.layers * layer + inner,
+    }
+    kept = scores + of_layers[config.remat]
     logits = rows * max_tokens * config.vocab_size // tensor
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {
-        "state": params * copies_held(loss),
-        # Gradients, summed up over microbatches; activations; logits.
-        "update": params * (1 + (update.microbatches > 1)) + kept + logits,
+        "state": round(params * copies_held(config, optimizer, loss)),
+        # Gradients, summed up over microbatches; activations; logits. Moments come when the last two have gone.
+        "update": params * (1 + (update.microbatches > 1)) + max(kept + logits, brought),
         "rollout": rollout_bytes(
             policy,
             mesh,

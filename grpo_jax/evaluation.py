@@ -96,7 +96,7 @@ class Evaluator:
     def __init__(
         self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, source: Source, rewards: Sequence[Reward],
         config: EvaluationConfig, *, max_tokens: int, max_prompt_tokens: int, key: jax.Array,
-        answer: Callable[[str], str | None] | None = None, stop: Sequence[str] = (), copies: int = 4,
+        answer: Callable[[str], str | None] | None = None, stop: Sequence[str] = (), copies: float = 4,
     ):  # fmt: skip
         """The first of `rewards` judges: above 0.5 is right, anything else, None too, wrong. The others are reported.
 

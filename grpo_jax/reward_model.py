@@ -21,6 +21,7 @@ from grpo_jax.logprobs import unembed
 from grpo_jax.memory import most_alive, parts_that_fit
 from grpo_jax.metrics import Mean, Metrics, masked_mean
 from grpo_jax.microbatches import Microbatches, over_data, over_parts, pack_microbatches
+from grpo_jax.optimizers import brought_over
 from grpo_jax.packing import Rows, take_columns
 from grpo_jax.sharding import per_device
 from grpo_jax.training import summed_gradients
@@ -146,7 +147,7 @@ def make_pair_step(
       of the pairs do not divide over data x fsdp.
     """
     where = jax.tree.map(lambda x: x.sharding, like)
-    mesh = where.step.mesh
+    mesh, optimizer = where.step.mesh, brought_over(optimizer, where.opt_state)
 
     def of_part(params, rows: Rows, of: PyTree, tokens):
         del tokens

@@ -106,7 +106,7 @@ class Sampler:
     def __init__(
         self, policy: Policy, mesh: Mesh, tokenizer: Tokenizer, *, group_size: int, max_tokens: int,
         max_prompt_tokens: int, key: jax.Array, stop: Sequence[str] = (), slots: int = 0, chunk: int = 64,
-        memory: int | None = None, copies: int = 4,
+        memory: int | None = None, copies: float = 4,
     ):  # fmt: skip
         """`key` is the root of all randomness: with prompt id, member and token index it gives a token's.
 
