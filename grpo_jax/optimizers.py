@@ -1,6 +1,7 @@
 """The optimizers by name, and their state in the host's memory, where a device is to have room for other things."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -96,14 +97,14 @@ def brought_over(optimizer: optax.GradientTransformation, where: PyTree) -> opta
         return optimizer
     near = jax.tree.map(lambda place: place.with_memory_kind("device"), where)
 
-    def update(grads, state, params=None):
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> Any:
         def there_and_back(state):
-            updates, state = optimizer.update(grads, jax.device_put(state, near), params)
-            return updates, jax.device_put(state, where)
+            directions, state = optimizer.update(updates, jax.device_put(state, near), params)
+            return directions, jax.device_put(state, where)
 
         # Always so, which the compiler does not know: else it fetches the state when a step begins, and activations
         # have to find room beside it. (An optimization barrier does not keep it from that.)
-        is_there = optax.tree.norm(grads) != -1
-        return jax.lax.cond(is_there, there_and_back, lambda state: (grads, state), state)
+        is_there = optax.tree.norm(updates) != -1
+        return jax.lax.cond(is_there, there_and_back, lambda state: (updates, state), state)
 
     return optax.GradientTransformation(optimizer.init, update)

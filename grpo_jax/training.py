@@ -102,7 +102,7 @@ def _as_parameter(shape: tuple[int, ...], place: NamedSharding, of: tuple[int, .
     for axis in range(len(of)):
         if shape == of[:axis] + of[axis + 1 :]:
             return NamedSharding(place.mesh, PartitionSpec(*place.spec[:axis], *place.spec[axis + 1 :]))
-    return sharding.replicated(place.mesh)
+    return NamedSharding(place.mesh, PartitionSpec())
 
 
 def _initial(
