@@ -38,7 +38,7 @@ class OptimizerConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         idle = [f"{x}={getattr(self, x)}" for x in ("b1", "b2", "epsilon") if getattr(self, x) != defaults[x]]
         if self.kind != "adamw" and idle:
-            raise ValueError(f"{', '.join(idle)}: of adamw alone, and kind={self.kind!r}: leave them out.")
+            raise ValueError(f"{', '.join(idle)}: of adamw alone, without effect on kind={self.kind!r}; leave it out.")
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
