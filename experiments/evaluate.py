@@ -20,7 +20,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import phases, runs, tasks
 from experiments.flags import section
-from grpo_jax import objectives, rollouts, sharding, training
+from grpo_jax import objectives, rollouts, sharding
 from grpo_jax.models import lora, pretrained
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.sampler import check_stop
@@ -101,8 +101,7 @@ def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) ->
         )
     state = phases.restored(
         workdir, step, policy=opened.policy, model=opened.model, mesh=opened.mesh,
-        optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objective, surplus=surplus,
-        lora=adapters_of(workdir),
+        optimizer=phases.optimizer_of(saved), objective=objective, surplus=surplus, lora=adapters_of(workdir),
     )  # fmt: skip
     return state.params, int(state.step)
 

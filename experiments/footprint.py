@@ -1,5 +1,6 @@
 """What a run will take: the arithmetic of a step, and the memory of a device, estimated from shapes."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -15,7 +16,7 @@ from grpo_jax.rollouts import RolloutConfig
 from grpo_jax.sampler import Sampler, rollout_bytes
 from grpo_jax.types import Policy, PyTree
 
-__all__ = ["batch_arithmetic", "copies_held", "estimate", "line", "parameters", "trained_share", "trains"]
+__all__ = ["batch_arithmetic", "copies_held", "estimate", "line", "moments", "parameters", "trained_share", "trains"]
 
 
 def parameters(config: TransformerConfig) -> int:
@@ -25,8 +26,11 @@ def parameters(config: TransformerConfig) -> int:
 
 def trained_share(policy: Policy, params: PyTree) -> float:
     """Of the bytes of a policy's parameters, or of their shapes: 1, or of adapters little."""
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return size(policy.split.parts(params)[0]) / size(params)
+    return _bytes(policy.split.parts(params)[0]) / _bytes(params)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def trains(config: TransformerConfig, adapters: lora.LoraConfig) -> str:
@@ -57,17 +61,33 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
 _UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
 
 
-def copies_held(loss: objectives.LossConfig, trained: float = 1.0) -> float:
-    """How many times a training run holds the parameters: themselves, two moments of Adam's, and a reference if any.
+def moments(policy: Policy, params: PyTree, optimizer: training.OptimizerConfig) -> float:
+    """How many times a policy's parameters the optimizer's state is, on a device: 2 of Adam's where all of them train.
 
-    `trained`: the share that trains, of which there are moments; if it is not all, the reference is in the parameters.
+    0 where it lies on the host. `params`: shapes will do.
     """
-    return 1 + 2 * trained + (trained == 1 and loss.kl_coef > 0)
+    if optimizer.offload:
+        return 0.0
+    trained, _ = policy.split.parts(params)
+    state = jax.eval_shape(training.make_optimizer(optimizer, 1)[0].init, trained)
+    return _bytes([x for x in jax.tree.leaves(state) if x.ndim]) / _bytes(params)
+
+
+def copies_held(
+    policy: Policy, params: PyTree, optimizer: training.OptimizerConfig, loss: objectives.LossConfig | None = None
+) -> float:
+    """How many times a training run holds a policy's parameters: themselves, the optimizer's state, and a reference.
+
+    Of the last only where there is one, and where it is not in the parameters. `params`: shapes will do.
+    """
+    reference = loss is not None and loss.kl_coef > 0 and policy.split.reference is None
+    return 1 + moments(policy, params, optimizer) + reference
 
 
 def estimate(
     config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
-    update: training.UpdateConfig, loss: objectives.LossConfig, adapters: lora.LoraConfig = lora.LoraConfig(),
+    update: training.UpdateConfig, optimizer: training.OptimizerConfig, loss: objectives.LossConfig,
+    adapters: lora.LoraConfig = lora.LoraConfig(),
 ) -> dict[str, int]:  # fmt: skip
     """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.
 
@@ -77,6 +97,8 @@ def estimate(
     trained = trained_share(policy, shapes)
     params = sharding.device_bytes(shapes, axes, mesh)
     plan, max_tokens = sampler.plan(shapes, rollout.prompts), sampler.max_tokens
+    on_device = moments(policy, shapes, dataclasses.replace(optimizer, offload=False))
+    brought = round(params * on_device) if optimizer.offload else 0
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
     width = 2 if config.compute_dtype == "bfloat16" else 4
@@ -84,13 +106,18 @@ def estimate(
     layer = rows * columns * config.width * width
     inner = rows * columns * (2 * config.heads * config.head_width + 2 * config.mlp_width // tensor) * width
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
-    kept = scores + (config.layers * layer + inner if config.remat else config.layers * (4 * layer + inner))
+    of_layers = {
+        "none": config.layers * (4 * layer + inner),
+        "dots": config.layers * (2 * layer + inner),  # their input, what attention adds, and what is inside
+        "full": config.layers * layer + inner,
+    }
+    kept = scores + of_layers[config.remat]
     logits = rows * max_tokens * config.vocab_size // tensor
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {
-        "state": round(params * copies_held(loss, trained)),
-        # Gradients, summed up over microbatches; activations; logits.
-        "update": round(params * trained * (1 + (update.microbatches > 1))) + kept + logits,
+        "state": round(params * copies_held(policy, shapes, optimizer, loss)),
+        # Gradients, summed up over microbatches; activations; logits. Moments come when the last two have gone.
+        "update": round(params * trained * (1 + (update.microbatches > 1))) + max(kept + logits, brought),
         "rollout": rollout_bytes(
             policy,
             mesh,

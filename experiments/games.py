@@ -18,7 +18,7 @@ from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.evaluation import Evaluator
-from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.rewards import Reward
 from grpo_jax.rollouts import Demonstrations, GroupRollouts, surplus_of
 from grpo_jax.sampler import Sampler
@@ -70,7 +70,7 @@ class LossConfig(objectives.LossConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(training.OptimizerConfig):
-    """AdamW with warm-up, a schedule, and clipping by global norm."""
+    """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 5e-4
     decay: str = "linear"  # after the warm-up: constant, linear or cosine to 0 at the end
@@ -133,6 +133,8 @@ class Experiment:
         self.max_tokens = rollout.max_tokens or self.task.max_completion_tokens
         self.rewards = (*rewards, *(config["rewards"].rewards if "rewards" in config else ()))
         sizes = {"max_tokens": self.max_tokens, "max_prompt_tokens": self.task.max_prompt_tokens}
+        shapes, _ = abstract_params(config["model"])
+        copies = footprint.copies_held(self.policy, shapes, config["optimizer"], config["loss"])
         tokenizer = self.task.tokenizer
         self.sampler = Sampler(
             self.policy,
@@ -142,14 +144,14 @@ class Experiment:
             stop=rollout.stop,
             slots=rollout.slots,
             key=jax.random.fold_in(self.key, 0),
-            copies=footprint.copies_held(config["loss"]),
+            copies=copies,
             **sizes,
         )
         self.surplus = surplus_of(rollout, self.objective, **sizes)
         # Other tasks and seeds share no held-out problem with training: being held out is a property of a problem.
         self.evaluator = Evaluator(
             self.policy, self.mesh, tokenizer, make_task(self.config["task"], 0).source("held_out"), (judge,),
-            self.config["evaluation"], key=jax.random.key(0), copies=footprint.copies_held(config["loss"]), **sizes,
+            self.config["evaluation"], key=jax.random.key(0), copies=copies, **sizes,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -157,6 +159,7 @@ class Experiment:
         rollout = self.config["rollout"]
         training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
         training.check_reference(self.objective, self.config["update"], self.policy)
+        runs.check_offload(self.config["optimizer"], self.mesh)
         sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": self.config["warm_start"].batch}
         runs.check_multiples(self.mesh, sizes)
         self.task.problem("held_out", 0)
@@ -216,6 +219,7 @@ def configuration(
     if saved is None:
         return runs.configured(makers) | user_rewards.named(rewards)
     kept = runs.saved_configuration(saved)
+    kept["optimizer"]["offload"] = False  # nothing is updated, and the devices may be others
     return runs.configured(makers, {name: kept[name] for name in kept if name not in ("evaluation", "mesh")})
 
 

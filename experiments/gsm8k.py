@@ -54,7 +54,7 @@ class LossConfig(objectives.LossConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(training.OptimizerConfig):
-    """AdamW with warm-up, a schedule, and clipping by global norm."""
+    """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 5e-7  # at its peak
     b2: float = 0.999  # decay of Adam's mean of squares
@@ -126,6 +126,7 @@ class Experiment(tasks.Opened):
             raise ValueError("rollout.max_tokens=0 must be 1 or more: GSM8K says nothing about how long answers are.")
         training.check_divides(rollout.prompts * rollout.group_size, config["update"], self.mesh)
         training.check_reference(self.objective, config["update"], self.policy)
+        runs.check_offload(config["optimizer"], self.mesh)
         runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
         self.surplus = rollouts.surplus_of(
             rollout, self.objective, max_prompt_tokens=config["data"].max_prompt_tokens, max_tokens=rollout.max_tokens
@@ -133,7 +134,7 @@ class Experiment(tasks.Opened):
         users = config["rewards"].rewards if "rewards" in config else ()
         self.rewards = self.task.rewards(config["reward"], rollout.max_tokens, users)
         shapes, axes = lora.abstract(self.model, config["lora"])
-        self.copies = footprint.copies_held(config["loss"], footprint.trained_share(self.policy, shapes))
+        self.copies = footprint.copies_held(self.policy, shapes, config["optimizer"], config["loss"])
         judge = config["reward_model"]
         self.scorer = scorers.OpenedScorer(judge, self.mesh) if judge.directory else None
         self.own_bytes = sharding.device_bytes(shapes, axes, self.mesh)
@@ -158,7 +159,9 @@ class Experiment(tasks.Opened):
     def rollouts(self) -> rollouts.GroupRollouts:
         """GRPO's experience, from the training problems in their order by seed."""
         rollout = self.config["rollout"]
-        beside = [self.scorer.reward(self.tokenizer, held=round(self.copies * self.own_bytes))] if self.scorer else []
+        beside = (
+            [self.scorer.reward(self.tokenizer, held=math.ceil(self.copies * self.own_bytes))] if self.scorer else []
+        )
         return rollouts.GroupRollouts(
             sampler=self.sampler,
             source=sources.shuffled(self.task.train, self.config["train"].seed),
@@ -175,7 +178,7 @@ class Experiment(tasks.Opened):
         parameters = footprint.parameters(self.model)
         estimate = footprint.estimate(
             self.model, self.policy, self.mesh, self.sampler, rollout=rollout, update=config["update"],
-            loss=config["loss"], adapters=config["lora"],
+            optimizer=config["optimizer"], loss=config["loss"], adapters=config["lora"],
         )  # fmt: skip
         epoch = len(self.task.train) / rollout.prompts
         print(

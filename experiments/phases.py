@@ -1,7 +1,7 @@
 """A phase of a run: the state and the train step of its configuration, and the loop from there to its end."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.rollouts import Demonstrations, GroupRollouts
 from grpo_jax.types import Policy, Surplus, TrainState
 
-__all__ = ["phase", "restored"]
+__all__ = ["optimizer_of", "phase", "restored"]
 
 
 def phase(
@@ -41,10 +41,12 @@ def phase(
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
     if runs.begun(workdir):
         shapes, _ = lora_lib.abstract(model, lora)
-        state = training.abstract_train_state(policy, shapes, transformation, objective, mesh, surplus)
+        state = training.abstract_train_state(
+            policy, shapes, transformation, objective, mesh, surplus, optimizer.offload
+        )
     else:
         adapted = _adapted(params, model, lora, mesh, jax.random.fold_in(key, 2))
-        state = training.init_train_state(policy, adapted, transformation, objective, mesh, surplus)
+        state = training.init_train_state(policy, adapted, transformation, objective, mesh, surplus, optimizer.offload)
         del adapted
     if make_step is None:
         key = jax.random.fold_in(key, 1)
@@ -79,12 +81,19 @@ def _lowerings(state: TrainState, step: Any, experience: Any, evaluator: Any) ->
     return of_evaluation + (experience.lowerings(state, step) if known else [])
 
 
+def optimizer_of(saved: Mapping[str, Any]) -> training.OptimizerConfig:
+    """What says how the state of a saved configuration's optimizer looks, and no more: each experiment has defaults."""
+    return training.OptimizerConfig(kind=saved["optimizer"].get("kind", "adamw"))
+
+
 def restored(
     workdir: pathlib.Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
     optimizer: training.OptimizerConfig, objective: objectives.Objective, surplus: Surplus | None = None,
     lora: LoraConfig = LoraConfig(),
 ) -> TrainState:  # fmt: skip
     """The state of a checkpoint, the latest where no step is named; whoever writes there is left alone.
+
+    All of it lies on the devices, also that of an optimizer whose state did not: they need not be those of the run.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another model, optimizer or objective.

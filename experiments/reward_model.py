@@ -12,6 +12,7 @@ directory with one label, which it also writes: experiments.gsm8k takes it, or t
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -41,7 +42,7 @@ class ModelConfig:
 
     compute_dtype: str = "bfloat16"  # of activations and products: bfloat16 or float32; parameters are float32
     attention: str = "xla"  # of the training pass: xla (anywhere), cudnn (NVIDIA GPUs) or splash (TPUs)
-    remat: bool = True  # compute activations again in the backward pass; saves memory for a third more work
+    remat: str = "full"  # computed again in the backward pass: none (most memory), dots (all but matrix products), full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(training.OptimizerConfig):
-    """AdamW with warm-up, a schedule, and clipping by global norm."""
+    """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 1e-5  # at its peak
     decay: str = "cosine"  # after the warm-up: constant, linear or cosine to 0 at the end
@@ -149,11 +150,12 @@ class Experiment:
         self.tokenizer = PretrainedTokenizer.load(directory, self.model.vocab_size)
         self.pad_id = scorers.padding(directory, self.tokenizer)
         runs.check_multiples(self.mesh, {"train.batch": train.batch})
+        runs.check_offload(config["optimizer"], self.mesh)
         self.pairs, held_out = self._pairs("train"), self._pairs("test")
         shapes, axes = abstract_params(self.model)
-        held = 3 * sharding.device_bytes(shapes, axes, self.mesh)  # parameters, and two moments of Adam's
-        memory = device_memory()
-        self._room = float("inf") if memory is None else 0.9 * memory - held - held // 3  # and gradients
+        own, memory = sharding.device_bytes(shapes, axes, self.mesh), device_memory()
+        held = math.ceil(own * footprint.copies_held(self.policy, shapes, config["optimizer"]))
+        self._room = float("inf") if memory is None else 0.9 * memory - held - own  # and gradients
         scorer = Scorer(self.policy, self.mesh, vocab_size=self.model.vocab_size, pad_id=self.pad_id, held=held)
         evaluation = config["evaluation"]
         self.evaluator = PairEvaluator(scorer, held_out[: evaluation.pairs], bins=evaluation.bins)

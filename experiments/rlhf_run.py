@@ -123,7 +123,7 @@ class LossConfig(objectives.LossConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(training.OptimizerConfig):
-    """AdamW with warm-up, a schedule, and clipping by global norm."""
+    """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 1e-3  # at its peak
 
@@ -161,6 +161,7 @@ class Experiment:
         sizes = {"rollout.prompts": rollout.prompts, "warm_start.batch": config["warm_start"].batch,
                  "reward_model.batch": config["reward_model"].batch}  # fmt: skip
         runs.check_multiples(self.mesh, sizes)
+        runs.check_offload(config["optimizer"], self.mesh)
         self.scorer = Scorer(self.judge, self.mesh, vocab_size=self.model.vocab_size, pad_id=TOKENIZER.pad_id)
         self.sampler = Sampler(
             self.policy, self.mesh, TOKENIZER, group_size=rollout.group_size, max_tokens=rollout.max_tokens,

@@ -32,6 +32,7 @@ from grpo_jax.guard import NotFiniteError  # noqa: E402
 from grpo_jax.models import peft, pretrained  # noqa: E402
 from grpo_jax.models.lora import LoraConfig  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig  # noqa: E402
+from grpo_jax.optimizers import HOST  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 
@@ -41,6 +42,7 @@ __all__ = [
     "cache_compilations",
     "check_attention",
     "check_multiples",
+    "check_offload",
     "command",
     "complete",
     "configured",
@@ -149,6 +151,17 @@ def check_attention(config: TransformerConfig) -> None:
         raise ValueError(f"--policy.attention={config.attention} needs a {needed}, and this is a {platform}: use xla.")
     if config.attention == "cudnn" and config.compute_dtype != "bfloat16":
         raise ValueError(f"--policy.attention=cudnn computes in bfloat16, not {config.compute_dtype}: use xla.")
+
+
+def check_offload(optimizer: training.OptimizerConfig, mesh: Mesh) -> None:
+    """Raises ValueError where the optimizer's state is to lie in the host's memory, and the devices have none such."""
+    device = mesh.devices.flat[0]
+    if not optimizer.offload:
+        return
+    if device.platform == "cpu":
+        raise ValueError("--optimizer.offload: this is a cpu, whose memory is the host's: nothing would be gained.")
+    if HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise ValueError(f"--optimizer.offload needs {HOST} memory, which {device.device_kind} has not: leave it out.")
 
 
 def check_multiples(mesh: Mesh, sizes: Mapping[str, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from experiments import footprint, phases, runs
-from grpo_jax import objectives, sharding, training
+from grpo_jax import objectives, sharding
 from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
@@ -72,7 +72,7 @@ class OpenedScorer:
         saved = runs.saved_configuration(self._workdir)
         state = phases.restored(
             self._workdir, None, policy=self.policy, model=self.model, mesh=self._mesh,
-            optimizer=training.OptimizerConfig(**saved["optimizer"]), objective=objectives.supervised(),
+            optimizer=phases.optimizer_of(saved), objective=objectives.supervised(),
         )  # fmt: skip
         return state.params
 

@@ -25,7 +25,7 @@ from grpo_jax.models import lora, pretrained
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(training.OptimizerConfig):
-    """AdamW with warm-up, a schedule, and clipping by global norm."""
+    """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 1e-5  # at its peak
     decay: str = "cosine"  # after the warm-up: constant, linear or cosine to 0 at the end
@@ -79,13 +79,14 @@ class Experiment(tasks.Opened):
         self.policy = lora.adapted_policy(self.policy, self.model, config["lora"])
         shapes, _ = lora.abstract(self.model, config["lora"])
         training.check_divides(train.batch, config["update"], self.mesh)
+        runs.check_offload(config["optimizer"], self.mesh)
         self.evaluator = self.task.evaluator(
             self.policy,
             self.mesh,
             config["evaluation"],
             max_tokens=train.max_tokens,
             stop=(),
-            copies=1 + 2 * footprint.trained_share(self.policy, shapes),
+            copies=footprint.copies_held(self.policy, shapes, config["optimizer"]),
         )
         fits = lambda prompt: len(self.tokenizer.encode(prompt.columns["solution"], continues=True)) < train.max_tokens
         self.prompts = [prompt for prompt in self.task.train if fits(prompt)]

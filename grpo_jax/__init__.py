@@ -29,11 +29,10 @@ _HOME = {
     "sampling": ("generate",),
     "sampler": ("Sampler",),
     "data.tokenizer": ("ByteTokenizer",),
+    "optimizers": ("OptimizerConfig", "make_optimizer"),
     "training": (
-        "OptimizerConfig",
         "UpdateConfig",
         "init_train_state",
-        "make_optimizer",
         "make_reference_logprobs",
         "make_train_step",
         "train_batch",

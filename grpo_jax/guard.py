@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.metrics import Mean, Metric
+from grpo_jax.optimizers import brought_over
 from grpo_jax.types import Array, PyTree, record
 
 __all__ = ["NotFiniteError", "Updated", "guarded_update", "skip_metrics"]
@@ -26,7 +27,7 @@ class Updated:
 
 def guarded_update(
     optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, skipped: Array | None,
-    loss: Array, grads: PyTree, *, clip_norm: float = 0.0,
+    loss: Array, grads: PyTree, *, where: PyTree = None, clip_norm: float = 0.0,
 ) -> Updated:  # fmt: skip
     """An optimizer step, or none where NaN or inf is in the loss, the gradient or the parameters that it would make.
 
@@ -39,11 +40,17 @@ def guarded_update(
       skipped: [] int32, how many were skipped in a row before; None: 0.
       loss: [] float32.
       grads: like `params`.
+      where: shardings of `opt_state`, which may lie in the host's memory; None: on the devices.
       clip_norm: the optimizer's, for the metric `grad_clipped`; 0: it does not clip.
 
     Returns:
       Updated, with the metrics `loss`, `grad_norm` and `grad_clipped`, as they are, finite or not.
     """
+    update = lambda opt_state: _update(optimizer, params, opt_state, skipped, loss, grads, clip_norm)
+    return brought_over(update, opt_state, where, grads)
+
+
+def _update(optimizer, params, opt_state, skipped, loss, grads, clip_norm) -> Updated:
     norm, once = optax.tree.norm(grads), lambda x: Mean(total=x.astype(jnp.float32), count=jnp.ones(()))
 
     def step(grads, opt_state, params):

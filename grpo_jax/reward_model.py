@@ -166,8 +166,9 @@ def make_pair_step(
         _, grads = over_data(functools.partial(summed_gradients, of_part, mesh), state.params, microbatches)
         grads = jax.tree.map(lambda x: x.sum(0), grads)
         updated = guarded_update(
-            optimizer, state.params, state.opt_state, state.skipped, value, grads, clip_norm=clip_norm
-        )
+            optimizer, state.params, state.opt_state, state.skipped, value, grads, where=where.opt_state,
+            clip_norm=clip_norm,
+        )  # fmt: skip
         skipped = None if state.skipped is None else updated.skipped
         state = dataclasses.replace(
             state, params=updated.params, opt_state=updated.opt_state, step=state.step + 1, skipped=skipped

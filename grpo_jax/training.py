@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import sharding
@@ -20,6 +20,7 @@ from grpo_jax.guard import guarded_update, skip_metrics
 from grpo_jax.logprobs import row_logprobs
 from grpo_jax.microbatches import Microbatches, frozen_logprobs, over_data, pack_microbatches
 from grpo_jax.objectives import Objective
+from grpo_jax.optimizers import HOST, OptimizerConfig, make_optimizer
 from grpo_jax.packing import Rows
 from grpo_jax.sharding import per_device
 from grpo_jax.types import Array, Policy, PyTree, Rollout, Surplus, TrainBatch, TrainState, record
@@ -38,29 +39,6 @@ __all__ = [
     "summed_gradients",
     "train_batch",
 ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with warm-up, a schedule, and clipping by global norm."""
-
-    learning_rate: float = 1e-6  # at its peak
-    warmup_steps: int = 10  # optimizer steps, linear from 0
-    decay: str = "constant"  # after the warm-up: constant, linear or cosine to 0 at the end
-    clip_norm: float = 1.0  # 0 = no clipping
-    b1: float = 0.9  # decay of Adam's mean of gradients
-    b2: float = 0.98  # decay of Adam's mean of squares
-    epsilon: float = 1e-8  # in Adam's denominator
-    weight_decay: float = 0.0  # a step, times the learning rate
-    max_skipped: int = 5  # optimizer steps in a row that may be skipped, for NaN or inf; then the run stops
-
-    def __post_init__(self) -> None:
-        if self.decay not in ("constant", "linear", "cosine"):
-            raise ValueError(f"decay={self.decay!r} must be 'constant', 'linear' or 'cosine'.")
-        if self.learning_rate < 0 or self.clip_norm < 0 or self.warmup_steps < 0:
-            raise ValueError(f"{self}: learning_rate, clip_norm and warmup_steps must be 0 or more.")
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped={self.max_skipped} must be 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,39 +65,52 @@ class UpdateConfig:
             )
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optax optimizer of a configuration, and its learning rate as a function of the optimizer step."""
-    peak, rest = config.learning_rate, max(total_steps - config.warmup_steps, 1)
-    tails = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-    }
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps) if config.warmup_steps else tails[config.decay]()
-    schedule = optax.join_schedules([warmup, tails[config.decay]()], [config.warmup_steps])
-    adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw), schedule
-
-
 def state_shardings(
-    policy: Policy, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+    policy: Policy, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh, offload: bool = False
 ) -> TrainState:
-    """Where each leaf of a TrainState lies: optimizer moments lie as their parameters do."""
+    """Where each leaf of a TrainState lies: optimizer moments as their parameters do, by the axes that they have.
+
+    `offload`: moments lie in the memory of the host, each beside its device's; `make_train_step` sees it by `like`.
+    """
     params = sharding.shardings(abstract.params, policy.param_axes, mesh)
     trained, _ = policy.split.parts(params)
     everywhere = sharding.replicated(mesh)
+
+    def of_moment(moment, place: NamedSharding, param):
+        where = _as_parameter(moment.shape, place, param.shape)
+        return where.with_memory_kind(HOST) if offload else where
+
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        of_moment,
+        abstract.opt_state,
+        trained,
+        policy.split.parts(abstract.params)[0],
+        transform_non_params=lambda _: everywhere,
+    )
     return TrainState(
         params=params,
         reference=None if abstract.reference is None else params,
-        opt_state=optax.tree_utils.tree_map_params(
-            optimizer, lambda _, s: s, abstract.opt_state, trained, transform_non_params=lambda _: everywhere
-        ),
+        opt_state=opt_state,
         step=everywhere,
         cursor=everywhere,
         surplus=jax.tree.map(lambda x: sharding.batch_sharding(mesh) if x.ndim else everywhere, abstract.surplus),
         skipped=None if abstract.skipped is None else everywhere,
     )
+
+
+def _as_parameter(shape: tuple[int, ...], place: NamedSharding, of: tuple[int, ...]) -> NamedSharding:
+    """Where something of this shape lies, which a parameter of shape `of` has: split as it is by the axes it has left.
+
+    Factored moments are without one of its axes (which of two as long is no matter: either splits it), and what stands
+    in the place of a moment that there is not has one element.
+    """
+    if shape == of:
+        return place
+    for axis in range(len(of)):
+        if shape == of[:axis] + of[axis + 1 :]:
+            return NamedSharding(place.mesh, PartitionSpec(*place.spec[:axis], *place.spec[axis + 1 :]))
+    return NamedSharding(place.mesh, PartitionSpec())
 
 
 def _initial(
@@ -141,28 +132,28 @@ def _initial(
 
 def abstract_train_state(
     policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh,
-    surplus: Surplus | None = None,
+    surplus: Surplus | None = None, offload: bool = False,
 ) -> TrainState:  # fmt: skip
     """Shapes and places of a state, from the shapes of its parameters: to compile for, or to restore; no memory.
 
-    `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`.
+    `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`; `offload`: see `state_shardings`.
     """
     abstract = jax.eval_shape(lambda p: _initial(policy, p, optimizer, objective, surplus), params)
-    where = state_shardings(policy, optimizer, abstract, mesh)
+    where = state_shardings(policy, optimizer, abstract, mesh, offload)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
 
 
 def init_train_state(
     policy: Policy, params: PyTree, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh,
-    surplus: Surplus | None = None,
+    surplus: Surplus | None = None, offload: bool = False,
 ) -> TrainState:  # fmt: skip
     """The state before step 0, sharded over the mesh; `params` are copied, and become the reference too.
 
     Of a policy whose reference is in its parameters (`Split.reference`) there is no second copy.
 
-    `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`.
+    `surplus`: shapes of what steps leave to the next, `rollouts.surplus_of`; `offload`: see `state_shardings`.
     """
-    abstract = abstract_train_state(policy, params, optimizer, objective, mesh, surplus)
+    abstract = abstract_train_state(policy, params, optimizer, objective, mesh, surplus, offload)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda p: _initial(policy, p, optimizer, objective, surplus), out_shardings=where)(params)
 
@@ -333,7 +324,9 @@ def make_train_step(
         # Each data shard sums over its own microbatches; then one reduction over data, and not one a microbatch.
         (loss, metrics), grads = over_data(gradients, params, microbatches)
         loss, metrics, grads = loss.sum(), metrics_lib.merge(metrics), jax.tree.map(lambda x: x.sum(0), grads)
-        updated = guarded_update(optimizer, params, opt_state, skipped, loss, grads, clip_norm=clip_norm)
+        updated = guarded_update(
+            optimizer, params, opt_state, skipped, loss, grads, where=where.opt_state, clip_norm=clip_norm
+        )
         return dataclasses.replace(updated, metrics={**metrics, **updated.metrics})
 
     def train_step(state: TrainState, batch: TrainBatch):

@@ -42,7 +42,7 @@ def patient(completions, **columns):
 FLAGS = [
     "--data.max_prompt_tokens=160", "--rollout.prompts=4", "--rollout.group_size=4", "--rollout.max_tokens=16",
     "--rollout.stop=('e',)", "--rollout.max_waves=2", "--update.microbatches=1", "--optimizer.learning_rate=1e-3",
-    "--optimizer.warmup_steps=0", "--policy.compute_dtype=float32", "--policy.remat=false", "--evaluation.prompts=4",
+    "--optimizer.warmup_steps=0", "--policy.compute_dtype=float32", "--policy.remat=none", "--evaluation.prompts=4",
     "--evaluation.sampled_prompts=2", "--evaluation.samples=2", "--evaluation.every=1000", "--checkpoints.every=1",
     "--train.samples_every=1",
 ]  # fmt: skip

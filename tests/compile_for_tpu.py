@@ -25,7 +25,7 @@ from grpo_jax.types import TrainBatch
 
 QWEN = TransformerConfig(
     vocab_size=151_936, layers=24, width=896, heads=14, kv_heads=2, head_width=64, mlp_width=4864, rope_base=1e6,
-    scale_embedding=False, qkv_bias=True, compute_dtype="bfloat16", remat=True,
+    scale_embedding=False, qkv_bias=True, compute_dtype="bfloat16", remat="full",
 )  # fmt: skip
 PROMPTS, GROUP, PROMPT_TOKENS, MAX_TOKENS = 128, 8, 256, 512  # of a step on GSM8K
 

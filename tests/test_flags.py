@@ -37,7 +37,7 @@ OTHER = {
              "clip_low": 0.01, "clip_high": 0.01, "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1,
              "mdpo_coef": 0.5, "top_entropy": 0.5, "correction": "token_truncate", "correction_bound": 1.01},
     "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
-                  "epsilon": 1.0, "weight_decay": 0.1, "max_skipped": 2},
+                  "epsilon": 1.0, "weight_decay": 0.1, "kind": "adafactor", "max_skipped": 2, "offload": True},
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2, "reference_every": 2, "reference_mix": 0.5},
     "train": {"steps": 7, "seed": 1, "format_reward": 0.5, "samples_every": 1},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -138,12 +138,17 @@ def loss_of(config):
 
 def observe_optimizer(config, tmp_path):
     optimizer, schedule = training.make_optimizer(config["optimizer"], 6)
+    experiment = countdown.Experiment(config)
+    lies = training.abstract_train_state(
+        experiment.policy, fresh_params(config), optimizer, experiment.objective, experiment.mesh,
+        offload=config["optimizer"].offload,
+    ).opt_state  # fmt: skip
     params = jnp.array([1.0, -2.0])
     state = optimizer.init(params)
     for _ in range(5):
         updates, state = optimizer.update(params * jnp.array([3.0, 0.5]), state, params)
         params = optax.apply_updates(params, updates)
-    return params.tolist(), [float(schedule(i)) for i in range(6)], gives_up_after(config, tmp_path)
+    return params.tolist(), [float(schedule(i)) for i in range(6)], str(lies), gives_up_after(config, tmp_path)
 
 
 def gives_up_after(config, tmp_path) -> int:

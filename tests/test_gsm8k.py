@@ -310,7 +310,7 @@ for given in json.loads(sys.argv[2]):
 def test_an_evaluation_asks_what_the_run_asked(tmp_path):
     data = {"dataset": "gsm8k", "test_file": "t", "template": "r1", "instruction": "gsm8k", "judge": "strict",
             "max_prompt_tokens": 9, "train_file": "u"}  # fmt: skip
-    saved = {"policy": {"compute_dtype": "float32", "remat": True}, "data": data, "train": {"max_tokens": 7}}
+    saved = {"policy": {"compute_dtype": "float32", "remat": "full"}, "data": data, "train": {"max_tokens": 7}}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     given = [[], ["--data.template=qa", "--completion.stop=('x',)"], ["--data.dataset=gsm8k"],
              ["--data.dataset=math500", "--data.test_file=v"]]  # fmt: skip

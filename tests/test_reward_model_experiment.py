@@ -43,7 +43,7 @@ def flags_of(place: pathlib.Path) -> list[str]:
     return [
         f"--model={place / 'model'}", f"--data.train_file={place / 'train_pairs.jsonl'}",
         f"--data.test_file={place / 'test_pairs.jsonl'}", "--data.template=qa", "--policy.compute_dtype=float32",
-        "--policy.remat=False", "--train.steps=4", "--train.batch=8", "--optimizer.learning_rate=1e-2",
+        "--policy.remat=none", "--train.steps=4", "--train.batch=8", "--optimizer.learning_rate=1e-2",
         "--optimizer.warmup_steps=0", "--evaluation.every=2", "--checkpoints.every=1",
     ]  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_grpo_with_it_as_a_reward(made):
         "gsm8k", f"--model={made / 'model'}", f"--workdir={made / 'grpo'}", f"--data.train_file={made / 'train.jsonl'}",
         f"--data.test_file={made / 'test.jsonl'}", "--rollout.prompts=2", "--rollout.group_size=2",
         "--rollout.max_tokens=8", "--update.microbatches=1", "--train.steps=1", "--policy.compute_dtype=float32",
-        "--policy.remat=False", "--evaluation.prompts=2", "--evaluation.sampled_prompts=2", "--evaluation.samples=2",
+        "--policy.remat=none", "--evaluation.prompts=2", "--evaluation.sampled_prompts=2", "--evaluation.samples=2",
         "--loss.kl_coef=0", f"--reward_model.directory={made / 'reward_model'}",
         "--reward_model.weight=0.5",
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -25,7 +26,7 @@ from tests.silent import silent_rollout
 
 # The files of the fixture below, by name.
 OTHER = {
-    "model": {"compute_dtype": "float32", "sampler_dtype": "int8", "attention": "splash", "remat": False},
+    "model": {"compute_dtype": "float32", "sampler_dtype": "int8", "attention": "splash", "remat": "none"},
     "data": {"dataset": "math500", "directory": "elsewhere", "train_file": "other.jsonl", "test_file": "other.jsonl",
              "template": "r1", "instruction": "boxed", "system": "Be brief.",
              "variables": '{"mood": "!"}', "judge": "strict",
@@ -319,7 +320,7 @@ def test_what_does_not_do_what_it_seems_to_is_said():
 
 def memory(
     config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False, max_prompt_tokens=6,
-    slots=0, adapters=lora.LoraConfig(),
+    slots=0, adapters=lora.LoraConfig(), optimizer=training.OptimizerConfig(),
 ):  # fmt: skip
     made = sharding.make_mesh(mesh)
     policy = lora.adapted_policy(make_policy(config, made), config, adapters)
@@ -329,7 +330,7 @@ def memory(
     )  # fmt: skip
     return footprint.estimate(
         config, policy, made, sampler, rollout=rollouts.RolloutConfig(prompts=prompts, group_size=2, slots=slots),
-        update=training.UpdateConfig(microbatches=microbatches),
+        update=training.UpdateConfig(microbatches=microbatches), optimizer=optimizer,
         loss=objectives.LossConfig(kl_coef=float(needs_reference)), adapters=adapters,
     )  # fmt: skip
 
@@ -362,8 +363,13 @@ def test_memory_by_hand():
         "state": params + 3 * adapters,
         "update": expected["update"] - 2 * params + 2 * adapters,
     }
-    rematerialized = dataclasses.replace(TINY, remat=True)
-    assert memory(rematerialized) == {**expected, "update": 2 * params + layer + inner + scores + logits}
+    for remat, kept in (("dots", 2 * layer + inner), ("full", layer + inner)):
+        rematerialized = dataclasses.replace(TINY, remat=remat)
+        assert memory(rematerialized) == {**expected, "update": 2 * params + kept + scores + logits}
+    deep = dataclasses.replace(TINY, layers=3)
+    three = {"none": 3 * (4 * layer + inner), "dots": 3 * (2 * layer + inner), "full": 3 * layer + inner}
+    of = lambda remat: memory(dataclasses.replace(deep, remat=remat))["update"]
+    assert {of(remat) - three[remat] for remat in three} == {2 * footprint.parameters(deep) * 4 + scores + logits}
     long = memory(max_prompt_tokens=252)  # 256 columns: 128 queries at a time
     assert long["update"] == 2 * params + 256 * (4 * layer + inner) // 10 + 4 * 2 * 2 * 2 * 128 * 256 + logits
     fused = dataclasses.replace(TINY, attention="splash")
@@ -372,6 +378,27 @@ def test_memory_by_hand():
     assert refilled["rollout"] == expected["rollout"] + cache(2, 6) - cache(2, 4)
     large = memory(dataclasses.replace(TINY, vocab_size=2**22))  # 2 rows of 4 tokens: more logits than half a chunk
     assert large["update"] == 2 * large["state"] // 3 + 4 * layer + inner + scores + 2 * 4 * CHUNK
+
+
+def test_memory_of_optimizers():
+    wide = dataclasses.replace(TINY, vocab_size=256, width=128, head_width=128, mlp_width=192)
+    given = {"adamw": {}, "adafactor": {"kind": "adafactor"}, "offloaded": {"offload": True}}
+    needs = {name: memory(wide, optimizer=training.OptimizerConfig(**options)) for name, options in given.items()}
+    # Embedding 256 x 128; query and output 128 x 2 x 128, key and value 128 x 1 x 128, of the MLP 128 x 192; norms.
+    params = 4 * (256 * 128 + 2 * 2 * 128**2 + 2 * 128**2 + 3 * 128 * 192 + 3 * 128)
+    # Two of three lengths are left of a leaf, its longest or its second longest being summed up, and 1 element of what
+    # it is not; norms stay.
+    leaves = (256 + 128) + 4 * 2 * 128 + 2 * 2 * 128 + 3 * (128 + 192)
+    factored = 4 * (leaves + 8 + 3 * (128 + 2))
+    assert [needs[name]["state"] for name in given] == [3 * params, params + factored, params]
+    # Moments are brought over where activations were, which here are less.
+    assert needs["offloaded"]["update"] == 2 * params + 2 * params
+    assert needs["adamw"]["update"] == needs["adafactor"]["update"] < 4 * params
+    assert len({bytes_of["rollout"] for bytes_of in needs.values()}) == 1
+    policy, shapes = make_policy(wide), abstract_params(wide)[0]
+    copies = lambda loss, **options: footprint.copies_held(policy, shapes, training.OptimizerConfig(**options), loss)
+    assert copies(None) == copies(objectives.LossConfig(kl_coef=0.0)) == 3
+    assert copies(objectives.LossConfig(kl_coef=0.1), offload=True) == 2
 
 
 def test_memory_is_split_over_the_mesh_and_the_sampler_is_halved_by_bfloat16():
@@ -389,7 +416,7 @@ def test_memory_is_split_over_the_mesh_and_the_sampler_is_halved_by_bfloat16():
 
 
 def test_more_microbatches_never_need_more_but_for_the_sum_of_gradients_that_two_begin():
-    for config in (TINY, dataclasses.replace(TINY, remat=True, layers=3)):
+    for config in (TINY, dataclasses.replace(TINY, remat="full", layers=3)):
         for mesh in (sharding.MeshConfig(), sharding.MeshConfig(fsdp=2, tensor=2)):
             needed = [memory(config, mesh, microbatches, prompts=8) for microbatches in (1, 2, 4, 8, 16)]
             gradients = needed[0]["state"] // 3
@@ -419,6 +446,20 @@ def test_attention_that_these_devices_do_not_have():
     for attention, needed in (("splash", "tpu"), ("cudnn", "gpu")):
         with pytest.raises(ValueError, match=f"attention={attention} needs a {needed}, and this is a cpu"):
             runs.check_attention(dataclasses.replace(TINY, attention=attention))
+
+
+def test_a_state_that_these_devices_cannot_leave_to_the_host():
+    offload, mesh = training.OptimizerConfig(offload=True), sharding.make_mesh()
+    runs.check_offload(training.OptimizerConfig(), mesh)
+    with pytest.raises(ValueError, match=r"--optimizer.offload: this is a cpu, whose memory is the host's"):
+        runs.check_offload(offload, mesh)
+    memories = lambda *kinds: lambda: [types.SimpleNamespace(kind=kind) for kind in kinds]
+    device = types.SimpleNamespace(platform="gpu", device_kind="Old", addressable_memories=memories("device"))
+    other = types.SimpleNamespace(devices=np.array([device]))
+    with pytest.raises(ValueError, match=r"--optimizer.offload needs pinned_host memory, which Old has not"):
+        runs.check_offload(offload, other)
+    device.addressable_memories = memories("device", "pinned_host")
+    runs.check_offload(offload, other)
 
 
 def test_a_chat_template_that_writes_todays_date_must_be_fixed(byte_tokenizer):

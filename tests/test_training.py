@@ -15,10 +15,8 @@ from grpo_jax.losses import grpo_loss
 from grpo_jax.models.transformer import init_params
 from grpo_jax.objectives import LossConfig, grpo, make_objective, supervised
 from grpo_jax.training import (
-    OptimizerConfig,
     UpdateConfig,
     init_train_state,
-    make_optimizer,
     make_reference_logprobs,
     make_train_step,
     train_batch,
@@ -485,54 +483,12 @@ def test_what_does_not_divide(policy, params, batch, sizes, update, match):
         step(state, batch)
 
 
-# The optimizer --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),  # learning rate at optimizer steps 0, 2, 4, 9, 14
-    [
-        ({}, [0, 1, 2, 2, 2]),
-        ({"decay": "linear"}, [0, 1, 2, 1, 0]),
-        ({"decay": "cosine"}, [0, 1, 2, 1, 0]),
-        ({"warmup_steps": 0}, [2, 2, 2, 2, 2]),
-        ({"warmup_steps": 0, "decay": "linear"}, [2, 12 / 7, 10 / 7, 5 / 7, 0]),
-        ({"warmup_steps": 0, "decay": "cosine"}, [1 + np.cos(np.pi * n / 14) for n in (0, 2, 4, 9, 14)]),
-    ],
-)
-def test_schedules(options, expected):
-    _, schedule = make_optimizer(OptimizerConfig(**{"learning_rate": 2.0, "warmup_steps": 4, **options}), 14)
-    np.testing.assert_allclose([schedule(n) for n in (0, 2, 4, 9, 14)], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_the_optimizer_is_clipped_adamw(clip_norm):
-    config = OptimizerConfig(
-        learning_rate=0.1, warmup_steps=2, clip_norm=clip_norm, b1=0.7, b2=0.8, epsilon=1e-2, weight_decay=0.3
-    )
-    optimizer, _ = make_optimizer(config, 10)
-    got = {"w": jnp.array([1.0, -2.0]), "v": jnp.array([3.0])}
-    state = optimizer.init(got)
-    w, mean, square = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
-    gradients = np.array([[3.0, 4.0, 12.0], [0.1, -0.2, 0.3], [1.0, 0.0, -1.0]])  # the first of norm 13
-    for n, gradient in enumerate(gradients):
-        tree = {"w": jnp.array(gradient[:2], jnp.float32), "v": jnp.array(gradient[2:], jnp.float32)}
-        updates, state = optimizer.update(tree, state, got)
-        got = optax.apply_updates(got, updates)
-        norm = np.sqrt((gradient**2).sum())
-        g = gradient * min(1, clip_norm / norm) if clip_norm else gradient
-        mean, square = 0.7 * mean + 0.3 * g, 0.8 * square + 0.2 * g**2
-        direction = mean / (1 - 0.7 ** (n + 1)) / (np.sqrt(square / (1 - 0.8 ** (n + 1))) + 1e-2)
-        w = w - 0.1 * min(n / 2, 1) * (direction + 0.3 * w)
-    np.testing.assert_allclose(np.concatenate([got["w"], got["v"]]), w, rtol=1e-5)
+# Bad configurations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("config", "options", "match"),
     [
-        (OptimizerConfig, {"decay": "exponential"}, "decay='exponential'"),
-        (OptimizerConfig, {"learning_rate": -1.0}, "learning_rate"),
-        (OptimizerConfig, {"clip_norm": -1.0}, "clip_norm"),
-        (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
         (LossConfig, {"kl_coef": -0.1}, r"kl_coef=-0\.1"),
         (LossConfig, {"clip_low": 1.5}, r"clip_low=1\.5"),
         (LossConfig, {"clip_low": 0.0}, r"clip_low=0\.0"),

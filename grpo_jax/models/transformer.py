@@ -30,8 +30,16 @@ from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shape
 from grpo_jax.sharding import SAMPLER_RULES, shardings
 from grpo_jax.types import Policy
 
-__all__ = ["TransformerConfig", "abstract_params", "init_params", "make_policy"]
+__all__ = ["REMAT", "TransformerConfig", "abstract_params", "init_params", "make_policy"]
 
+# What the backward pass finds of a layer, by name, as options of `jax.checkpoint`; the layer's input is kept always.
+REMAT: dict[str, dict[str, Any] | None] = {
+    "none": None,  # all that it asks for: the most memory, and nothing is computed again
+    # What products with weights gave: queries, keys, values, gate, up and what is added to the residual stream. Norms,
+    # rotations and attention are computed again, which is little, but for attention where sequences are long.
+    "dots": {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable},
+    "full": {},  # nothing: the least memory, and the forward pass is computed twice, a third more work
+}
 _ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=True)}
 
 
@@ -51,7 +59,7 @@ class TransformerConfig:
     compute_dtype: str = "float32"  # of activations and products; parameters stay as they are
     sampler_dtype: str = ""  # of the sampler: bfloat16, or int8 for its matrices alone (qwix); empty: compute_dtype
     attention: str = "xla"  # implementation of the training pass: xla, cudnn (GPU) or splash (TPU)
-    remat: bool = False  # compute a layer's activations again in the backward pass; saves memory for a third more work
+    remat: str = "none"  # none, dots or full: what of a layer the backward pass computes again, and so is not kept
     # In what families differ.
     tied: bool = True  # the unembedding is the embedding
     score: bool = False  # the head is one row, a score, in place of the vocabulary's: a reward model
@@ -86,6 +94,10 @@ class TransformerConfig:
             raise ValueError(f"sampler_dtype={self.sampler_dtype!r} must be 'float32', 'bfloat16', 'int8' or empty.")
         if self.sampler_dtype == "int8" and importlib.util.find_spec("qwix") is None:
             raise ValueError("sampler_dtype='int8' needs qwix: pip install -e '.[int8]'.")
+        if self.remat not in REMAT:
+            raise ValueError(
+                f"remat={self.remat!r} must be 'none', 'dots' or 'full'; True was what is 'full' now, and False 'none'."
+            )
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} must be one of {sorted(_ACTIVATIONS)}.")
         if not self.windows or min(self.windows) < 0:
@@ -282,9 +294,9 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
             x, _ = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
             return split(x, "fsdp", None, None)
 
-        layers = {
-            w: functools.partial(jax.checkpoint(layer, static_argnums=0) if config.remat else layer, w) for w in pattern
-        }
+        options = REMAT[config.remat]
+        again = layer if options is None else jax.checkpoint(layer, static_argnums=0, **options)
+        layers = {w: functools.partial(again, w) for w in pattern}
 
         def body(x, stacks):
             for window, layer_params in zip(pattern, stacks, strict=True):
