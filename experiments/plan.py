@@ -253,10 +253,10 @@ def compiled(planned: Planned, programs: tuple[str, ...] = PROGRAMS) -> Iterator
 
 
 def _beside(name: str, planned: Planned) -> int:
-    """Bytes of what a run holds while a program runs, those aside that are the program's arguments."""
+    """Bytes of what a run holds while a program runs, beside the program's arguments."""
     held = planned.held
     return {
-        "train": held["reference"],
+        "train": 0,  # takes the whole state
         "reference": held["parameters"] + held["optimizer"],
         "start": held["reference"] + held["optimizer"],
         "decode": sum(held.values()),
