@@ -237,18 +237,22 @@ def _passed(model: Model, step: Step, layout: Layout, *, backward: bool) -> dict
     states = lambda width: lengths * model.width * width  # of a device's completion tokens, which come to the head
     looked_up = columns * model.width * w
     sums = 2 + (2 + step.remat if backward else 0)  # of what heads and hidden units add; remat leaves the last one out
-    sent = {
-        "weights over fsdp": step.parts * _gathered(model.body / tensor * w * (1 + backward), fsdp),
-        "tokens to the head": _gathered(states(w) * fsdp, fsdp),
-        "embeddings": _gathered(looked_up, fsdp) * (1 + backward) + 2 * _gathered(looked_up, tensor),
-        "activations over tensor": _over_tensor(model, step, layout, columns, sums),
-    }
     # The table lies split along the width, and the head takes it split by ids; its gradient goes the way back.
     table = _gathered(4.0 * model.head / (tensor * fsdp), fsdp)
-    sent["table"] = table * (1 + (step.parts + step.minibatches if backward else 0))
+    sent = {
+        "weights over fsdp": step.parts * _gathered(model.body / tensor * w * (1 + backward), fsdp),
+        "embeddings over fsdp": _gathered(looked_up, fsdp) * (1 + backward),
+        "embeddings over tensor": 2 * _gathered(looked_up, tensor),
+        "activations over tensor": _over_tensor(model, step, layout, columns, sums),
+        "table over fsdp": table * (1 + (step.parts + step.minibatches if backward else 0)),
+        "tokens over fsdp": _gathered(states(w) * fsdp, fsdp),  # to the head
+        "softmax over fsdp x tensor": 2
+        * _gathered(4 * 4 * lengths * fsdp, fsdp * tensor),  # its maximum and three sums
+    }
     if backward:
         sent["gradients over fsdp"] = step.parts * _gathered(4.0 * model.body / tensor, fsdp)
-        sent["tokens to the head"] += _gathered(states(4) * fsdp, fsdp) + 2 * _gathered(states(4), tensor)
+        sent["tokens over fsdp"] += _gathered(states(4) * fsdp, fsdp)
+        sent["tokens over tensor"] = 2 * _gathered(states(4), tensor)
     return sent
 
 

@@ -1,19 +1,22 @@
-"""Formulas of `floors` against loops in NumPy, token by token, and against what XLA sends."""
+"""Formulas of `floors` against loops in NumPy, token by token, and against what XLA's compiled programs send."""
 
+import collections
 import dataclasses
 import itertools
-import json
-import os
-import pathlib
-import subprocess
-import sys
+import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import floors
+from experiments.collectives import sent
+from grpo_jax import floors, sharding
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
+from grpo_jax.objectives import LossConfig, make_objective
+from grpo_jax.training import OptimizerConfig, UpdateConfig, abstract_train_state, make_optimizer, make_train_step
+from grpo_jax.types import TrainBatch
 
-ROOT = pathlib.Path(__file__).parent.parent
 MODEL = floors.Model(
     vocab_size=50, layers=3, width=12, heads=4, kv_heads=2, head_width=6, mlp_width=20, tied=False, windows=(4, 0)
 )
@@ -98,3 +101,93 @@ def test_a_mesh_divides_the_work():
     work = floors.Work(flop=50, memory={"a": 3, "b": 4}, interconnect={"c": 0.8})
     assert work.milliseconds(rates) == {"compute": 50, "memory": 70, "interconnect": 80}
     assert work.bottleneck(rates) == "interconnect"
+
+
+# What is sent -----------------------------------------------------------------------------------------
+
+PROMPT_TOKENS, MAX_TOKENS, COMPLETIONS = 32, 96, 64
+
+
+def compiled_update(config, layout, microbatches):
+    """The text of a train step without a reference, for CPU devices."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(**dataclasses.asdict(layout)))
+    policy, objective = make_policy(config, mesh), make_objective(LossConfig(kl_coef=0.0))
+    optimizer, _ = make_optimizer(OptimizerConfig(), 100)
+    state = abstract_train_state(policy, abstract_params(config)[0], optimizer, objective, mesh)
+    rows = sharding.batch_sharding(mesh)
+    each = lambda dtype, *columns: jax.ShapeDtypeStruct((COMPLETIONS, *columns), dtype, sharding=rows)
+    batch = TrainBatch(
+        prompt_tokens=each(jnp.int32, PROMPT_TOKENS), prompt_mask=each(bool, PROMPT_TOKENS),
+        completion_tokens=each(jnp.int32, MAX_TOKENS), mask=each(bool, MAX_TOKENS), advantages=each(jnp.float32),
+        sampler_logprobs=each(jnp.float32, MAX_TOKENS), temperature=each(jnp.float32),
+    )  # fmt: skip
+    update = UpdateConfig(microbatches=microbatches)
+    step = make_train_step(policy, optimizer, objective, update, like=state, key=jax.random.key(0))
+    return step.lower(state, batch).compile().as_text()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize(
+    ("layout", "microbatches"),
+    [(floors.Layout(fsdp=4, tensor=2), 2), (floors.Layout(data=4, fsdp=2), 1)],
+)
+def test_what_an_update_sends_is_what_xla_sends(layout, microbatches):
+    """By the axis over which it goes; up to what XLA does otherwise on CPUs, and a few numbers a token."""
+    config = TransformerConfig(
+        vocab_size=4096, layers=3, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=192, remat=True
+    )
+    model = floors.Model(**{field.name: getattr(config, field.name) for field in dataclasses.fields(floors.Model)})
+    step = floors.Step(
+        prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, lengths=np.full((COMPLETIONS // 8, 8), MAX_TOKENS),
+        microbatches=microbatches, compute_bytes=4,
+    )  # fmt: skip
+    expected = floors.update(model, step, layout).interconnect
+    # On CPUs a reduce-scatter of gradients is an all-reduce; and in the backward pass the gradients of what goes into
+    # query, key and value, and into gate and up, are summed over tensor one by one: three sums more.
+    tokens = COMPLETIONS * (PROMPT_TOKENS + MAX_TOKENS) / (layout.data * layout.fsdp)
+    sums = 2 * 3 * config.layers * tokens * config.width * 4 * (layout.tensor - 1) / layout.tensor
+    of_cpus = {"gradients over fsdp (again)": expected["gradients over fsdp"], "sums over tensor": sums}
+    axes, got = {"data": 0.0, "fsdp": 0.0, "tensor": 0.0, "fsdp x tensor": 0.0}, collections.Counter()
+    for name, size in {**expected, **of_cpus}.items():
+        axes[name.split(" over ")[1].removesuffix(" (again)")] += size
+    axes["data x fsdp x tensor"] = 0.0
+    if layout.tensor == 1:  # then there are no groups of both
+        axes["fsdp"] += axes.pop("fsdp x tensor")
+    groups = {name: math.prod(getattr(layout, axis) for axis in name.split(" x ")) for name in axes}
+    rounds = [1, 1] if microbatches == 1 else [microbatches, 1, 1]
+    for one in sent(compiled_update(config, layout, microbatches), rounds):
+        got[one.group] += one.bytes
+    got[1] = 0.0
+    for name, size in axes.items():
+        # Ids, temperatures and masks of tokens, and gradients of norms go over fsdp too; metrics over all.
+        assert size <= got[groups[name]] <= size * (1.03 if name == "fsdp" else 1.002) + 64, (name, size, got)
+    assert set(got) <= {*groups.values()}
+
+
+def test_what_is_sent_is_counted():
+    """Each kind, in loops of known and of computed length, and in what a fusion calls."""
+    text = """
+%inner (p: f32[8]) -> f32[8] {
+  %a = f32[8]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%outer (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %b = bf16[16]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%fused (p: f32[8]) -> f32[8] {
+  %c = (f32[2]{0}, f32[2]{0}) all-to-all(%p, %p), replica_groups=mesh['a'=2,'b'=4] {'a'}
+  %d = f32[4]{0} reduce-scatter(%p), replica_groups=mesh['a'=8] {'a':(1)2}, to_apply=%add
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %x = f32[8] while(%p), condition=%c, body=%outer
+  %y = f32[8] fusion(%x), kind=kCustom, calls=%fused
+  %z = (f32[5]{0}, f32[5]{0}) collective-permute-start(%y), source_target_pairs={{0,1}}
+}
+"""
+    found = {one.kind: (one.group, one.times, one.bytes) for one in sent(text, rounds=[7])}
+    assert found == {
+        "all-reduce": (2, 21, 21 * 2 * 32 / 2), "all-gather": (4, 7, 7 * 32 * 3 / 4), "all-to-all": (2, 1, 16 / 2),
+        "reduce-scatter": (2, 1, 16), "collective-permute": (0, 1, 20),
+    }  # fmt: skip
