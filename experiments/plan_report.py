@@ -163,8 +163,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def weak_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The train step at fixed work a chip, as Markdown."""
     lines = [
-        "| 8 completions a chip | arguments, GB | temporaries, GB | GB sent, as compiled | GB sent, by formulas | TFLOP | "
-        "seconds to compile |",
+        "| 8 completions a chip | arguments, GB | temporaries, GB | GB sent, as compiled | GB sent, by formulas | "
+        "TFLOP | seconds to compile |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, result in results.items():
