@@ -218,10 +218,12 @@ def needs(program: Any) -> dict[str, int]:
 def _too_large(error: Exception) -> dict[str, float]:
     """What the compiler said of a program that is larger than the memory: bytes used, and those there are."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    said = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+    amount = r"([\d.]+)([KMGT])"
+    said = re.search(rf"Used {amount} of {amount} hbm|\({amount}\) exceeds available HBM \({amount}\)", str(error))
     if not said:
         return {}
-    return {"used": float(said[1]) * unit[said[2]], "limit": float(said[3]) * unit[said[4]]}
+    used, of_used, limit, of_limit = filter(None, said.groups())
+    return {"used": float(used) * unit[of_used], "limit": float(limit) * unit[of_limit]}
 
 
 def compiled(planned: Planned, programs: tuple[str, ...] = PROGRAMS) -> Iterator[tuple[str, dict[str, Any], Any]]:

@@ -108,6 +108,7 @@ def test_the_command_plans_for_chips_that_are_not_here(prompts, tmp_path):
         assert train["sent"] > 0.5 * sum(result["work"]["update"]["interconnect"].values())
     else:
         assert said.startswith("train: DOES NOT FIT by itself: ")
+        assert " too many; compiled in " in said
         assert train["too_large"]["used"] > train["too_large"]["limit"] > 15e9
 
 
