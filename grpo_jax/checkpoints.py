@@ -188,7 +188,7 @@ class Checkpoints:
         """
         place = self._directory / str(step)
         # What one process cannot read is bad for all: they would go on from different steps.
-        described = self._of_all(lambda: _unsealed(ocp.checkpointables_metadata(place).custom_metadata))
+        described = self._of_all(lambda: _unsealed(ocp.checkpointables_metadata(str(place)).custom_metadata))
         saved, wanted = described["shapes"], _shapes(like)
         wrong = [
             f"{k}: saved {saved.get(k)}, expected {wanted.get(k)}"
@@ -201,7 +201,7 @@ class Checkpoints:
                 + "\n  ".join(wrong[:10])
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        state = self._of_all(lambda: ocp.load_checkpointables(place, {"state": abstract})["state"])
+        state = self._of_all(lambda: ocp.load_checkpointables(str(place), {"state": abstract})["state"])
         found = fingerprints(state)
         differ = [name for name, value in described["fingerprints"].items() if found[name] != value]
         if differ:

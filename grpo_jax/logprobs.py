@@ -81,6 +81,8 @@ def token_logprobs(
     temperature = jnp.where(temperature > 0, temperature, 1.0).astype(jnp.float32)
     temperature = jax.lax.stop_gradient(jnp.broadcast_to(temperature, tokens.shape))
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    # A sum over one device is none, but libtpu may stumble at it.
+    mesh = None if mesh is None or mesh.size == 1 else mesh
     shards, parts = (1, 1) if mesh is None else (mesh.shape["fsdp"], mesh.shape["tensor"])
     # The plain version holds five times its logits, and XLA would gather a matrix that fsdp splits.
     if shards == 1 and tokens.size * head[0].shape[0] <= chunk // 4 * parts:

@@ -78,15 +78,16 @@ def rollout_bytes(
 
     refilled = (rows, width) != (prompts, group_size)
     ids = lambda columns: jax.ShapeDtypeStruct((prompts, 1, columns), jnp.int32)
-    prefill = jax.make_jaxpr(policy.extend)(
-        weights, ids(chunk), ids(chunk), caches(prompts, 1, chunks * chunk), 0, ids(chunks * chunk)
+    columns, first = chunks * chunk, (params,) if policy.prefill else ()
+    prefill = jax.make_jaxpr(policy.prefill or policy.extend)(
+        *first, weights, ids(chunk), ids(chunk), caches(prompts, 1, columns), 0, ids(columns)
     )
     # Logits, and four times as much of what is made of them; of the first tokens those of all prompts.
     choice = 4 * 5 * max(rows * width, prompts) * vocabulary // (1 if vocabulary % tensor else tensor)
     return (
         sharding.device_bytes(weights, policy.sampler_axes, mesh, sharding.SAMPLER_RULES)
-        + cache(prompts, 1, chunks * chunk)
-        + refilled * cache(rows, 1, chunks * chunk)
+        + cache(prompts, 1, columns)
+        + refilled * cache(rows, 1, columns)
         + cache(rows, width, max_tokens)
         + max(most_alive(prefill.jaxpr), choice) // devices
         + 2 * 12 * prompts * group_size * max_tokens // devices  # token and two log-probabilities, twice

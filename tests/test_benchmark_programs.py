@@ -318,7 +318,8 @@ def test_work_by_loops(dtype, width):
             read += kv * w.prompt_tokens * bool(alive) + kv * t * len(alive)
             flop += sum(2 * (dense + head) + per_key * (w.prompt_tokens + t) for _ in alive)
     for n in limits.reshape(-1):
-        update += 6 * (dense * (w.prompt_tokens + n) + head * n) + 3 * per_key * (w.prompt_tokens + n) ** 2 / 2
+        columns = w.prompt_tokens + n
+        update += 6 * (dense * columns + head * n) + 3 * per_key * columns * (columns + 1) / 2
     work = roofline.work_of(w, 1000, w.slots)
     assert (work.decode_bytes, work.decode_flop, work.update_flop) == pytest.approx((read, flop, update))
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.benchmarks import measure
 from experiments.benchmarks.workload import Ours, Workload
+from grpo_jax import floors
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.training import (
     OptimizerConfig,
@@ -81,27 +81,22 @@ class Work:
 
 
 def work_of(workload: Workload, weight_bytes: int, slots: int) -> Work:
-    """The floor of a workload, from its lengths.
+    """The floor of a workload, from its lengths, by `grpo_jax.floors`.
 
     Args:
       workload: the model, prompts and lengths.
       weight_bytes: of the sampler's parameters.
       slots: that it decodes at a time; 0: all.
     """
-    m, lengths, prompt = workload.model, workload.limits.astype(np.float64), workload.prompt_tokens
-    attention = m.width * m.head_width * (2 * m.heads + 2 * m.kv_heads)
-    body, head = m.layers * (attention + 3 * m.width * m.mlp_width), m.vocab_size * m.width
-    width = jnp.dtype(m.decoding_dtype).itemsize
-    cached = 2 * m.layers * m.kv_heads * m.head_width * width  # bytes of a token's keys and values
-    later = lengths - 1  # tokens of each completion that are decoded, after that of the prefill
-    steps = max(later.max(), later.sum() / (slots or lengths.size))
-    own = (later * (later + 1) / 2).sum()  # of a completion's own cache: 1, 2, ... tokens
-    scores = 4 * m.layers * m.heads * m.head_width  # FLOP of a query on a key, and of its value
-    columns = prompt + lengths
+    m = workload.model
+    model = floors.Model(**{field.name: getattr(m, field.name) for field in dataclasses.fields(floors.Model)})
+    step = floors.Step(
+        prompt_tokens=workload.prompt_tokens, lengths=workload.limits, max_tokens=workload.tokens, slots=slots,
+        cache_bytes=jnp.dtype(m.decoding_dtype).itemsize, reference=False,
+    )  # fmt: skip
+    decode = floors.decode(model, step, weight_bytes=weight_bytes)
     return Work(
-        decode_bytes=float(weight_bytes * steps + cached * (prompt * later.max(axis=1).sum() + own)),
-        decode_flop=float(2 * (body + head) * later.sum() + scores * (prompt * later.sum() + own)),
-        update_flop=float(6 * (body * columns.sum() + head * lengths.sum()) + 3 * scores * (columns**2 / 2).sum()),
+        decode_bytes=sum(decode.memory.values()), decode_flop=decode.flop, update_flop=floors.update(model, step).flop
     )
 
 

@@ -1,0 +1,217 @@
+"""Writes the tables of docs/scaling.md: every case is a run of `experiments.plan` in a process of its own.
+
+python -m experiments.plan_report [--cases=NAME,...] [--limit=600]
+
+What is known of a case is kept in a file beside the page, so that the command goes on where it stopped; a case that
+is named is done again. What does not finish in time, or what the compiler refuses, is said in the table.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from experiments import runs
+from grpo_jax.telemetry import write_atomically
+
+__all__ = ["CASES", "WEAK", "Case", "table", "weak_table", "written"]
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run that is planned."""
+
+    model: str
+    topology: str
+    flags: str  # further ones, as on a command line
+    programs: str = "train,reference,sampler"
+
+    @property
+    def command(self) -> list[str]:
+        """Flags of `experiments.plan`."""
+        return [
+            f"--model={self.model}",
+            f"--topology={self.topology}",
+            f"--programs={self.programs}",
+            *self.flags.split(),
+        ]
+
+
+def _case(model: str, topology: str, mesh: str, prompts: int, microbatches: int, more: str = "") -> Case:
+    attention = "" if topology.startswith("h") else "--policy.attention=splash"
+    axes = " ".join(f"--mesh.{axis}" for axis in mesh.split())
+    sizes = f"--rollout.prompts={prompts} --update.microbatches={microbatches}"
+    return Case(model=model, topology=topology, flags=f"{axes} {sizes} {attention} {more}")
+
+
+CASES = {
+    "0.5B on one v5e": _case("qwen2.5-0.5b", "v5e:1x1", "", 32, 64),
+    "8B on 64 v5e": _case("llama-3-8b", "v5e:8x8", "fsdp=64", 256, 32),
+    "8B on 64 v5p": _case("llama-3-8b", "v5p:4x4x4", "fsdp=64", 256, 8),
+    "8B on 16 v6e": _case("llama-3-8b", "v6e:4x4", "fsdp=16", 64, 32),
+    "8B on 8 H100": _case("llama-3-8b", "h100:8", "fsdp=8", 32, 32),
+    "70B on 512 v5p": _case("llama-3-70b", "v5p:8x8x8", "fsdp=128 tensor=4", 256, 16),
+    "70B on 256 v5e": _case("llama-3-70b", "v5e:16x16", "fsdp=32 tensor=8", 64, 16, "--policy.sampler_dtype=int8"),
+}
+
+
+def _weak(chips: int, topology: str, mesh: str) -> Case:
+    return dataclasses.replace(_case("llama-3-8b", topology, mesh, chips, 8), programs="train")
+
+
+_SIZES = {4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}
+WEAK = {
+    **{f"{n} chips: data={n // 4} fsdp=4": _weak(n, t, f"data={n // 4} fsdp=4") for n, t in _SIZES.items()},
+    **{f"{n} chips: fsdp={n}": _weak(n, t, f"fsdp={n}") for n, t in _SIZES.items() if n > 4},
+}  # fmt: skip
+
+
+def planned(case: Case, limit: float) -> dict[str, Any]:
+    """What `experiments.plan` says of a case, as far as it came; `stopped` says why it came no further."""
+    environment = {**os.environ, "JAX_OPTIMIZATION_LEVEL": "O0"}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch, "plan.json")
+        command = [sys.executable, "-m", "experiments.plan", *case.command, f"--json={path}"]
+        try:
+            done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+            stopped = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        except subprocess.TimeoutExpired:
+            stopped = f"not compiled within {limit:.0f} s"
+        result = json.loads(path.read_text()) if path.exists() else {"programs": {}}
+    return {**result, "command": case.command, "stopped": stopped}
+
+
+def _program(result: Mapping[str, Any], name: str) -> str:
+    said = result["programs"].get(name) or result["programs"].get("sampler" if name in ("start", "decode") else "")
+    if said is None:
+        return result["stopped"] or "-"
+    if "total" in said:
+        return f"{said['total'] / _GB:.1f}" + ("" if said["fits"] else " **too much**")
+    if "too_large" in said:
+        used = said["too_large"].get("used")
+        return "**too much**" if used is None else f"**{used / _GB:.1f} without the rest, too much**"
+    return f"refused: {said['error'][:120]}"
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    programs = result["programs"].values()
+    totals = [said["total"] for said in programs if "total" in said]
+    if any("too_large" in said for said in programs):
+        return "no"
+    if not totals:
+        return "unknown"
+    room = (result["memory"] - max(totals)) / _GB
+    asked = [said for said in ("train", "start", "decode") if said not in result["programs"]]
+    return ("yes" if room >= 0 else "no") + f", {room:.1f} left" + (f" ({', '.join(asked)} unknown)" if asked else "")
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The cases that are known, as Markdown: memory, then floors."""
+    lines = [
+        "| case | mesh | parameters, reference, optimizer | sampler: weights, caches | update | reference | prefill | "
+        "decoding | fits (GB of a device) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    floors = [
+        "| case | TFLOP | GB read | GB sent | compute | memory | links | at best | limited by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    costs = ["| case | seconds (GB here) to compile: update | reference | prefill and decoding |", "|---|---|---|---|"]
+    for name, result in results.items():
+        if "held" not in result:
+            lines.append(f"| {name} | {result['stopped']} |" + " |" * 7)
+            continue
+        held, sampled = result["held"], result["sampled"]
+        mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one"
+        caches = sampled["caches of prompts"] + sampled["caches of completions"]
+        lines.append(
+            f"| {name} | {mesh} | {', '.join(f'{size / _GB:.2f}' for size in held.values())} | "
+            f"{sampled['sampler weights'] / _GB:.2f}, {caches / _GB:.2f} | "
+            + " | ".join(_program(result, program) for program in ("train", "reference", "start", "decode"))
+            + f" | {_verdict(result)} |"
+        )
+        work = result["work"].values()
+        each = [sum(part["milliseconds"][kind] for part in work) for kind in ("compute", "memory", "interconnect")]
+        parts = {part: max(said["milliseconds"].values()) for part, said in result["work"].items()}
+        slowest = max(parts, key=lambda part: parts[part])
+        floors.append(
+            f"| {name} | {sum(part['flop'] for part in work) / 1e12:.1f} | "
+            f"{sum(sum(part['memory'].values()) for part in work) / _GB:.1f} | "
+            f"{sum(sum(part['interconnect'].values()) for part in work) / _GB:.2f} | "
+            + " | ".join(f"{ms / 1e3:.2f} s" for ms in each)
+            + f" | {sum(parts.values()) / 1e3:.2f} s | {slowest}, by {result['work'][slowest]['bottleneck']} |"
+        )
+        cost = lambda program, result=result: (
+            f"{said['seconds']:.0f} ({said['peak_rss'] / _GB:.1f})"
+            if (said := result["programs"].get(program))
+            else "-"
+        )
+        costs.append(f"| {name} | {cost('train')} | {cost('reference')} | {cost('decode')} |")
+    return "\n".join([*lines, "", *floors, "", *costs])
+
+
+def weak_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The train step at fixed work a chip, as Markdown."""
+    lines = [
+        "| 8 completions a chip | arguments, GB | temporaries, GB | GB sent, as compiled | GB sent, by formulas | "
+        "TFLOP | seconds to compile |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, result in results.items():
+        said = result["programs"].get("train", {})
+        if "total" not in said:
+            lines.append(f"| {name} | {_program(result, 'train')} |" + " |" * 5)
+            continue
+        work = result["work"]["update"]
+        lines.append(
+            f"| {name} | {said['arguments'] / _GB:.2f} | {said['temporaries'] / _GB:.2f} | {said['sent'] / _GB:.1f} | "
+            f"{sum(work['interconnect'].values()) / _GB:.1f} | {work['flop'] / 1e12:.1f} | {said['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def written(page: str, name: str, text: str) -> str:
+    """The page with this text between the marks of that name.
+
+    Raises:
+      ValueError: it has no such marks.
+    """
+    begin, end = f"<!-- {name}: python -m experiments.plan_report -->", f"<!-- end of {name} -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page needs the marks {begin} and {end}.")
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def main(argv: list[str]) -> None:
+    """Does what is not known, or what is named, and writes the page after each case."""
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
+    page, kept, every = pathlib.Path(PAGE.value), pathlib.Path(PAGE.value).with_suffix(".json"), {**CASES, **WEAK}
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    if unknown := {*NAMED.value} - {*every}:
+        sys.exit(f"error: --cases={','.join(sorted(unknown))} must be among {'; '.join(every)}.")
+    for name in NAMED.value or [name for name in every if name not in known]:
+        print(f"{name}: {' '.join(every[name].command)}", flush=True)
+        known[name] = planned(every[name], LIMIT.value)
+        kept.write_text(json.dumps({name: known[name] for name in every if name in known}, indent=1) + "\n")
+    of = lambda cases: {name: known[name] for name in cases if name in known}
+    text = written(page.read_text(), "cases", table(of(CASES)))
+    write_atomically(page, written(text, "weak scaling", weak_table(of(WEAK))))
+
+
+if __name__ == "__main__":
+    PAGE = flags.DEFINE_string("page", str(_ROOT / "docs/scaling.md"), "The page; results are kept beside it, as JSON.")
+    NAMED = flags.DEFINE_list("cases", [], "Cases that are done, again where they are known; empty: all that are not.")
+    LIMIT = flags.DEFINE_float("limit", 600.0, "Seconds that a case may take.")
+    runs.command(main)

@@ -1,0 +1,310 @@
+"""What a GRPO step has to compute, to read and to send at least, by formulas: FLOP, bytes of memory, bytes over links.
+
+Plain numbers in, plain numbers out: of a decoder's sizes, the lengths of prompts and completions, and a mesh. `Work` is
+that of one device and one step; divided by what a chip does in a second it is a floor of the time, and the largest of
+the three floors names what will limit the step.
+
+    P_layer = D C (2 H + 2 K) + 3 D M                 parameters of a layer's matrices (M: hidden units of the MLP)
+    seen(p) = min(p + 1, window)                      columns that a token at position p attends to
+    a product with a matrix: 2 FLOP a parameter and token; a token's attention in a layer: 4 H C seen(p)
+    all-gather, reduce-scatter of S bytes over n      S (n - 1) / n a device; an all-reduce is both (rings)
+
+A device's share: rows are split over data x fsdp, a layer's matrices and the vocabulary over tensor (keys and values
+too, where it divides their heads). Not counted are norms, biases, rotary positions, the choice of tokens, the FLOP of
+the optimizer, and what has a number or a few a token: floors are not to be reached, they are to rule out.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+__all__ = ["Layout", "Model", "Rates", "Step", "Work", "decode", "of_step", "prefill", "reference", "seen", "update"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Sizes of a decoder, named as in `TransformerConfig`."""
+
+    vocab_size: int  # V
+    layers: int  # N
+    width: int  # D
+    heads: int  # H
+    kv_heads: int  # K
+    head_width: int  # C
+    mlp_width: int  # M
+    tied: bool = True  # the unembedding is the embedding
+    windows: tuple[int, ...] = (0,)  # tokens that a layer's see; repeats over the layers; 0: all
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer's matrices."""
+        return self.width * (self.head_width * 2 * (self.heads + self.kv_heads) + 3 * self.mlp_width)
+
+    @property
+    def body(self) -> int:
+        """Parameters of all layers' matrices."""
+        return self.layers * self.layer
+
+    @property
+    def head(self) -> int:
+        """Parameters of the unembedding."""
+        return self.vocab_size * self.width
+
+    @property
+    def parameters(self) -> int:
+        """Of all matrices and the embedding."""
+        return self.body + self.head * (1 if self.tied else 2)
+
+    @property
+    def every_window(self) -> list[int]:
+        """The window of each layer."""
+        return [self.windows[i % len(self.windows)] for i in range(self.layers)]
+
+    @property
+    def cached(self) -> int:
+        """Numbers that a token leaves in the caches of a layer."""
+        return 2 * self.kv_heads * self.head_width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Devices along each axis, as in `sharding.MeshConfig`."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step's lengths, and how it is cut."""
+
+    prompt_tokens: int  # L, of every prompt
+    lengths: np.ndarray  # [P, G] int, tokens of each completion, 1 or more
+    max_tokens: int  # T, columns of a row are L + T
+    slots: int = 0  # completions decoded at a time on all devices; 0: all
+    chunks: int = 1  # of columns, in which prompts are prefilled
+    waves: int = 1  # parts of the prompts that are sampled one after the other
+    epochs: int = 1  # passes over the completions
+    minibatches: int = 1  # optimizer steps a pass
+    microbatches: int = 1  # parts of a minibatch
+    reference: bool = True  # a pass of a frozen model
+    remat: bool = True  # layers are computed again in the backward pass
+    compute_bytes: int = 2  # of a number in activations and products
+    sampler_bytes: float = 2  # of a number in the sampler's weights
+    cache_bytes: int = 2  # of a number in the sampler's caches
+
+    @property
+    def columns(self) -> np.ndarray:
+        """[P, G]: tokens of a prompt with its completion."""
+        return self.prompt_tokens + self.lengths
+
+    @property
+    def parts(self) -> float:
+        """Microbatches of one pass that hold something, where short completions share rows."""
+        every = self.minibatches * self.microbatches
+        return np.ceil(every * self.columns.mean() / (self.prompt_tokens + self.max_tokens))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a chip does in a second, as its maker says."""
+
+    flop: float  # in bfloat16
+    memory: float  # bytes read or written
+    interconnect: float  # bytes sent, over all links together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of one device."""
+
+    flop: float
+    memory: Mapping[str, float]  # bytes read and written, by what for
+    interconnect: Mapping[str, float]  # bytes sent, by what for
+
+    def milliseconds(self, rates: Rates) -> dict[str, float]:
+        """The three floors."""
+        return {
+            "compute": 1e3 * self.flop / rates.flop,
+            "memory": 1e3 * sum(self.memory.values()) / rates.memory,
+            "interconnect": 1e3 * sum(self.interconnect.values()) / rates.interconnect,
+        }
+
+    def bottleneck(self, rates: Rates) -> str:
+        """The largest of the floors."""
+        floors = self.milliseconds(rates)
+        return max(floors, key=lambda name: floors[name])
+
+
+def seen(first: np.ndarray | int, last: np.ndarray | int, window: int = 0) -> np.ndarray:
+    r"""Columns that the tokens at positions first, ..., last - 1 attend to, together.
+
+    .. math:: \sum_{p=first}^{last-1} \min(p + 1, window)
+    """
+
+    def until(end: np.ndarray | int) -> np.ndarray:  # positions 0, ..., end - 1
+        end = np.asarray(end, np.float64)
+        ramp = np.minimum(end, window) if window else end
+        return ramp * (ramp + 1) / 2 + (end - ramp) * window
+
+    return until(last) - until(first)
+
+
+def _gathered(size: float, parts: int) -> float:
+    """Bytes that a device sends of an all-gather or a reduce-scatter of `size` bytes."""
+    return size * (parts - 1) / parts
+
+
+def _scores(model: Model, first: np.ndarray | int, last: np.ndarray | int) -> float:
+    """FLOP of attention in all layers: a query on a key, and its value."""
+    each = 4.0 * model.heads * model.head_width
+    return each * sum(float(np.sum(seen(first, last, window))) for window in model.every_window)
+
+
+def _over_tensor(model: Model, step: Step, layout: Layout, tokens: float, sums: int) -> float:
+    """Bytes of so many sums of activations a layer over tensor, of so many tokens of a device."""
+    return model.layers * sums * 2 * _gathered(tokens * model.width * step.compute_bytes, layout.tensor)
+
+
+def prefill(model: Model, step: Step, layout: Layout = Layout()) -> Work:
+    """The sampler's weights out of the trainer's, and every prompt once.
+
+    Matrices lie split over fsdp and are gathered over it, in the sampler's precision: once for decoding, and layer by
+    layer for each chunk of columns.
+    """
+    prompts, shards = len(step.lengths), layout.data * layout.fsdp
+    tokens, whole = prompts * step.prompt_tokens, model.parameters / layout.tensor
+    flop = 2.0 * (model.body * tokens + model.head * prompts) + prompts * _scores(model, 0, step.prompt_tokens)
+    runs, body = step.waves * step.chunks, model.body / layout.tensor
+    return Work(
+        flop=flop / (shards * layout.tensor),
+        memory={
+            "weights": step.waves * (4 * whole / layout.fsdp + step.sampler_bytes * whole)
+            + runs * step.sampler_bytes * body,
+            "caches": float(step.cache_bytes * model.layers * model.cached * tokens / (shards * _split(model, layout))),
+        },
+        interconnect={
+            "weights over fsdp": _gathered(step.sampler_bytes * (step.waves * whole + runs * body), layout.fsdp),
+            "activations over tensor": _over_tensor(model, step, layout, tokens / shards, 2),
+        },
+    )
+
+
+def _split(model: Model, layout: Layout) -> int:
+    """Over how many devices of tensor the heads of caches are split."""
+    return 1 if model.kv_heads % layout.tensor else layout.tensor
+
+
+def decode(model: Model, step: Step, layout: Layout = Layout(), weight_bytes: float | None = None) -> Work:
+    """All tokens but the first of each completion: at each the weights, and live caches, a prompt's once for its group.
+
+    Args:
+      model, step, layout: what is decoded, and where.
+      weight_bytes: of all of the sampler's parameters; None: of those that are counted here.
+    """
+    later, shards = step.lengths - 1, layout.data * layout.fsdp
+    rounds = max(later.max(), later.sum() / (step.slots or later.size)) * step.waves
+    age = np.arange(1, max(int(later.max()), 1) + 1)  # of a completion at each of its tokens
+    alive = (later[..., None] >= age).sum(axis=(0, 1))  # completions that have come so far
+    groups = (later.max(axis=1)[:, None] >= age).sum(axis=0)
+    own = prompts = 0.0
+    for window in model.every_window:
+        most = age if not window else np.minimum(age, window)
+        of_prompt = step.prompt_tokens if not window else np.clip(window - age, 0, step.prompt_tokens)
+        own, prompts = own + (alive * most).sum(), prompts + (groups * of_prompt).sum()
+    flop = 2.0 * (model.body + model.head) * later.sum() + _scores(
+        model, step.prompt_tokens, step.prompt_tokens + later
+    )
+    weights = step.sampler_bytes * (model.body + model.head) if weight_bytes is None else weight_bytes
+    return Work(
+        flop=float(flop) / (shards * layout.tensor),
+        memory={
+            "weights": float(rounds * weights / layout.tensor),
+            "caches": float(step.cache_bytes * model.cached * (own + prompts) / (shards * _split(model, layout))),
+        },
+        interconnect={
+            "activations over tensor": _over_tensor(model, step, layout, float(later.sum()) / shards, 2),
+        },
+    )
+
+
+def _passed(model: Model, step: Step, layout: Layout, *, backward: bool) -> dict[str, float]:
+    """What is sent in one pass over all completions: of logarithms of probabilities, or of their gradients too."""
+    w, tensor, fsdp = step.compute_bytes, layout.tensor, layout.fsdp
+    columns, lengths = (float(x.sum()) / (layout.data * fsdp) for x in (step.columns, step.lengths))
+    states = lambda width: lengths * model.width * width  # of a device's completion tokens, which come to the head
+    looked_up = columns * model.width * w
+    sums = 2 + (2 + step.remat if backward else 0)  # of what heads and hidden units add; remat leaves the last one out
+    # The table lies split along the width, and the head takes it split by ids; its gradient goes the way back.
+    table = _gathered(4.0 * model.head / (tensor * fsdp), fsdp)
+    sent = {
+        "weights over fsdp": step.parts * _gathered(model.body / tensor * w * (1 + backward), fsdp),
+        "embeddings over fsdp": _gathered(looked_up, fsdp) * (1 + backward),
+        "embeddings over tensor": 2 * _gathered(looked_up, tensor),
+        "activations over tensor": _over_tensor(model, step, layout, columns, sums),
+        "table over fsdp": table * (1 + (step.parts + step.minibatches if backward else 0)),
+        "tokens over fsdp": _gathered(states(w) * fsdp, fsdp),  # to the head
+        "softmax over fsdp x tensor": 2
+        * _gathered(4 * 4 * lengths * fsdp, fsdp * tensor),  # its maximum and three sums
+    }
+    if backward:
+        sent["gradients over fsdp"] = step.parts * _gathered(4.0 * model.body / tensor, fsdp)
+        sent["tokens over fsdp"] += _gathered(states(4) * fsdp, fsdp)
+        sent["tokens over tensor"] = 2 * _gathered(states(4), tensor)
+    return sent
+
+
+def reference(model: Model, step: Step, layout: Layout = Layout()) -> Work:
+    """The pass of a frozen model over all completions with their prompts."""
+    devices = layout.data * layout.fsdp * layout.tensor
+    flop = 2.0 * (model.body * step.columns.sum() + model.head * step.lengths.sum()) + _scores(model, 0, step.columns)
+    read = step.parts * step.compute_bytes * (model.body + model.head / layout.fsdp) / layout.tensor
+    return Work(
+        flop=float(flop) / devices,
+        memory={"weights": float(read)},
+        interconnect=_passed(model, step, layout, backward=False),
+    )
+
+
+def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
+    """Forward and backward pass over all completions, and Adam; what is computed twice does not count as FLOP.
+
+    Of memory: weights at each pass over them (forward, again with remat, backward), gradients that are added up, what
+    Adam reads and writes (parameters, two moments, the gradient), and the layers' inputs, written once and read once.
+    """
+    shards, e = layout.data * layout.fsdp, step.epochs
+    own = 4.0 * model.parameters / (layout.fsdp * layout.tensor)  # bytes of a device's float32 parameters
+    flop = 6.0 * (model.body * step.columns.sum() + model.head * step.lengths.sum()) + 3 * _scores(
+        model, 0, step.columns
+    )
+    kept = step.columns.sum() / shards * model.layers * model.width * step.compute_bytes
+    weights = step.compute_bytes * (model.body + model.head / layout.fsdp) / layout.tensor
+    sent = {name: e * size for name, size in _passed(model, step, layout, backward=True).items()}
+    sent["gradients over data"] = e * step.minibatches * 2 * _gathered(own, layout.data)
+    return Work(
+        flop=float(e * flop) / (shards * layout.tensor),
+        memory={
+            "weights": float(e * step.parts * (2 + step.remat) * weights),
+            "gradients": float(e * step.parts * 2 * own),
+            "optimizer": e * step.minibatches * 7 * own,
+            "activations": float(e * 2 * kept),
+        },
+        interconnect=sent,
+    )
+
+
+def of_step(model: Model, step: Step, layout: Layout = Layout()) -> dict[str, Work]:
+    """The parts of a step, in their order.
+
+    Returns:
+      prefill, decode, reference where there is one, old (the pass under the parameters before, where there are several
+      optimizer steps), and update.
+    """
+    parts = {"prefill": prefill(model, step, layout), "decode": decode(model, step, layout)}
+    if step.reference:
+        parts["reference"] = reference(model, step, layout)
+    if step.epochs * step.minibatches > 1:
+        parts["old"] = reference(model, step, layout)
+    return {**parts, "update": update(model, step, layout)}

@@ -1,0 +1,190 @@
+"""Formulas of `floors` against loops in NumPy, token by token, and against what XLA's compiled programs send."""
+
+import collections
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.collectives import sent
+from grpo_jax import floors, sharding
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
+from grpo_jax.objectives import LossConfig, make_objective
+from grpo_jax.training import OptimizerConfig, UpdateConfig, abstract_train_state, make_optimizer, make_train_step
+from grpo_jax.types import TrainBatch
+
+MODEL = floors.Model(
+    vocab_size=50, layers=3, width=12, heads=4, kv_heads=2, head_width=6, mlp_width=20, tied=False, windows=(4, 0)
+)
+STEP = floors.Step(
+    prompt_tokens=5, lengths=np.array([[1, 4, 7], [2, 2, 6]]), max_tokens=7, minibatches=2, microbatches=3,
+    compute_bytes=2, sampler_bytes=1, cache_bytes=4,
+)  # fmt: skip
+WINDOWS = [4, 0, 4]  # of the three layers
+HEAD = 50 * 12
+
+
+def sees(position, window):
+    """Columns that a token attends to, one by one."""
+    return sum(1 for column in range(position + 1) if not window or position - column < window)
+
+
+def attention(positions):
+    """FLOP of queries on keys and of weights on values: 2 a number and column each, of all heads and layers."""
+    return sum(2 * 2 * 4 * 6 * sees(p, window) for p in positions for window in WINDOWS)
+
+
+@pytest.mark.parametrize("window", [0, 1, 4, 30])
+def test_seen_is_a_sum_over_positions(window):
+    for first, last in itertools.product((0, 3, 9), (9, 12)):
+        assert floors.seen(first, last, window) == sum(sees(p, window) for p in range(first, last))
+
+
+def test_a_model_counts_its_matrices():
+    layer = 12 * 4 * 6 + 2 * 12 * 2 * 6 + 4 * 6 * 12 + 3 * 12 * 20
+    assert (MODEL.layer, MODEL.body, MODEL.parameters) == (layer, 3 * layer, 3 * layer + 2 * HEAD)
+
+
+def test_the_sampler_token_by_token():
+    body = MODEL.body
+    before = sum(2 * body for _ in range(2 * 5)) + 2 * (2 * HEAD + attention(range(5)))
+    flop = read = 0
+    weights = 1 * (body + HEAD)
+    for t in range(1, 7):  # tokens after the first
+        read += weights
+        for group in STEP.lengths:
+            alive = [n for n in group if n > t]
+            for window in WINDOWS:
+                columns = [c for c in range(5 + t) if not window or 5 + t - 1 - c < window]
+                of_prompt = sum(c < 5 for c in columns)
+                # A numbers of a key and a value; the prompt's are read once for all that are alive.
+                read += 4 * 2 * 2 * 6 * (of_prompt * bool(alive) + (len(columns) - of_prompt) * len(alive))
+            flop += sum(2 * (body + HEAD) + attention([5 + t - 1]) for _ in alive)
+    prefill, decode = floors.prefill(MODEL, STEP), floors.decode(MODEL, STEP)
+    assert prefill.flop == before
+    assert prefill.memory["caches"] == 4 * 2 * 2 * 6 * 3 * 2 * 5
+    assert decode.flop == flop
+    assert sum(decode.memory.values()) == read
+    assert not any({**prefill.interconnect, **decode.interconnect}.values())  # one device
+    # With a slot for two completions, weights are read as often as 16 tokens take two at a time.
+    assert floors.decode(MODEL, dataclasses.replace(STEP, slots=2)).memory["weights"] == 8 * weights
+
+
+def test_a_pass_over_completions_token_by_token():
+    tokens = flop = 0
+    for n in STEP.lengths.reshape(-1):
+        flop += sum(2 * MODEL.body for _ in range(5 + n)) + 2 * HEAD * n + attention(range(5 + n))
+        tokens += n
+    assert floors.reference(MODEL, STEP).flop == flop
+    update = floors.update(MODEL, STEP)
+    assert update.flop == 3 * flop
+    # Six rows of 12 columns, 52 of 72 of which are filled, in 2 x 3 parts: five of them hold something.
+    assert STEP.parts == 5
+    parameters = MODEL.parameters
+    assert update.memory == {
+        "weights": 5 * 3 * 2 * (MODEL.body + HEAD), "gradients": 5 * 2 * 4 * parameters,
+        "optimizer": 2 * 7 * 4 * parameters, "activations": 2 * 3 * 12 * 2 * (6 * 5 + tokens),
+    }  # fmt: skip
+    assert set(floors.of_step(MODEL, STEP)) == {"prefill", "decode", "reference", "old", "update"}
+
+
+def test_a_mesh_divides_the_work():
+    whole, layout = floors.of_step(MODEL, STEP), floors.Layout(data=2, fsdp=4, tensor=2)
+    for name, part in floors.of_step(MODEL, STEP, layout).items():
+        assert part.flop == whole[name].flop / 16
+        assert 0 < sum(part.memory.values()) < sum(whole[name].memory.values())
+    rates = floors.Rates(flop=1e3, memory=1e2, interconnect=1e1)
+    work = floors.Work(flop=50, memory={"a": 3, "b": 4}, interconnect={"c": 0.8})
+    assert work.milliseconds(rates) == {"compute": 50, "memory": 70, "interconnect": 80}
+    assert work.bottleneck(rates) == "interconnect"
+
+
+# What is sent -----------------------------------------------------------------------------------------
+
+PROMPT_TOKENS, MAX_TOKENS, COMPLETIONS = 32, 96, 64
+
+
+def compiled_update(config, layout, microbatches):
+    """The text of a train step without a reference, for CPU devices."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(**dataclasses.asdict(layout)))
+    policy, objective = make_policy(config, mesh), make_objective(LossConfig(kl_coef=0.0))
+    optimizer, _ = make_optimizer(OptimizerConfig(), 100)
+    state = abstract_train_state(policy, abstract_params(config)[0], optimizer, objective, mesh)
+    rows = sharding.batch_sharding(mesh)
+    each = lambda dtype, *columns: jax.ShapeDtypeStruct((COMPLETIONS, *columns), dtype, sharding=rows)
+    batch = TrainBatch(
+        prompt_tokens=each(jnp.int32, PROMPT_TOKENS), prompt_mask=each(bool, PROMPT_TOKENS),
+        completion_tokens=each(jnp.int32, MAX_TOKENS), mask=each(bool, MAX_TOKENS), advantages=each(jnp.float32),
+        sampler_logprobs=each(jnp.float32, MAX_TOKENS), temperature=each(jnp.float32),
+    )  # fmt: skip
+    update = UpdateConfig(microbatches=microbatches)
+    step = make_train_step(policy, optimizer, objective, update, like=state, key=jax.random.key(0))
+    return step.lower(state, batch).compile().as_text()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize(
+    ("layout", "microbatches"),
+    [(floors.Layout(fsdp=4, tensor=2), 2), (floors.Layout(data=4, fsdp=2), 1)],
+)
+def test_what_an_update_sends_is_what_xla_sends(layout, microbatches):
+    """By the axis over which it goes; up to what XLA does otherwise on CPUs, and a few numbers a token."""
+    config = TransformerConfig(
+        vocab_size=4096, layers=3, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=192, remat="full"
+    )
+    model = floors.Model(**{field.name: getattr(config, field.name) for field in dataclasses.fields(floors.Model)})
+    step = floors.Step(
+        prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, lengths=np.full((COMPLETIONS // 8, 8), MAX_TOKENS),
+        microbatches=microbatches, compute_bytes=4,
+    )  # fmt: skip
+    expected = floors.update(model, step, layout).interconnect
+    # On CPUs a reduce-scatter of gradients is an all-reduce; and in the backward pass the gradients of what goes into
+    # query, key and value, and into gate and up, are summed over tensor one by one: three sums more.
+    tokens = COMPLETIONS * (PROMPT_TOKENS + MAX_TOKENS) / (layout.data * layout.fsdp)
+    sums = 2 * 3 * config.layers * tokens * config.width * 4 * (layout.tensor - 1) / layout.tensor
+    of_cpus = {"gradients over fsdp (again)": expected["gradients over fsdp"], "sums over tensor": sums}
+    want, got = collections.Counter(), collections.Counter()  # by how many devices take part together
+    for name, size in {**expected, **of_cpus}.items():
+        axes = name.split(" over ")[1].removesuffix(" (again)").split(" x ")
+        want[math.prod(getattr(layout, axis) for axis in axes)] += size
+    rounds = [1, 1] if microbatches == 1 else [microbatches, 1, 1]
+    for one in sent(compiled_update(config, layout, microbatches), rounds):
+        got[one.group] += one.bytes
+    for group, size in got.items():
+        # Ids, temperatures and masks of tokens, and gradients of norms go over fsdp too; metrics over all.
+        more = 1.03 if group == layout.fsdp else 1.002
+        assert want[group] <= size <= more * want[group] + 64, (group, want, got)
+    assert {group for group, size in want.items() if size} <= {*got}
+
+
+def test_what_is_sent_is_counted():
+    """Each kind, in loops of known and of computed length, and in what a fusion calls."""
+    text = """
+%inner (p: f32[8]) -> f32[8] {
+  %a = f32[8]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%outer (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %b = bf16[16]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%fused (p: f32[8]) -> f32[8] {
+  %c = (f32[2]{0}, f32[2]{0}) all-to-all(%p, %p), replica_groups=mesh['a'=2,'b'=4] {'a'}
+  %d = f32[4]{0} reduce-scatter(%p), replica_groups=mesh['a'=8] {'a':(1)2}, to_apply=%add
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %x = f32[8] while(%p), condition=%c, body=%outer
+  %y = f32[8] fusion(%x), kind=kCustom, calls=%fused
+  %z = (f32[5]{0}, f32[5]{0}) collective-permute-start(%y), source_target_pairs={{0,1}}
+}
+"""
+    found = {one.kind: (one.group, one.times, one.bytes) for one in sent(text, rounds=[7])}
+    assert found == {
+        "all-reduce": (2, 21, 21 * 2 * 32 / 2), "all-gather": (4, 7, 7 * 32 * 3 / 4), "all-to-all": (2, 1, 16 / 2),
+        "reduce-scatter": (2, 1, 16), "collective-permute": (0, 1, 20),
+    }  # fmt: skip

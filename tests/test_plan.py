@@ -1,0 +1,139 @@
+"""Plans for chips that are not here: what fits is what compilers say, and formulas beside them."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments import chips, plan, plan_report, tasks
+from grpo_jax import sharding, training
+from grpo_jax.models import pretrained
+from grpo_jax.models.shapes import shape
+from grpo_jax.models.transformer import TransformerConfig
+from tests import TPU_COMPILER
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = TransformerConfig(vocab_size=300, layers=2, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=48)
+
+
+def config(**changes):
+    """Sections of a small step."""
+    values = {
+        "rollout": plan.RolloutConfig(prompts=8, group_size=4, max_tokens=16, max_prompt_tokens=8),
+        "loss": plan.LossConfig(), "update": plan.UpdateConfig(microbatches=2),
+        "optimizer": training.OptimizerConfig(), "mesh": sharding.MeshConfig(data=2, fsdp=2),
+    }  # fmt: skip
+    return values | changes
+
+
+def test_what_a_device_holds_is_what_programs_are_given():
+    """On CPU devices: the state of the train step, and what the sampler carries, by shapes and as compiled."""
+    planned = plan.Planned(CONFIG, config(), jax.devices(), None)
+    found = {name: said for name, said, _ in plan.compiled(planned)}
+    assert list(found) == ["train", "reference", "start", "decode"]
+    parameters = 4 * (2 * (32 * 8 * 12 + 3 * 32 * 48 + 2 * 32) + 300 * 32 + 32)
+    assert planned.held["parameters"] == planned.held["reference"] == parameters // 2  # split over fsdp
+    assert planned.held["optimizer"] == 2 * parameters // 2 + 2 * 4  # and two counts
+    batch = 32 * (8 * 5 + 16 * 13 + 8) // 4
+    assert found["train"]["arguments"] == sum(planned.held.values()) + 2 * 4 + batch  # and step and cursor
+    assert sum(planned.sampled.values()) <= found["decode"]["arguments"] < sum(planned.sampled.values()) + 8192
+    assert found["reference"]["temporaries"] > 0
+    # Without a reference there is nothing to hold, and no pass.
+    planned = plan.Planned(CONFIG, config(loss=plan.LossConfig(kl_coef=0.0)), jax.devices(), None)
+    assert planned.held["reference"] == 0
+    assert "reference" not in planned.work()
+    assert not list(plan.compiled(planned, ("reference",)))
+
+
+def test_a_model_is_a_shape_or_a_directory(tmp_path):
+    policy = tasks.ModelConfig(attention="splash")
+    of_shape = plan.model_of("qwen2.5-0.5b", policy)
+    assert of_shape == dataclasses.replace(
+        shape("qwen2.5-0.5b"), compute_dtype="bfloat16", attention="splash", remat="full"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(pretrained.write_config(shape("qwen2.5-0.5b"))))
+    assert plan.model_of(str(tmp_path), policy) == of_shape
+    with pytest.raises(ValueError, match=r"--model=nowhere is no directory, and no shape that is known: qwen2\.5"):
+        plan.model_of("nowhere", policy)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:2xx2", "h100:0", "h100:"])
+def test_what_is_no_topology(topology):
+    with pytest.raises(
+        ValueError, match=f"topology='{topology}' must be a chip among v4, v5e, .* and how many: v5e:8x8"
+    ):
+        chips.chip_of(topology)
+
+
+def test_chips_are_what_their_makers_say():
+    for chip in chips.CHIPS.values():
+        assert chip.source.startswith("https://")
+        assert 8 <= chip.memory / 1e9 <= 200
+        # Bytes of memory are dearer than FLOP, and bytes over links dearer still.
+        assert chip.rates.flop > 50 * chip.rates.memory > 100 * chip.rates.interconnect
+    assert "core_count: 132" in chips.CHIPS["h100"].target
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@pytest.mark.parametrize("prompts", [4, 4096])
+def test_the_command_plans_for_chips_that_are_not_here(prompts, tmp_path):
+    """A small model on four v5e fits, and a step that is too large for them is a result and no crash."""
+    model = dataclasses.replace(CONFIG, vocab_size=512, width=256, heads=2, head_width=128, mlp_width=256)
+    (tmp_path / "config.json").write_text(
+        json.dumps(pretrained.write_config(dataclasses.replace(model, scale_embedding=False, qkv_bias=True)))
+    )
+    kept = tmp_path / "plan.json"
+    command = [
+        sys.executable, "-m", "experiments.plan", f"--model={tmp_path}", "--topology=v5e:2x2", "--mesh.fsdp=4",
+        f"--rollout.prompts={prompts}", "--rollout.max_tokens=2048", "--update.microbatches=1", "--programs=train",
+        f"--json={kept}",
+    ]  # fmt: skip
+    environment = {**TPU_COMPILER, "JAX_OPTIMIZATION_LEVEL": "O0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said, result = done.stdout.splitlines()[-1], json.loads(kept.read_text())
+    assert (result["devices"], result["memory"], result["topology"]) == (4, 16e9, "v5e:2x2")
+    train = result["programs"]["train"]
+    if prompts == 4:
+        assert train["fits"]
+        assert said.startswith("train: ")
+        assert "fits" in said
+        assert train["total"] < 1e9
+        # What is sent is what the formulas say, and what the compiler adds: see test_floors.py.
+        assert train["sent"] > 0.5 * sum(result["work"]["update"]["interconnect"].values())
+    else:
+        assert said.startswith("train: DOES NOT FIT by itself: ")
+        assert " too many; compiled in " in said
+        assert train["too_large"]["used"] > train["too_large"]["limit"] > 15e9
+
+
+def test_the_report_says_what_fits_and_what_does_not():
+    planned = plan.Planned(CONFIG, config(), jax.devices(), None)
+    result = {
+        **plan.report(planned, chips.CHIPS["v5e"], (), lambda _: None), "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
+        "stopped": "not compiled within 5 s",
+    }  # fmt: skip
+    program = {"seconds": 3.0, "peak_rss": 2e9, "total": 20e9, "fits": False}
+    large = {**result, "programs": {"train": {**program, "arguments": 1, "temporaries": 1, "sent": 1e9}}}
+    text = plan_report.table(
+        {"small": {**result, "programs": {}}, "large": large, "none": {"programs": {}, "stopped": "no"}}
+    )
+    memory, floors, costs = text.split("\n\n")
+    assert "| small | data=2 fsdp=2 |" in memory
+    assert memory.count("not compiled within 5 s") == 4 + 3
+    assert "| 20.0 **too much** |" in memory
+    assert "no, -4.0 left (start, decode unknown)" in memory
+    assert "decode, by memory" in floors
+    assert "| large | 3 (2.0) | - | - |" in costs
+    assert "| large | 0.00 | 0.00 | 1.0 |" in plan_report.weak_table({"large": large})
+    page = "a\n<!-- cases: python -m experiments.plan_report -->\nold\n<!-- end of cases -->\nb"
+    assert plan_report.written(page, "cases", "new").splitlines() == [
+        "a", "<!-- cases: python -m experiments.plan_report -->", "", "new", "", "<!-- end of cases -->", "b",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="needs the marks"):
+        plan_report.written(page, "weak scaling", "new")
