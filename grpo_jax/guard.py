@@ -56,7 +56,7 @@ def guarded_update(
     finite = jnp.stack([jnp.isfinite(x).all() for x in (loss, norm, *jax.tree.leaves(tried))]).all()
     after, moved = step(grads, opt_state, params)
     keep = lambda new, old: jnp.where(finite, new, old)
-    metrics = {"loss": once(loss), "grad_norm": once(norm)}
+    metrics: dict[str, Metric] = {"loss": once(loss), "grad_norm": once(norm)}
     if clip_norm:
         metrics["grad_clipped"] = once(norm > clip_norm)
     return Updated(

@@ -144,9 +144,10 @@ class _Board:
     """
 
     def __init__(self, directory: pathlib.Path):
-        from tensorboardX import event_file_writer, proto, summary  # imports protobuf: half a second
+        from tensorboardX import event_file_writer, summary  # imports protobuf: half a second
+        from tensorboardX.proto import event_pb2
 
-        self._summary, self._event = summary, proto.event_pb2.Event
+        self._summary, self._event = summary, event_pb2.Event
         self._file = event_file_writer.EventsWriter(str(directory / "events"))
         self._began = time.time() - time.perf_counter()
 
