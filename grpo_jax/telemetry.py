@@ -147,7 +147,8 @@ class _Board:
         from tensorboardX import event_file_writer, summary  # imports protobuf: half a second
         from tensorboardX.proto import event_pb2
 
-        self._summary, self._event = summary, event_pb2.Event
+        generated: Any = event_pb2  # protobuf makes its names at run time
+        self._summary, self._event = summary, generated.Event
         self._file = event_file_writer.EventsWriter(str(directory / "events"))
         self._began = time.time() - time.perf_counter()
 
