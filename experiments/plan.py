@@ -344,7 +344,7 @@ def head(result: dict[str, Any]) -> str:
         f"{'of a step, a device':<12}{'TFLOP':>11}{'GB read':>10}{'GB sent':>10}"
         f"{'compute':>12}{'memory':>12}{'links':>12}   at best, and limited by",
     ]
-    total = dict.fromkeys(("compute", "memory", "interconnect"), 0.0)
+    total: dict[str, float] = dict.fromkeys(("compute", "memory", "interconnect"), 0.0)
     for name, work in result["work"].items():
         ms = work["milliseconds"]
         total = {kind: total[kind] + ms[kind] for kind in total}

@@ -186,7 +186,7 @@ class Checkpoints:
           _Bad: one of them cannot read it, or it is not what was saved.
           ValueError: it is of another shape.
         """
-        place = self._directory / str(step)
+        place: Any = self._directory / str(step)  # Orbax's annotations are narrower than what it takes
         # What one process cannot read is bad for all: they would go on from different steps.
         described = self._of_all(lambda: _unsealed(ocp.checkpointables_metadata(str(place)).custom_metadata))
         saved, wanted = described["shapes"], _shapes(like)

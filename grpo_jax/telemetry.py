@@ -145,9 +145,10 @@ class _Board:
 
     def __init__(self, directory: pathlib.Path):
         from tensorboardX import event_file_writer, summary  # imports protobuf: half a second
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto import event_pb2
 
-        self._summary, self._event = summary, Event
+        generated: Any = event_pb2  # protobuf makes its names at run time
+        self._summary, self._event = summary, generated.Event
         self._file = event_file_writer.EventsWriter(str(directory / "events"))
         self._began = time.time() - time.perf_counter()
 
