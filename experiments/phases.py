@@ -54,10 +54,11 @@ def phase(
             policy, transformation, objective, update, key=key, **made
         )
     step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
+    step = naming_nans(step) if debug_nans else step
     if (runs.saved_step(workdir) or 0) < steps:  # else nothing is left to run
         compile_all(_lowerings(state, step, experience, options.get("evaluator")))
     return loop.train(
-        state, train_step=naming_nans(step) if debug_nans else step, experience=experience, steps=steps,
+        state, train_step=step, experience=experience, steps=steps,
         workdir=workdir, title=title, learning_rate=schedule, checkpoints=checkpoints,
         max_skipped=optimizer.max_skipped, **options,
     )  # fmt: skip
@@ -77,7 +78,8 @@ def _adapted(params: Callable[[], Any], model: TransformerConfig, lora: LoraConf
 def _lowerings(state: TrainState, step: Any, experience: Any, evaluator: Any) -> list[Lowering]:
     """The programs of a loop that are known before they run: one that the loop came to, it would wait for alone."""
     of_evaluation = evaluator.lowerings(state.params) if isinstance(evaluator, Evaluator) else []
-    known = isinstance(experience, GroupRollouts | Demonstrations)
+    # A train step of another kind may not be jitted.
+    known = isinstance(experience, GroupRollouts | Demonstrations) and hasattr(step, "lower")
     return of_evaluation + (experience.lowerings(state, step) if known else [])
 
 

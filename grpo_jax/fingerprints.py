@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.optimizers import HOST
 from grpo_jax.types import PyTree
 
 __all__ = ["fingerprints"]
@@ -20,13 +21,19 @@ def fingerprints(tree: PyTree) -> dict[str, int]:
     other. It is against accidents, not against people.
 
     Args:
-      tree: arrays of at most 64 bits an element, as they lie on the devices; of several processes, all must ask.
+      tree: arrays of at most 64 bits an element, on the devices or the host; of several processes, all must ask.
 
     Returns:
       Numbers below 2^32 by `jax.tree_util.keystr`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): int(np.asarray(_sum(x))) for path, x in leaves}
+    return {jax.tree_util.keystr(path): int(np.asarray(_sum(_near(x)))) for path, x in leaves}
+
+
+def _near(x: jax.Array) -> jax.Array:
+    """Where it can be summed up: on the devices."""
+    on_host = isinstance(x, jax.Array) and x.sharding.memory_kind == HOST
+    return jax.device_put(x, x.sharding.with_memory_kind("device")) if on_host else x
 
 
 @jax.jit

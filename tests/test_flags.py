@@ -105,7 +105,9 @@ def advantages_of(name, config):
         )  # fmt: skip
 
     experience = rollouts.GroupRollouts(
-        sampler=types.SimpleNamespace(waves=lambda *_: [sampler()], tokenizer=Countdown.tokenizer),
+        sampler=types.SimpleNamespace(
+            waves=lambda *_: [sampler()], tokenizer=Countdown.tokenizer, mesh=sharding.make_mesh()
+        ),
         source=lambda i: Prompt(text="1"), config=rollouts.RolloutConfig(prompts=2, group_size=3),
         rewards=[Reward(name="r", function=lambda **_: [1.0, 0.0, 0.5, 0.2, 0.9, 0.1]),
                  Reward(name="s", function=lambda **_: [0.0, 9.0, 1.0, 0.0, 0.0, 2.0])],
