@@ -250,7 +250,7 @@ def _passed(model: Model, step: Step, layout: Layout, *, backward: bool) -> dict
         * _gathered(4 * 4 * lengths * fsdp, fsdp * tensor),  # its maximum and three sums
     }
     if backward:
-        sent["gradients over fsdp"] = step.parts * _gathered(4.0 * model.body / tensor, fsdp)
+        sent["gradients over fsdp"] = step.parts * _gathered(model.body / tensor * w, fsdp)  # as products make them
         sent["tokens over fsdp"] += _gathered(states(4) * fsdp, fsdp)
         sent["tokens over tensor"] = 2 * _gathered(states(4), tensor)
     return sent

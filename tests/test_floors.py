@@ -172,6 +172,19 @@ def test_what_is_sent_is_counted():
   %b = bf16[16]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}
 }
 
+%cond (p: f32[8]) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%all-reduce-scatter.1 (p: f32[8]) -> f32[8] {
+  %v = bf16[8]{0:T(8)} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%tpu (p: f32[8]) -> f32[8] {
+  %u = f32[8] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
 %fused (p: f32[8]) -> f32[8] {
   %c = (f32[2]{0}, f32[2]{0}) all-to-all(%p, %p), replica_groups=mesh['a'=2,'b'=4] {'a'}
   %d = f32[4]{0} reduce-scatter(%p), replica_groups=mesh['a'=8] {'a':(1)2}, to_apply=%add
@@ -180,11 +193,13 @@ def test_what_is_sent_is_counted():
 ENTRY %main (p: f32[8]) -> f32[8] {
   %x = f32[8] while(%p), condition=%c, body=%outer
   %y = f32[8] fusion(%x), kind=kCustom, calls=%fused
+  %t = f32[8] while(%y), condition=%cond, body=%tpu
   %z = (f32[5]{0}, f32[5]{0}) collective-permute-start(%y), source_target_pairs={{0,1}}
 }
 """
-    found = {one.kind: (one.group, one.times, one.bytes) for one in sent(text, rounds=[7])}
+    found = {one.line.split()[0]: (one.kind, one.group, one.times, one.bytes) for one in sent(text, rounds=[7])}
     assert found == {
-        "all-reduce": (2, 21, 21 * 2 * 32 / 2), "all-gather": (4, 7, 7 * 32 * 3 / 4), "all-to-all": (2, 1, 16 / 2),
-        "reduce-scatter": (2, 1, 16), "collective-permute": (0, 1, 20),
+        "%a": ("all-reduce", 2, 21, 21 * 2 * 32 / 2), "%b": ("all-gather", 4, 7, 7 * 32 * 3 / 4),
+        "%c": ("all-to-all", 2, 1, 16 / 2), "%d": ("reduce-scatter", 2, 1, 16),
+        "%v": ("reduce-scatter", 4, 5, 5 * 16 * 3 / 4), "%z": ("collective-permute", 0, 1, 20),
     }  # fmt: skip
