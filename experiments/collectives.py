@@ -44,9 +44,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = match[2]
             entry = name if match[1] else entry
             found[name] = []
-        elif line.startswith("}"):
-            name = None
-        elif name is not None:
+        elif name is not None:  # a line that is a brace may stand inside of a kernel's description
             found[name].append(line)
     return found, entry
 
