@@ -215,13 +215,13 @@ def needs(program: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _too_large(error: Exception) -> dict[str, float]:
+def _too_large(error: Exception) -> dict[str, Any]:
     """What the compiler said of a program that is larger than the memory: bytes used, and those there are."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     amount = r"([\d.]+)([KMGT])"
     said = re.search(rf"Used {amount} of {amount} hbm|\({amount}\) exceeds available HBM \({amount}\)", str(error))
     if not said:
-        return {}
+        return {"said": str(error)[:500]}
     used, of_used, limit, of_limit = filter(None, said.groups())
     return {"used": float(used) * unit[of_used], "limit": float(limit) * unit[of_limit]}
 
@@ -341,7 +341,7 @@ def head(result: dict[str, Any]) -> str:
         f"{'of a step, a device':<12}{'TFLOP':>11}{'GB read':>10}{'GB sent':>10}"
         f"{'compute':>12}{'memory':>12}{'links':>12}   at best, and limited by",
     ]
-    total = dict.fromkeys(("compute", "memory", "interconnect"), 0.0)
+    total: dict[str, float] = dict.fromkeys(("compute", "memory", "interconnect"), 0.0)
     for name, work in result["work"].items():
         ms = work["milliseconds"]
         total = {kind: total[kind] + ms[kind] for kind in total}
