@@ -442,7 +442,7 @@ def test_prompts_compile_a_layer_of_each_kind_and_come_out_as_tokens_do(sampler_
 
     def extended(prefill):
         function = lambda params: (
-            policy.prefill(params, policy.prepare(params), tokens, positions, cache, 3, keys)
+            policy.prefill(params, policy.prepare(params), tokens, positions, cache, 3, keys)  # pyright: ignore[reportOptionalCall]
             if prefill
             else policy.extend(policy.prepare(params), tokens, positions, cache, 3, keys)
         )
