@@ -6,8 +6,8 @@
     all-to-all of S bytes of which a device keeps one nth          S (n - 1) / n
     collective-permute of S bytes                                  S
 
-A collective in the body of a loop counts as often as the loop goes round: by its `known_trip_count`, or by what the
-caller says of loops whose number of rounds is computed.
+A collective in the body of a loop counts as often as the loop goes round: by its `known_trip_count`, or the constant
+that it is compared with, or by what the caller says of loops whose number of rounds is computed.
 """
 
 import collections
@@ -44,11 +44,17 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = match[2]
             entry = name if match[1] else entry
             found[name] = []
-        elif line.startswith("}"):
-            name = None
-        elif name is not None:
+        elif name is not None:  # a line that is a brace may stand inside of a kernel's description
             found[name].append(line)
     return found, entry
+
+
+def _trips(line: str, condition: list[str]) -> int | None:
+    """Rounds of a loop, where they are known: written beside it, or the one constant that its counter stays below."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    bounds = [match[1] for line in condition if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]
+    return int(bounds[0]) if len(bounds) == 1 and any("direction=LT" in line for line in condition) else None
 
 
 def _times(found: dict[str, list[str]], entry: str, rounds: Sequence[int]) -> dict[str, int]:
@@ -63,10 +69,11 @@ def _times(found: dict[str, list[str]], entry: str, rounds: Sequence[int]) -> di
                 for other in called:
                     visit(other, count, depth)
                 continue
-            known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            body = re.search(r"body=%?([\w.\-]+)", line)
+            body, condition = re.search(r"body=%?([\w.\-]+)", line), re.search(r"condition=%?([\w.\-]+)", line)
             assert body, line
-            visit(body[1], count * (int(known[1]) if known else rounds[depth]), depth if known else depth + 1)
+            assert condition, line
+            known = _trips(line, found.get(condition[1], []))
+            visit(body[1], count * (known or rounds[depth]), depth if known else depth + 1)
 
     visit(entry, 1, 0)
     return times
@@ -114,6 +121,8 @@ def sent(text: str, rounds: Sequence[int] = ()) -> list[Sent]:
                 each = float(size)
             elif kind == "reduce-scatter":
                 each = size * (n - 1.0)  # it returns a part
+            elif "all-reduce-scatter" in name:  # TPUs: a fusion of a sum and of what a device keeps of it
+                kind, each = "reduce-scatter", size * (n - 1) / n
             else:
                 each = (2 if kind == "all-reduce" else 1) * size * (n - 1) / n
             every.append(

@@ -218,13 +218,13 @@ def needs(program: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _too_large(error: Exception) -> dict[str, float]:
+def _too_large(error: Exception) -> dict[str, Any]:
     """What the compiler said of a program that is larger than the memory: bytes used, and those there are."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     amount = r"([\d.]+)([KMGT])"
     said = re.search(rf"Used {amount} of {amount} hbm|\({amount}\) exceeds available HBM \({amount}\)", str(error))
     if not said:
-        return {}
+        return {"said": str(error)[:500]}
     used, of_used, limit, of_limit = filter(None, said.groups())
     return {"used": float(used) * unit[of_used], "limit": float(limit) * unit[of_limit]}
 

@@ -205,7 +205,7 @@ def decode(model: Model, step: Step, layout: Layout = Layout(), weight_bytes: fl
       weight_bytes: of all of the sampler's parameters; None: of those that are counted here.
     """
     later, shards = step.lengths - 1, layout.data * layout.fsdp
-    rounds = max(later.max(), later.sum() / (step.slots or later.size)) * step.waves
+    rounds = max(later.max() * step.waves, later.sum() / (step.slots or later.size / step.waves))
     age = np.arange(1, max(int(later.max()), 1) + 1)  # of a completion at each of its tokens
     alive = (later[..., None] >= age).sum(axis=(0, 1))  # completions that have come so far
     groups = (later.max(axis=1)[:, None] >= age).sum(axis=0)
@@ -250,7 +250,7 @@ def _passed(model: Model, step: Step, layout: Layout, *, backward: bool) -> dict
         * _gathered(4 * 4 * lengths * fsdp, fsdp * tensor),  # its maximum and three sums
     }
     if backward:
-        sent["gradients over fsdp"] = step.parts * _gathered(4.0 * model.body / tensor, fsdp)
+        sent["gradients over fsdp"] = step.parts * _gathered(model.body / tensor * w, fsdp)  # as products make them
         sent["tokens over fsdp"] += _gathered(states(4) * fsdp, fsdp)
         sent["tokens over tensor"] = 2 * _gathered(states(4), tensor)
     return sent

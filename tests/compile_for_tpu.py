@@ -32,9 +32,11 @@ def main(topology, directory):
     chips.absent()
     devices = chips.devices_of(topology)
     for mesh, program, attention, microbatches, slots in PROGRAMS[topology]:
-        sizes = {"prompts": PROMPTS, "max_prompt_tokens": PROMPT_TOKENS, "max_tokens": MAX_TOKENS}
+        rollout = plan.RolloutConfig(
+            prompts=PROMPTS, max_prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, slots=slots
+        )
         config = {
-            "rollout": plan.RolloutConfig(**sizes, slots=slots), "loss": plan.LossConfig(kl_coef=0.04),
+            "rollout": rollout, "loss": plan.LossConfig(kl_coef=0.04),
             "update": plan.UpdateConfig(microbatches=microbatches), "optimizer": OptimizerConfig(), "mesh": mesh,
         }  # fmt: skip
         model = plan.model_of("qwen2.5-0.5b", tasks.ModelConfig(attention=attention))

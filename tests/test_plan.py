@@ -80,8 +80,8 @@ def test_chips_are_what_their_makers_say():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
-@pytest.mark.parametrize("prompts", [4, 4096])
-def test_the_command_plans_for_chips_that_are_not_here(prompts, tmp_path):
+@pytest.mark.parametrize(("prompts", "max_tokens"), [(4, 256), (4096, 2048)])
+def test_the_command_plans_for_chips_that_are_not_here(prompts, max_tokens, tmp_path):
     """A small model on four v5e fits, and a step that is too large for them is a result and no crash."""
     model = dataclasses.replace(CONFIG, vocab_size=512, width=256, heads=2, head_width=128, mlp_width=256)
     (tmp_path / "config.json").write_text(
@@ -90,8 +90,8 @@ def test_the_command_plans_for_chips_that_are_not_here(prompts, tmp_path):
     kept = tmp_path / "plan.json"
     command = [
         sys.executable, "-m", "experiments.plan", f"--model={tmp_path}", "--topology=v5e:2x2", "--mesh.fsdp=4",
-        f"--rollout.prompts={prompts}", "--rollout.max_tokens=2048", "--update.microbatches=1", "--programs=train",
-        f"--json={kept}",
+        f"--rollout.prompts={prompts}", f"--rollout.max_tokens={max_tokens}", "--update.microbatches=1",
+        "--programs=train", f"--json={kept}",
     ]  # fmt: skip
     environment = {**TPU_COMPILER, "JAX_OPTIMIZATION_LEVEL": "O0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -104,8 +104,9 @@ def test_the_command_plans_for_chips_that_are_not_here(prompts, tmp_path):
         assert said.startswith("train: ")
         assert "fits" in said
         assert train["total"] < 1e9
-        # What is sent is what the formulas say, and what the compiler adds: see test_floors.py.
-        assert train["sent"] > 0.5 * sum(result["work"]["update"]["interconnect"].values())
+        # A floor is one, and of a model so small much is sent that it leaves out: see test_floors.py.
+        formulas = sum(result["work"]["update"]["interconnect"].values())
+        assert formulas < train["sent"] < 5 * formulas
     else:
         assert said.startswith("train: DOES NOT FIT by itself: ")
         assert " too many; compiled in " in said

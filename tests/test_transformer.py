@@ -431,6 +431,31 @@ def test_deep_models_compile_as_shallow_ones(layers):
     assert products - shallow == (layers - 12) * each
 
 
+@pytest.mark.parametrize("sampler_dtype", ["", "int8"])
+def test_prompts_compile_a_layer_of_each_kind_and_come_out_as_tokens_do(sampler_dtype):
+    """Two places, and a layer behind; over a cache that holds something already, as the second of two chunks does."""
+    config = dataclasses.replace(EVERYTHING, windows=(4, 0), layers=5, sampler_dtype=sampler_dtype)
+    policy, params = make_policy(config), init_params(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, 1, 3)), jnp.int32)
+    positions, keys = jnp.array([[[3, 4, 5]], [[3, 4, -1]]]), jnp.array([[[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 3, 4, -1]]])
+    cache = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), policy.init_cache(2, 1, 6))
+
+    def extended(prefill):
+        function = lambda params: (
+            policy.prefill(params, policy.prepare(params), tokens, positions, cache, 3, keys)  # pyright: ignore[reportOptionalCall]
+            if prefill
+            else policy.extend(policy.prepare(params), tokens, positions, cache, 3, keys)
+        )
+        return jax.jit(function)
+
+    compare = lambda got, expected: np.testing.assert_allclose(got, expected, atol=1e-5)
+    jax.tree.map(compare, *(extended(prefill)(params) for prefill in (True, False)))
+    # Nine products each of two kinds of layers, and of the one behind, in place of five.
+    products = [extended(prefill).lower(params).as_text().count("dot_general") for prefill in (True, False)]
+    assert products == [3 * 9, 5 * 9]
+
+
 def test_remat_changes_no_value_but_the_memory():
     kept = dataclasses.replace(EVERYTHING, layers=8, width=32, mlp_width=128)
     params, batch = random_params(kept), rows(np.random.default_rng(0).integers(0, 24, (4, 64)), 64)
