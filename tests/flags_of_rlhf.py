@@ -27,7 +27,7 @@ OTHER = {
              "clip_low": 0.01, "clip_high": 0.01, "dual_clip": 1.01, "clamp": 0.01, "entropy_coef": 0.1,
              "mdpo_coef": 0.5, "top_entropy": 0.5, "correction": "token_truncate", "correction_bound": 1.01},
     "optimizer": {"learning_rate": 0.5, "warmup_steps": 0, "decay": "cosine", "clip_norm": 0.0, "b1": 0.5, "b2": 0.5,
-                  "epsilon": 1.0, "weight_decay": 0.1, "kind": "adafactor", "offload": True},
+                  "epsilon": 1.0, "weight_decay": 0.1, "kind": "adafactor", "max_skipped": 2, "offload": True},
     "update": {"epochs": 2, "minibatches": 2, "microbatches": 2, "reference_every": 2, "reference_mix": 0.5},
     "train": {"steps": 7},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
