@@ -1,5 +1,6 @@
 """A mesh, and the one table from logical axes (what a dimension is) to mesh axes (where it lies)."""
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -17,6 +18,7 @@ __all__ = [
     "SAMPLER_RULES",
     "MeshConfig",
     "batch_sharding",
+    "between_slices",
     "device_bytes",
     "make_mesh",
     "per_device",
@@ -53,11 +55,26 @@ class MeshConfig:
     tensor: int = 1  # parts of every layer
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None, slice_of: Callable[[Any], int] = _slice_of
+) -> Mesh:
     """A mesh with axes data, fsdp and tensor over the first devices there are.
 
+    Where devices are in several slices (TPU pods, or nodes of GPUs, between which links are slow), those of one stand
+    together: `data` goes over the slices, and the other axes stay within one, as far as `data` is a multiple of their
+    number. Then one sum of gradients is all that an update sends from slice to slice.
+
+    Args:
+      config: devices along each axis.
+      devices: None: all there are.
+      slice_of: the number of a device's slice.
+
     Raises:
-      ValueError: an axis below 1, or more devices asked for than there are.
+      ValueError: an axis below 1, more devices asked for than there are, or not as many of each slice.
     """
     sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
     devices = list(jax.devices() if devices is None else devices)
@@ -68,7 +85,29 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
             f"{len(devices)} {devices[0].platform} devices. (On a CPU, set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} before starting.)"
         )
-    return Mesh(np.asarray(devices[: math.prod(sizes)]).reshape(sizes), MESH_AXES)
+    chosen = sorted(devices, key=slice_of)[: math.prod(sizes)]
+    of_slices = collections.Counter(map(slice_of, chosen))
+    if len({*of_slices.values()}) > 1:
+        raise ValueError(
+            f"mesh of {len(chosen)} devices takes {', '.join(map(str, of_slices.values()))} of slices that it must "
+            "share alike: make it a multiple of their number."
+        )
+    mesh = Mesh(np.asarray(chosen).reshape(sizes), MESH_AXES)
+    # Over nodes of GPUs fsdp is what everybody does.
+    slow = {*between_slices(mesh, slice_of)} & {"tensor", *(["fsdp"] if chosen[0].platform == "tpu" else [])}
+    if slow:
+        _warn_once(
+            f"mesh: {' and '.join(sorted(slow))} goes from slice to slice, where links are slow and what it sends is "
+            f"much; --mesh.data={len(of_slices)}, or a multiple, keeps it within one of the {len(of_slices)}."
+        )
+    return mesh
+
+
+def between_slices(mesh: Mesh, slice_of: Callable[[Any], int] = _slice_of) -> tuple[str, ...]:
+    """The axes along which a mesh goes from one slice of devices to another."""
+    slices = np.vectorize(slice_of)(mesh.devices)
+    differs = lambda axis: bool((slices != slices.take([0], axis=axis)).any())
+    return tuple(name for axis, name in enumerate(mesh.axis_names) if differs(axis))
 
 
 @functools.cache

@@ -82,7 +82,8 @@ def test_objectives_side_by_side(tmp_path):
     check(workdir, ["gspo", "rloo"], [3], again.stdout)
     changed = {path for path, time in times().items() if before.get(path) != time}
     assert gspo / "summary.json" in changed
-    assert {path for path in changed if path.is_relative_to(rloo)} == {rloo / "config.json"}  # checked, and written
+    # Checked, and written; and nobody else may have it meanwhile.
+    assert {path for path in changed if path.is_relative_to(rloo)} == {rloo / "config.json", rloo / ".lock"}
 
     shutil.copytree(gspo, workdir / "gspo" / "seed_0")  # stands for another finished run
     seed = workdir / "gspo" / "seed_0" / "config.json"

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from grpo_jax import sharding
 from grpo_jax.models.transformer import make_policy
 from grpo_jax.objectives import LossConfig, grpo
 from grpo_jax.sharding import MeshConfig, make_mesh, shardings
-from grpo_jax.training import init_train_state
+from grpo_jax.training import UpdateConfig, init_train_state, make_train_step
+from grpo_jax.types import TrainBatch
+from tests.test_training import collectives
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +110,93 @@ def test_a_model_that_does_not_divide_still_trains(config, params, mesh, caplog)
     state = init_train_state(odd, params, optax.sgd(1.0), grpo(LossConfig(kl_coef=0.0)), mesh)
     assert state.params["layers"][0]["key"].sharding.spec == P(None, "fsdp", None, None)
     assert "kv_heads of size 1" in caplog.text
+
+
+# Slices ---------------------------------------------------------------------------------------------
+
+
+def numbers(text):
+    return [*map(int, text.split(","))]
+
+
+def places_of(dims, order):
+    """Places in the mesh in the order of XLA's iota notation: [4,2]T(1,0)."""
+    places = np.arange(np.prod(numbers(dims))).reshape(numbers(dims))
+    return places.transpose(numbers(order)) if order else places
+
+
+def groups_of(line):
+    """Which places in the mesh a collective of compiled text joins, in each of the notations of XLA."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return [numbers(pair) for pair in re.findall(r"(\d+,\d+)", pairs[1])]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        return places_of(*iota.groups()[1:]).reshape(numbers(iota[1])).tolist()
+    if not (
+        mesh := re.search(
+            r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line
+        )
+    ):
+        return [numbers(group) for group in re.findall(r"(\d[\d,]*)", re.search(r"replica_groups=\{(.*?)\}\}", line)[1])]
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    joined = {name: (int(before or 1), int(part or sizes[name]))
+              for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[4])}  # fmt: skip
+    places = places_of(mesh[2], mesh[3]) if mesh[2] else np.arange(np.prod([*sizes.values()]))
+    shape, last = [], []
+    for name, size in sizes.items():
+        before, part = joined.get(name, (size, 1))
+        last += [len(shape) + 1] if name in joined else []
+        shape += [before, part, size // (before * part)]
+    moved = np.moveaxis(places.reshape(shape), last, range(-len(last), 0))
+    return moved.reshape(-1, np.prod([part for _, part in joined.values()])).tolist()
+
+
+def crossing(text):
+    """The collectives that join the first four places of a mesh with the others: outside of loops, and inside."""
+    crosses = lambda line: any(len({place // 4 for place in group}) > 1 for group in groups_of(line))
+    return [[*filter(crosses, lines)] for lines in collectives(text)]
+
+
+def test_over_slices_data_goes_and_one_sum_of_gradients(config, params):
+    interleaved = lambda device: device.id % 2
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), slice_of=interleaved)
+    assert sharding.between_slices(mesh, interleaved) == ("data",)
+    assert [{device.id % 2 for device in half.flat} for half in mesh.devices] == [{0}, {1}]
+    rng, objective = np.random.default_rng(0), grpo(LossConfig(kl_coef=0.0))
+    tokens = lambda columns: rng.integers(2, config.vocab_size, (32, columns)).astype(np.int32)
+    batch = TrainBatch(
+        prompt_tokens=tokens(4), prompt_mask=np.ones((32, 4), bool), completion_tokens=tokens(6),
+        mask=np.ones((32, 6), bool), advantages=rng.normal(size=32).astype(np.float32), sampler_logprobs=None,
+        temperature=np.ones(32, np.float32),
+    )  # fmt: skip
+
+    def step_on(mesh):
+        policy = make_policy(config, mesh)
+        state = init_train_state(policy, params, optax.sgd(1.0), objective, mesh)
+        update, key = UpdateConfig(microbatches=2), jax.random.key(0)
+        step = make_train_step(policy, optax.sgd(1.0), objective, update, like=state, key=key)
+        compiled = step.lower(state, jax.device_put(batch, sharding.batch_sharding(mesh))).compile()
+        return compiled, state
+
+    compiled, state = step_on(mesh)
+    alone, one = step_on(make_mesh())
+    outside, inside = crossing(compiled.as_text())
+    assert not inside
+    assert outside
+    assert all(" all-reduce" in line for line in outside)
+    on_slices, _ = compiled(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+    on_one, _ = alone(one, jax.device_put(batch, sharding.batch_sharding(make_mesh())))
+    same = lambda got, expected: np.testing.assert_allclose(got, expected, atol=1e-5)
+    jax.tree.map(same, on_slices.params, on_one.params)
+    # The negative control: fsdp over the slices gathers parameters from one to the other, in the loop.
+    _, inside = crossing(step_on(make_mesh(MeshConfig(fsdp=4, tensor=2), slice_of=interleaved))[0].as_text())
+    assert inside
+
+
+def test_what_slices_refuse_and_warn_of(caplog):
+    halves = lambda device: device.id // 4
+    with pytest.raises(ValueError, match=r"mesh of 6 devices takes 4, 2 of slices"):
+        make_mesh(MeshConfig(fsdp=6), slice_of=halves)
+    assert sharding.between_slices(make_mesh(MeshConfig(fsdp=4), slice_of=halves), halves) == ()
+    assert not caplog.text
+    assert sharding.between_slices(make_mesh(MeshConfig(tensor=8), slice_of=halves), halves) == ("tensor",)
+    assert "mesh: tensor goes from slice to slice" in caplog.text
