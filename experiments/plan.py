@@ -29,9 +29,9 @@ from experiments import flags as sections
 from experiments.flags import section
 from grpo_jax import floors, objectives, rollouts, sampling, sharding, training
 from grpo_jax.data.tokenizer import ByteTokenizer
-from grpo_jax.models import pretrained
+from grpo_jax.models import lora, pretrained
 from grpo_jax.models.shapes import SHAPES, shape
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
+from grpo_jax.models.transformer import TransformerConfig, make_policy
 from grpo_jax.optimizers import HOST
 from grpo_jax.sampler import Sampler
 from grpo_jax.telemetry import write_atomically
@@ -75,6 +75,7 @@ class UpdateConfig(training.UpdateConfig):
 
 SECTIONS: dict[str, type[Any]] = {
     "policy": tasks.ModelConfig,
+    "lora": lora.LoraConfig,
     "rollout": RolloutConfig,
     "loss": LossConfig,
     "optimizer": training.OptimizerConfig,
@@ -103,14 +104,14 @@ class Planned:
         """Raises ValueError where the pieces do not fit together. `memory`: bytes of a device, None: no limit."""
         self.model, self.config, rollout, update = model, config, config["rollout"], config["update"]
         self.mesh = sharding.make_mesh(config["mesh"], devices)
-        self.policy = make_policy(model, self.mesh)
+        self.policy = lora.adapted_policy(make_policy(model, self.mesh), model, config["lora"])
         self.objective = objectives.make_objective(config["loss"])
         self.completions = rollout.prompts * rollout.group_size
         training.check_divides(self.completions, update, self.mesh)
         runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
         self.optimizer, _ = training.make_optimizer(config["optimizer"], 100)
         self.state = training.abstract_train_state(
-            self.policy, abstract_params(model)[0], self.optimizer, self.objective, self.mesh,
+            self.policy, lora.abstract(model, config["lora"])[0], self.optimizer, self.objective, self.mesh,
             offload=config["optimizer"].offload,
         )  # fmt: skip
         copies = footprint.copies_held(self.policy, self.state.params, config["optimizer"], config["loss"])
@@ -183,7 +184,7 @@ class Planned:
             logprobs=self._each(jnp.float32, *after), sampler_logprobs=self._each(jnp.float32, *after),
         )  # fmt: skip
         logprobs = training.make_reference_logprobs(self.policy, self.config["update"], self.mesh)
-        lowered = logprobs.lower(self.state.reference, sampled, 1.0)  # pyright: ignore[reportFunctionMemberAccess]
+        lowered = logprobs.lower(rollouts.reference_of(self.state), sampled, 1.0)  # pyright: ignore[reportFunctionMemberAccess]
         return lowered.compile()
 
     def sample(self) -> tuple[Any, Any]:
@@ -201,7 +202,7 @@ class Planned:
             prompt_tokens=rollout.max_prompt_tokens, max_tokens=rollout.max_tokens,
             lengths=np.full((rollout.prompts, rollout.group_size), rollout.max_tokens), slots=plan.slots, chunks=count,
             waves=rollout.prompts // plan.prompts, epochs=update.epochs, minibatches=update.minibatches,
-            microbatches=update.microbatches, reference=self.objective.reference_in_loss, remat=c.remat == "full",
+            microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat == "full",
             compute_bytes=jnp.dtype(c.compute_dtype).itemsize, cache_bytes=jnp.dtype(c.decoding_dtype).itemsize,
             sampler_bytes=1 if c.sampler_dtype == "int8" else jnp.dtype(c.decoding_dtype).itemsize,
         )  # fmt: skip
@@ -243,7 +244,7 @@ def compiled(planned: Planned, programs: tuple[str, ...] = PROGRAMS) -> Iterator
     }
     for asked in programs:
         names, make = makers[asked]
-        if asked == "reference" and not planned.objective.reference_in_loss:
+        if asked == "reference" and not planned.objective.needs_reference:
             continue
         started = time.perf_counter()
         try:

@@ -21,7 +21,7 @@ from absl import flags
 from experiments import runs
 from grpo_jax.telemetry import write_atomically
 
-__all__ = ["CASES", "WEAK", "Case", "table", "weak_table", "written"]
+__all__ = ["CASES", "OPTIONS", "WEAK", "Case", "options_table", "table", "weak_table", "written"]
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _GB = 1e9
@@ -77,6 +77,23 @@ WEAK = {
 }  # fmt: skip
 
 
+def _option(flags: str) -> Case:
+    return dataclasses.replace(_case("llama-3-8b", "v6e:4x4", "fsdp=8 tensor=2", 64, 32, flags), programs="train")
+
+
+OPTIONS = {
+    "as 8B on 16 v6e": _option(""),
+    "--policy.remat=dots": _option("--policy.remat=dots"),
+    "--policy.remat=none": _option("--policy.remat=none"),
+    "--update.microbatches=64": _option("--update.microbatches=64"),
+    "--loss.kl_coef=0": _option("--loss.kl_coef=0"),
+    "--lora.rank=16": _option("--lora.rank=16"),
+    "--lora.rank=16 --lora.base_dtype=bfloat16": _option("--lora.rank=16 --lora.base_dtype=bfloat16"),
+    "--optimizer.kind=adafactor": _option("--optimizer.kind=adafactor"),
+    "--optimizer.offload": _option("--optimizer.offload"),
+}
+
+
 def planned(case: Case, limit: float) -> dict[str, Any]:
     """What `experiments.plan` says of a case, as far as it came; `stopped` says why it came no further."""
     environment = {**os.environ, "JAX_OPTIMIZATION_LEVEL": "O0"}
@@ -104,6 +121,13 @@ def _program(result: Mapping[str, Any], name: str) -> str:
     return f"refused: {said['error'][:120]}"
 
 
+def _asked(command: list[str]) -> str:
+    """Prompts a step, microbatches, and in what the sampler computes."""
+    flags = dict(flag.removeprefix("--").split("=") for flag in command)
+    sampler = flags.get("policy.sampler_dtype", "bfloat16")
+    return f"{flags['rollout.prompts']}; {flags['update.microbatches']}; {sampler}"
+
+
 def _verdict(result: Mapping[str, Any]) -> str:
     programs = result["programs"].values()
     totals = [said["total"] for said in programs if "total" in said]
@@ -119,8 +143,8 @@ def _verdict(result: Mapping[str, Any]) -> str:
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The cases that are known, as Markdown: memory, then floors."""
     lines = [
-        "| case | mesh | parameters, reference, optimizer | sampler: weights, caches | update | reference | prefill | "
-        "decoding | fits (GB of a device) |",
+        "| case | mesh; prompts a step; microbatches; sampler | parameters, reference, optimizer | sampler: weights, "
+        "caches | update | reference | prefill | decoding | fits (GB of a device) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     floors = [
@@ -135,8 +159,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         held, sampled = result["held"], result["sampled"]
         mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one"
         caches = sampled["caches of prompts"] + sampled["caches of completions"]
+        always = ", ".join(f"{size / _GB:.2f}" for size in held.values())
         lines.append(
-            f"| {name} | {mesh} | {', '.join(f'{size / _GB:.2f}' for size in held.values())} | "
+            f"| {name} | {mesh}; {_asked(result['command'])} | {always} | "
             f"{sampled['sampler weights'] / _GB:.2f}, {caches / _GB:.2f} | "
             + " | ".join(_program(result, program) for program in ("train", "reference", "start", "decode"))
             + f" | {_verdict(result)} |"
@@ -181,6 +206,23 @@ def weak_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def options_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What options that save memory save, of the train step, as Markdown."""
+    lines = [
+        "| with | parameters, reference, optimizer | update: arguments | temporaries | GB of a device in all |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        said = result["programs"].get("train", {})
+        if "total" not in said:
+            lines.append(f"| `{name}` | {_program(result, 'train')} |" + " |" * 3)
+            continue
+        held = ", ".join(f"{size / _GB:.2f}" for size in result["held"].values())
+        of = " | ".join(f"{said[part] / _GB:.2f}" for part in ("arguments", "temporaries", "total"))
+        lines.append(f"| `{name}` | {held} | {of} |")
+    return "\n".join(lines)
+
+
 def written(page: str, name: str, text: str) -> str:
     """The page with this text between the marks of that name.
 
@@ -198,7 +240,11 @@ def main(argv: list[str]) -> None:
     """Does what is not known, or what is named, and writes the page after each case."""
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
-    page, kept, every = pathlib.Path(PAGE.value), pathlib.Path(PAGE.value).with_suffix(".json"), {**CASES, **WEAK}
+    page, kept, every = (
+        pathlib.Path(PAGE.value),
+        pathlib.Path(PAGE.value).with_suffix(".json"),
+        {**CASES, **OPTIONS, **WEAK},
+    )
     known = json.loads(kept.read_text()) if kept.exists() else {}
     if unknown := {*NAMED.value} - {*every}:
         sys.exit(f"error: --cases={','.join(sorted(unknown))} must be among {'; '.join(every)}.")
@@ -208,6 +254,7 @@ def main(argv: list[str]) -> None:
         kept.write_text(json.dumps({name: known[name] for name in every if name in known}, indent=1) + "\n")
     of = lambda cases: {name: known[name] for name in cases if name in known}
     text = written(page.read_text(), "cases", table(of(CASES)))
+    text = written(text, "options", options_table(of(OPTIONS)))
     write_atomically(page, written(text, "weak scaling", weak_table(of(WEAK))))
 
 

@@ -155,7 +155,7 @@ def check_attention(config: TransformerConfig) -> None:
 
 def check_offload(optimizer: training.OptimizerConfig, mesh: Mesh) -> None:
     """Raises ValueError where the optimizer's state is to lie in the host's memory, and the devices have none such."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if not optimizer.offload:
         return
     if device.platform == "cpu":
@@ -298,15 +298,16 @@ def saved_configuration(workdir: pathlib.Path) -> dict[str, Any]:
 
 def as_json(config: Mapping[str, Any], deterministic: bool = False) -> dict[str, Any]:
     """Sections as plain values, for `loop.open_workdir`; and that kernels are deterministic, where they are to be."""
-    said = {"deterministic": True} if deterministic else {}  # what began before there was this flag goes on
+    said = {"deterministic": True} if deterministic else {}
     return {**said, **{name: dataclasses.asdict(section) for name, section in config.items()}}
 
 
 def saved_step(workdir: pathlib.Path) -> int | None:
-    """Of the newest checkpoint; None: there is none to go on from."""
+    """Of the newest checkpoint; None: there is none to go on from. Of several processes, all must ask."""
     place = workdir / "checkpoints"
-    steps = Checkpoints(place, read_only=True).steps if place.is_dir() else []
-    return steps[-1] if steps else None
+    steps = Checkpoints(place, read_only=True).steps if hosts.is_first() and place.is_dir() else []
+    newest = hosts.agreed(steps[-1] if steps else -1)  # a network's file system may show the others less
+    return None if newest < 0 else newest
 
 
 def begun(workdir: pathlib.Path) -> bool:

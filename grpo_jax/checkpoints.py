@@ -21,7 +21,11 @@ from grpo_jax.fingerprints import fingerprints
 from grpo_jax.telemetry import WorkdirError
 from grpo_jax.types import TrainState
 
-__all__ = ["CheckpointConfig", "Checkpoints"]
+__all__ = ["CheckpointConfig", "CheckpointError", "Checkpoints"]
+
+
+class CheckpointError(WorkdirError, ValueError):
+    """There is no such checkpoint, none that is good, or it is of another shape."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,11 +148,11 @@ class Checkpoints:
         None: the latest that is good. Those after it are set aside, unless this is `read_only`.
 
         Raises:
-          ValueError: there is no such step, it holds a model of another shape, or none is good.
+          CheckpointError: there is no such step, it holds a model of another shape, or none is good.
         """
         if not self.steps or (step is not None and step not in self.steps):
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise ValueError(f"{which} in {self._directory}; there are {self.steps}.")
+            raise CheckpointError(f"{which} in {self._directory}; there are {self.steps}.")
         bad: dict[int, _Bad] = {}
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
@@ -162,7 +166,7 @@ class Checkpoints:
                 self._checkpointer.reload()
             return state
         reasons = "".join(f"\n  step {of}: {error}" for of, error in bad.items())
-        raise ValueError(
+        raise CheckpointError(
             f"no checkpoint in {self._directory} can be read, and nothing was changed there:{reasons}\n"
             "Bring one back from a copy, or choose another --workdir to start anew."
             if step is None
@@ -184,7 +188,7 @@ class Checkpoints:
 
         Raises:
           _Bad: one of them cannot read it, or it is not what was saved.
-          ValueError: it is of another shape.
+          CheckpointError: it is of another shape.
         """
         place: Any = self._directory / str(step)  # Orbax's annotations are narrower than what it takes
         # What one process cannot read is bad for all: they would go on from different steps.
@@ -196,7 +200,7 @@ class Checkpoints:
             if saved.get(k) != wanted.get(k)
         ]
         if wrong:
-            raise ValueError(
+            raise CheckpointError(
                 f"checkpoint {step} in {self._directory} is of another model, optimizer or objective:\n  "
                 + "\n  ".join(wrong[:10])
             )

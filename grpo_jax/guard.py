@@ -75,8 +75,11 @@ def _update(optimizer, params, opt_state, skipped, loss, grads, clip_norm) -> Up
 
 
 def skip_metrics(skipped: Array) -> dict[str, jax.Array]:
-    """What the log says of optimizer steps, from `Updated.skipped` of each of a rollout step, [n] int32."""
+    """What the log says of optimizer steps, from `Updated.skipped` of each of a rollout step, [n] int32.
+
+    In a row: the most that there were, those of steps before included.
+    """
     return {
         "skipped": (skipped > 0).sum().astype(jnp.float32),
-        "skipped_in_a_row": skipped[-1].astype(jnp.float32),
+        "skipped_in_a_row": skipped.max().astype(jnp.float32),
     }

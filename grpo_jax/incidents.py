@@ -52,7 +52,7 @@ def stopped(workdir: pathlib.Path, sightings: Sequence[Mapping[str, Any]], newes
     again = "the same command begins anew" if newest is None else f"the same command goes on from step {newest}"
     ways = [
         f"{again}, the newest checkpoint, and sees the same, unless the fault is of the machine.",
-        "--debug_nans with it names the first operation that makes a NaN.",
+        "--debug_nans with it, where an experiment has that flag, names the first operation that makes a NaN.",
         "a larger --optimizer.max_skipped leaves more of such steps out; it may change within a run.",
         "what belongs to the run, as a lower --optimizer.learning_rate or --loss.clamp, needs another --workdir.",
         "the rewards of step n are in rewards.jsonl, which counts steps from 0.",
@@ -63,7 +63,7 @@ def stopped(workdir: pathlib.Path, sightings: Sequence[Mapping[str, Any]], newes
     return NotFiniteError(
         f"step {last['step']}: the last {last['metrics']['skipped_in_a_row']:.0f} optimizer steps were not finite and "
         f"were left out ({', '.join(names) or 'the parameters they would have made'}); the run stops, and {again}. "
-        f"What was seen is in {path}; --debug_nans names the operation."
+        f"What was seen is in {path}; --debug_nans names the operation, where there is that flag."
     )
 
 

@@ -135,6 +135,9 @@ def _check_shared(workdir: pathlib.Path, configuration: Mapping[str, Any]) -> No
         time.sleep(0.5)
 
 
+_OF_A_START = (".lock", "config.json", "model", "xla")
+
+
 def _open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
     path, text = workdir / "config.json", _as_text(configuration)
     try:
@@ -149,7 +152,8 @@ def _open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free:
     except OSError as error:
         raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
     # What a start that failed has left binds nobody.
-    if path.exists() and any(item.name not in (".lock", "config.json", "model", "xla") for item in workdir.iterdir()):
+    nothing = lambda name: name in _OF_A_START or name.startswith(".writable-") or name.endswith(".part")
+    if path.exists() and not all(nothing(item.name) for item in workdir.iterdir()):
         ours, theirs = _flat(json.loads(text)), _flat(json.loads(path.read_text()))
         differ = [
             f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"

@@ -39,6 +39,7 @@ __all__ = [
     "Experience",
     "GroupRollouts",
     "RolloutConfig",
+    "reference_of",
     "surplus_of",
 ]
 
@@ -138,7 +139,7 @@ def _surplus(state: TrainState) -> Surplus:
     return hosts.fetched(state.surplus)
 
 
-def _reference_of(state: TrainState) -> PyTree:
+def reference_of(state: TrainState) -> PyTree:
     """What `make_reference_logprobs` takes: with adapters the reference is in the parameters."""
     return state.params if state.reference is None else state.reference
 
@@ -203,7 +204,7 @@ class GroupRollouts:
         params = state.params if self.params_of is None else self.params_of(state)
         programs, prompts = self.sampler.lowerings(params, self.config.prompts), self.config.prompts
         if self.reference_logprobs is not None and self.objective.needs_reference:
-            arguments = _reference_of(state), self.sampler.abstract_rollout(prompts), self.config.temperature
+            arguments = reference_of(state), self.sampler.abstract_rollout(prompts), self.config.temperature
             reference: Any = self.reference_logprobs
             programs.append(lambda: reference.lower(*arguments))
         return [*programs, lambda: train_step.lower(state, self._abstract_batch())]
@@ -411,7 +412,7 @@ class GroupRollouts:
         """The reference's log-probabilities [B, T] float32, if anything asks for them; nobody waits for them here."""
         if self.reference_logprobs is None or not self.objective.needs_reference:
             return None
-        return self.reference_logprobs(_reference_of(state), rollout, self.config.temperature)
+        return self.reference_logprobs(reference_of(state), rollout, self.config.temperature)
 
     def _penalties(self, reference: jax.Array | None, host: Rollout) -> tuple[np.ndarray | None, dict]:
         """[B, T] float32 to take from the rewards, and their metrics."""

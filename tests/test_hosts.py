@@ -148,6 +148,7 @@ def test_an_experiment_on_two_processes(tmp_path):
         f"--data.test_file={tiny / 'test.jsonl'}", "--mesh.fsdp=4", "--rollout.prompts=4", "--rollout.group_size=2",
         "--rollout.max_tokens=8", "--rollout.stop=()", "--update.microbatches=1", "--train.steps=1",
         "--evaluation.sampled_prompts=4", "--evaluation.samples=1", "--policy.compute_dtype=float32",
+        "--lora.rank=2",
     )  # fmt: skip
     (status, out, err), (other, silent, error) = started(2, command)
     assert status == other == 0, err + error
@@ -156,8 +157,8 @@ def test_an_experiment_on_two_processes(tmp_path):
     assert "the policy is in" in out
     assert not said_in_python(silent)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "checkpoints", "config.json", "curve.png", "export", "metrics.jsonl", "model", "rewards.1.jsonl",
-        "rewards.jsonl", "samples.jsonl", "summary.json", "tensorboard",
+        ".lock", "adapter", "checkpoints", "config.json", "curve.png", "export", "metrics.jsonl", "model",
+        "rewards.1.jsonl", "rewards.jsonl", "samples.jsonl", "summary.json", "tensorboard",
     }  # fmt: skip
     shapes = lambda place: {k: x.shape for k, x in load_file(place / "model.safetensors").items()}
     assert shapes(tmp_path / "run" / "export") == shapes(tiny / "model")

@@ -136,7 +136,9 @@ def groups_of(line):
             r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line
         )
     ):
-        return [numbers(group) for group in re.findall(r"(\d[\d,]*)", re.search(r"replica_groups=\{(.*?)\}\}", line)[1])]
+        return [
+            numbers(group) for group in re.findall(r"(\d[\d,]*)", re.search(r"replica_groups=\{(.*?)\}\}", line)[1])
+        ]
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     joined = {name: (int(before or 1), int(part or sizes[name]))
               for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[4])}  # fmt: skip
