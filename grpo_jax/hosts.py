@@ -87,6 +87,8 @@ def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
     try:
         jax.distributed.initialize(**options)
     except ValueError as error:
+        if asked != "auto":
+            raise ValueError(f"--distributed={asked}: {error}") from error
         raise ValueError(
             f"--distributed=auto finds no TPU pod slice, Slurm or MPI job ({error}): say who is who, as "
             "--distributed=HOST:PORT,PROCESS,COUNT."
