@@ -12,7 +12,7 @@ import pytest
 
 from experiments import chips, plan, plan_report, tasks
 from grpo_jax import sharding, training
-from grpo_jax.models import pretrained
+from grpo_jax.models import lora, pretrained
 from grpo_jax.models.shapes import shape
 from grpo_jax.models.transformer import TransformerConfig
 from tests import TPU_COMPILER
@@ -25,7 +25,7 @@ def config(**changes):
     """Sections of a small step."""
     values = {
         "rollout": plan.RolloutConfig(prompts=8, group_size=4, max_tokens=16, max_prompt_tokens=8),
-        "loss": plan.LossConfig(), "update": plan.UpdateConfig(microbatches=2),
+        "lora": lora.LoraConfig(), "loss": plan.LossConfig(), "update": plan.UpdateConfig(microbatches=2),
         "optimizer": training.OptimizerConfig(), "mesh": sharding.MeshConfig(data=2, fsdp=2),
     }  # fmt: skip
     return values | changes
@@ -40,7 +40,7 @@ def test_what_a_device_holds_is_what_programs_are_given():
     assert planned.held["parameters"] == planned.held["reference"] == parameters // 2  # split over fsdp
     assert planned.held["optimizer"] == 2 * parameters // 2 + 2 * 4  # and two counts
     batch = 32 * (8 * 5 + 16 * 13 + 8) // 4
-    assert found["train"]["arguments"] == sum(planned.held.values()) + 2 * 4 + batch  # and step and cursor
+    assert found["train"]["arguments"] == sum(planned.held.values()) + 3 * 4 + batch  # and step, cursor, skipped
     assert sum(planned.sampled.values()) <= found["decode"]["arguments"] < sum(planned.sampled.values()) + 8192
     assert found["reference"]["temporaries"] > 0
     # Without a reference there is nothing to hold, and no pass.
@@ -119,19 +119,21 @@ def test_the_report_says_what_fits_and_what_does_not():
         **plan.report(planned, chips.CHIPS["v5e"], (), lambda _: None), "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
         "stopped": "not compiled within 5 s",
     }  # fmt: skip
+    result["command"] = ["--model=m", "--rollout.prompts=8", "--update.microbatches=2", "--policy.sampler_dtype=int8"]
     program = {"seconds": 3.0, "peak_rss": 2e9, "total": 20e9, "fits": False}
     large = {**result, "programs": {"train": {**program, "arguments": 1, "temporaries": 1, "sent": 1e9}}}
     text = plan_report.table(
         {"small": {**result, "programs": {}}, "large": large, "none": {"programs": {}, "stopped": "no"}}
     )
     memory, floors, costs = text.split("\n\n")
-    assert "| small | data=2 fsdp=2 |" in memory
+    assert "| small | data=2 fsdp=2; 8; 2; int8 |" in memory
     assert memory.count("not compiled within 5 s") == 4 + 3
     assert "| 20.0 **too much** |" in memory
     assert "no, -4.0 left (start, decode unknown)" in memory
     assert "decode, by memory" in floors
     assert "| large | 3 (2.0) | - | - |" in costs
     assert "| large | 0.00 | 0.00 | 1.0 |" in plan_report.weak_table({"large": large})
+    assert plan_report.options_table({"--a=1": large}).endswith("| 0.00 | 0.00 | 20.00 |")
     page = "a\n<!-- cases: python -m experiments.plan_report -->\nold\n<!-- end of cases -->\nb"
     assert plan_report.written(page, "cases", "new").splitlines() == [
         "a", "<!-- cases: python -m experiments.plan_report -->", "", "new", "", "<!-- end of cases -->", "b",
