@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -65,8 +66,8 @@ def straight(place):
 
 
 def said_in_python(text: str) -> list[str]:
-    """What goes past Python comes from gloo."""
-    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+    """What goes past Python comes from gloo; of several threads, which tear each other's lines."""
+    return [line for line in text.splitlines() if not re.search(r"\[Gloo\]|peer ranks|^[\s\d.:]*$", line)]
 
 
 def untimed(path: pathlib.Path) -> list[dict]:
