@@ -160,7 +160,7 @@ def test_too_many_in_a_row_stop_the_run_with_what_was_seen(tmp_path):
     assert str(stopped.value) == (
         "step 6: the last 3 optimizer steps were not finite and were left out (grad_norm, loss); the run stops, and "
         f"the same command goes on from step 5. What was seen is in {tmp_path / 'not_finite.json'}; --debug_nans names "
-        "the operation."
+        "the operation, where there is that flag."
     )
     said = json.loads((tmp_path / "not_finite.json").read_text(), parse_constant=pytest.fail)  # no NaN: JSON has none
     assert (said["skipped_in_a_row"], said["newest_checkpoint"]) == (3, 5)
