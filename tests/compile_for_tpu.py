@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 from experiments import chips, plan, tasks
+from grpo_jax.models.lora import LoraConfig
 from grpo_jax.sharding import MeshConfig
 from grpo_jax.training import OptimizerConfig
 
@@ -36,7 +37,7 @@ def main(topology, directory):
             prompts=PROMPTS, max_prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, slots=slots
         )
         config = {
-            "rollout": rollout, "loss": plan.LossConfig(kl_coef=0.04),
+            "lora": LoraConfig(), "rollout": rollout, "loss": plan.LossConfig(kl_coef=0.04),
             "update": plan.UpdateConfig(microbatches=microbatches), "optimizer": OptimizerConfig(), "mesh": mesh,
         }  # fmt: skip
         model = plan.model_of("qwen2.5-0.5b", tasks.ModelConfig(attention=attention))

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -459,7 +458,7 @@ def test_a_state_that_these_devices_cannot_leave_to_the_host():
         runs.check_offload(offload, mesh)
     memories = lambda *kinds: lambda: [types.SimpleNamespace(kind=kind) for kind in kinds]
     device = types.SimpleNamespace(platform="gpu", device_kind="Old", addressable_memories=memories("device"))
-    other = types.SimpleNamespace(devices=np.array([device]))
+    other = types.SimpleNamespace(local_devices=[device])
     with pytest.raises(ValueError, match=r"--optimizer.offload needs pinned_host memory, which Old has not"):
         runs.check_offload(offload, other)
     device.addressable_memories = memories("device", "pinned_host")
