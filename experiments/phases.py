@@ -39,7 +39,8 @@ def phase(
     `lora`: adapters that train beside them; `policy` is `lora.adapted_policy`'s then.
     """
     transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
-    if runs.begun(workdir):
+    saved = runs.saved_step(workdir)
+    if saved is not None:
         shapes, _ = lora_lib.abstract(model, lora)
         state = training.abstract_train_state(
             policy, shapes, transformation, objective, mesh, surplus, optimizer.offload
@@ -55,7 +56,7 @@ def phase(
         )
     step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
     step = naming_nans(step) if debug_nans else step
-    if (runs.saved_step(workdir) or 0) < steps:  # else nothing is left to run
+    if (saved or 0) < steps:  # else nothing is left to run
         compile_all(_lowerings(state, step, experience, options.get("evaluator")))
     return loop.train(
         state, train_step=step, experience=experience, steps=steps,

@@ -35,7 +35,7 @@ from grpo_jax.models.transformer import TransformerConfig, make_policy
 from grpo_jax.optimizers import HOST
 from grpo_jax.sampler import Sampler
 from grpo_jax.telemetry import write_atomically
-from grpo_jax.types import Rollout, TrainBatch
+from grpo_jax.types import TrainBatch
 
 __all__ = ["PROGRAMS", "Planned", "compiled", "model_of", "needs"]
 
@@ -153,9 +153,9 @@ class Planned:
             "caches of completions": cache(rows, width, rollout.max_tokens),
         }
 
-    def _each(self, dtype: Any, *columns: int, prompts: bool = False) -> jax.ShapeDtypeStruct:
-        rows = self.config["rollout"].prompts if prompts else self.completions
-        return jax.ShapeDtypeStruct((rows, *columns), dtype, sharding=sharding.batch_sharding(self.mesh))
+    def _each(self, dtype: Any, *columns: int) -> jax.ShapeDtypeStruct:
+        shape = self.completions, *columns
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
 
     def train(self) -> Any:
         """The compiled train step, which is given the reference's log-probabilities, as a run gives them."""
@@ -175,14 +175,7 @@ class Planned:
 
     def reference(self) -> Any:
         """The compiled pass of the reference."""
-        rollout = self.config["rollout"]
-        before, after = (rollout.max_prompt_tokens,), (rollout.max_tokens,)
-        of_prompts = functools.partial(self._each, prompts=True)
-        sampled = Rollout(
-            prompt_tokens=of_prompts(jnp.int32, *before), prompt_mask=of_prompts(bool, *before),
-            completion_tokens=self._each(jnp.int32, *after), mask=self._each(bool, *after), finished=self._each(bool),
-            logprobs=self._each(jnp.float32, *after), sampler_logprobs=self._each(jnp.float32, *after),
-        )  # fmt: skip
+        sampled = self.sampler.abstract_rollout(self.config["rollout"].prompts)
         logprobs = training.make_reference_logprobs(self.policy, self.config["update"], self.mesh)
         lowered = logprobs.lower(rollouts.reference_of(self.state), sampled, 1.0)  # pyright: ignore[reportFunctionMemberAccess]
         return lowered.compile()
