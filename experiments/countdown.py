@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
         config = configuration(workdir)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.said_of_deterministic(workdir), flush=True)
+            print(runs.said_of_deterministic(), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config)
         experiment.check()

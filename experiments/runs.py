@@ -123,8 +123,9 @@ def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] 
     """Has the compiler for GPUs use kernels that give the same bits every time, and the same ones in every process.
 
     To be called before anything starts JAX's backend, for the compiler reads its flags once. It leaves out kernels that
-    add in any order (`--xla_gpu_exclude_nondeterministic_ops`), and keeps in the workdir which of the others were the
-    fastest, for another process would measure again and might choose others.
+    add in any order (`--xla_gpu_exclude_nondeterministic_ops`), and takes the others without measuring them (jaxlib
+    0.11.2); a version that does measure keeps in the workdir which were the fastest, for another process would measure
+    again and might choose others.
 
     Args:
       workdir: of the run; nothing is written there before the compiler does.
@@ -137,11 +138,11 @@ def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] 
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def said_of_deterministic(workdir: pathlib.Path) -> str:
+def said_of_deterministic() -> str:
     """A line for the screen; it starts JAX's backend, after `make_deterministic`."""
     if (platform := jax.default_backend()) != "gpu":
         return f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
-    return f"deterministic kernels, the same in every process: {workdir / 'xla'} keeps which"
+    return "deterministic kernels, the same in every process"
 
 
 def check_attention(config: TransformerConfig) -> None:
