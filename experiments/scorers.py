@@ -8,12 +8,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from experiments import footprint, phases, runs
-from grpo_jax import objectives, sharding
+from grpo_jax import hosts, objectives, sharding
 from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
 from grpo_jax.rewards import Reward
-from grpo_jax.rewards.model import ModelReward, Scorer, check_processes, same_tokens
+from grpo_jax.rewards.model import ModelReward, Scorer, same_tokens
 
 __all__ = ["OpenedScorer", "RewardModelConfig", "padding"]
 
@@ -41,9 +41,8 @@ class OpenedScorer:
     """A reward model, without its parameters."""
 
     def __init__(self, config: RewardModelConfig, mesh: Mesh):
-        """Raises ValueError where there is none in the directory, or there are several processes."""
-        check_processes()  # before anything is loaded
-        self._config, self._mesh, given = config, mesh, pathlib.Path(config.directory)
+        """Raises ValueError where there is none in the directory. Of several processes each holds one: `own_mesh`."""
+        self._config, self._mesh, given = config, hosts.own_mesh(mesh), pathlib.Path(config.directory)
         self._workdir = given if (given / "checkpoints").is_dir() else None
         place = given if self._workdir is None else given / "model"
         model = pretrained.read_config(place, compute_dtype=config.compute_dtype)
@@ -55,7 +54,7 @@ class OpenedScorer:
         if self._workdir is not None and "center_coef" not in runs.saved_configuration(given).get("reward", {}):
             raise ValueError(f"{given} is the workdir of another experiment: expected one of experiments.reward_model.")
         self.model = dataclasses.replace(model, score=True)
-        self.policy, self._given = make_policy(self.model, mesh), given
+        self.policy, self._given = make_policy(self.model, self._mesh), given
         self.tokenizer = PretrainedTokenizer.load(place, self.model.vocab_size)
         self.pad_id = padding(place, self.tokenizer)
 
@@ -66,7 +65,7 @@ class OpenedScorer:
         return sharding.device_bytes(shapes, axes, self._mesh)
 
     def params(self) -> Any:
-        """The parameters, on the mesh; of a workdir those of the latest checkpoint."""
+        """The parameters, on the mesh; of a workdir those of the latest checkpoint. All processes must call it."""
         if self._workdir is None:
             return pretrained.load(self._given, self._mesh)
         saved = runs.saved_configuration(self._workdir)

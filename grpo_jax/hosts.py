@@ -7,6 +7,7 @@ Whatever only one of them sees (a signal, an error, a file) is told to all befor
 With one process everything here is what its name says, and costs nothing.
 """
 
+import collections
 import functools
 import itertools
 import json
@@ -24,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from grpo_jax import sharding
 from grpo_jax.types import PyTree
 
 __all__ = [
@@ -36,7 +38,9 @@ __all__ = [
     "gathered",
     "initialize",
     "is_first",
+    "moved",
     "on_all",
+    "own_mesh",
     "put",
     "share",
     "together",
@@ -122,6 +126,24 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
+def own_mesh(mesh: Mesh) -> Mesh:
+    """This process's devices of a mesh, all along fsdp, for what it computes alone; with one process the mesh itself.
+
+    One thread starts all programs of a process, so that on all of its devices they stand in one order, those that are
+    its own between those of all. One of its own waits for no other process, and those of all are in the same order
+    everywhere: so nobody waits for ever, wherever each puts its own, and however many.
+
+    Raises:
+      ValueError: processes have different numbers of devices there: what they plan would differ.
+    """
+    if jax.process_count() == 1:
+        return mesh
+    counts = collections.Counter(device.process_index for device in mesh.devices.flat)
+    if len({*counts.values()}) > 1:
+        raise ValueError(f"processes have {sorted(counts.values())} devices of the mesh: give each as many.")
+    return sharding.make_mesh(sharding.MeshConfig(fsdp=len(mesh.local_devices)), mesh.local_devices)
+
+
 # Arrays -----------------------------------------------------------------------------------------------
 
 
@@ -153,6 +175,13 @@ def put(tree: PyTree, place: Sharding) -> PyTree:
         return jax.device_put(tree, place)
     one = lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index])
     return jax.tree.map(lambda x: one(np.asarray(x)), tree)
+
+
+def moved(tree: PyTree, places: PyTree) -> PyTree:
+    """Arrays on devices of all processes to other places, one at a time; also to this one's alone. All must call it."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+    return jax.tree.map(lambda x, place: put(fetched(x), place), tree, places)
 
 
 # Words ------------------------------------------------------------------------------------------------

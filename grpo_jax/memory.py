@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-__all__ = ["device_memory", "most_alive", "parts_that_fit"]
+from grpo_jax import hosts
+
+__all__ = ["device_memory", "least_memory", "most_alive", "parts_that_fit"]
 
 
 def _container_limits(root: str = "/sys/fs/cgroup") -> list[int]:
@@ -24,6 +26,12 @@ def device_memory() -> int | None:
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return min([host, *_container_limits()]) // (1 + len(others))
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def least_memory() -> int | None:
+    """`device_memory`, the least of all processes', so that they cut batches alike; None: one does not say."""
+    said = hosts.gathered(device_memory())
+    return None if None in said else min(said)
 
 
 def most_alive(jaxpr: Any, given: Sequence[int] = ()) -> int:

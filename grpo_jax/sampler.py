@@ -17,7 +17,7 @@ from grpo_jax import hosts, sampling, sharding
 from grpo_jax.compiling import Lowering
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
-from grpo_jax.memory import device_memory, most_alive
+from grpo_jax.memory import least_memory, most_alive
 from grpo_jax.slots import arrange
 from grpo_jax.types import Policy, PyTree, Rollout, SamplingParams
 
@@ -102,12 +102,6 @@ class Plan:
     slots: int  # completions at a time, about; 0: all of those prompts
 
 
-def _least_memory() -> int | None:
-    """Bytes of a device, the least of all processes', so that they cut rollouts alike; None: one does not say."""
-    said = hosts.gathered(device_memory())
-    return None if None in said else min(said)
-
-
 class Sampler:
     """`sampling.generate`, compiled for a mesh, in chunks of tokens so that the host has a turn between them."""
 
@@ -142,7 +136,7 @@ class Sampler:
         self.tokenizer, self.group_size = tokenizer, group_size
         self.max_prompt_tokens, self.max_tokens = max_prompt_tokens, max_tokens
         self.mesh, self._policy, self._slots, self._chunk = mesh, policy, slots, chunk
-        self._memory, self._copies = _least_memory() if memory is None else memory, copies
+        self._memory, self._copies = least_memory() if memory is None else memory, copies
         eos_ids, strings = _ends(tokenizer, stop)
         table = stop_table(tokenizer.token_bytes, strings) if strings else None
         self._fixed = key, np.asarray(eos_ids, np.int32), np.int32(tokenizer.pad_id), table

@@ -4,8 +4,10 @@
 
 `die`: `[process, step, how]`, how a process of the run ends when that step (from 0) has its rewards: `SIGKILL`,
 `SIGTERM`, or `raise` an error that no other process has; at step -1 before anything is compiled.
+`judge`: directory of a reward model, which scores completions behind the other reward.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,6 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax._src import compiler, distributed
+from jax.sharding import Mesh
 
 from experiments import runs
 from grpo_jax import hosts, loop, objectives, rollouts, sharding, training
@@ -26,6 +29,8 @@ from grpo_jax.evaluation import EvaluationConfig, Evaluator
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import TransformerConfig, make_policy
 from grpo_jax.rewards import Reward
+from grpo_jax.rewards.composition import gated
+from grpo_jax.rewards.model import ModelReward, Scorer
 from grpo_jax.sampler import Sampler
 
 STEPS = 5
@@ -34,11 +39,23 @@ CONFIG = TransformerConfig(
     vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16,
     scale_embedding=False,
 )  # fmt: skip
+JUDGE = dataclasses.replace(CONFIG, score=True)
+OTHER = ByteTokenizer("dcba")  # of the reward model: what is between them is text
 
 
 def reward(completions: list[str], letter: list[str], **_) -> list[float]:
     """How often a letter is in a completion; a string, so that groups without signal are common."""
     return [float(text.count(of)) for text, of in zip(completions, letter, strict=True)]
+
+
+def judge(directory: str, mesh: Mesh) -> list[Reward]:
+    """A reward model that is asked about completions with a letter: a process may have none of these."""
+    own = hosts.own_mesh(mesh)
+    scorer = Scorer(make_policy(JUDGE, own), own, vocab_size=OTHER.vocab_size, pad_id=None)
+    function = ModelReward(
+        scorer=scorer, params=pretrained.load(directory, own), tokenizer=TOKENIZER, own=OTHER, end_id=1
+    )
+    return [gated(Reward(name="model", function=function, weight=0.1, on_device=True), by="often")]
 
 
 def keep_what_all_compile() -> None:
@@ -92,9 +109,10 @@ def main(asked: dict) -> None:
     surplus = rollouts.surplus_of(config, objective, **sizes)
     prompts = [Prompt(text=a + b, columns={"letter": b}) for a in "abcd" for b in "abcd"]
     rewards = [Reward(name="often", function=reward)]
+    beside = judge(asked["judge"], mesh) if "judge" in asked else []
     collect = rollouts.GroupRollouts(
         sampler=Sampler(policy, mesh, TOKENIZER, group_size=4, key=key, chunk=4, slots=16, **sizes),
-        source=sources.shuffled(prompts, 0), rewards=rewards, config=config, objective=objective,
+        source=sources.shuffled(prompts, 0), rewards=[*rewards, *beside], config=config, objective=objective,
         reference_logprobs=training.make_reference_logprobs(policy, update, mesh),
     )  # fmt: skip
 

@@ -47,11 +47,17 @@ def started(count: int, command) -> list[tuple[int, str, str]]:
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("hosts")
     pretrained.save(place / "model", init_params(host_run.CONFIG, jax.random.key(1)), host_run.CONFIG)
+    judge = init_params(host_run.JUDGE, jax.random.key(2))
+    judge["score"] = jax.random.normal(jax.random.key(3), judge["score"].shape)
+    pretrained.save(place / "judge", judge, host_run.JUDGE)
     return place
 
 
-def run(place: pathlib.Path, name: str, count: int, *die, status: int | None = 0) -> list[tuple[int, str, str]]:
+def run(
+    place: pathlib.Path, name: str, count: int, *die, status: int | None = 0, judged: bool = False
+) -> list[tuple[int, str, str]]:
     asked = {"workdir": str(place / name), "model": str(place / "model"), "die": die or [-1, -1, ""]}
+    asked |= {"judge": str(place / "judge")} if judged else {}
     ended = started(count, lambda address: ("-m", "tests.host_run", json.dumps({"distributed": address, **asked})))
     for code, out, err in ended:
         assert status is None or code == status, out + err
@@ -124,6 +130,37 @@ def test_other_layouts_do_the_same_to_rounding(place, straight, count):
             assert ours[name].tolist() == theirs[name].tolist()
         else:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def scores_of(workdir: pathlib.Path, name: str) -> dict[tuple[int, int], list]:
+    """By step and wave, of all completions in order: what each process has journaled of its groups."""
+    said: dict[tuple[int, int], list] = {}
+    for path in sorted(workdir.glob("rewards*.jsonl"), key=lambda path: (path.name != "rewards.jsonl", path.name)):
+        for row in untimed(path):
+            said.setdefault((row["step"], row["wave"]), []).extend(row["scores"][name])
+    return said
+
+
+def test_a_reward_model_that_each_process_asks_says_what_it_says_to_one(place):
+    """Also where a process is killed that has journaled a step, before the other knows of it."""
+    run(place, "judged", 2, judged=True)
+    run(place, "judged_on_1", 1, judged=True)
+    ours, theirs = (scores_of(place / name, "model") for name in ("judged", "judged_on_1"))
+    assert ours.keys() == theirs.keys()
+    said = [x for scores in ours.values() for x in scores]
+    assert None in said  # the gate
+    assert len({*said}) > 10
+    for key, scores in ours.items():
+        as_numbers = lambda x: np.array(x, np.float64)
+        np.testing.assert_allclose(as_numbers(scores), as_numbers(theirs[key]), rtol=1e-5, atol=1e-5, err_msg=str(key))
+
+    run(place, "judged_ended", 2, 1, 1, "SIGKILL", status=None, judged=True)
+    run(place, "judged_ended", 2, judged=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "rewards.jsonl", "rewards.1.jsonl"):
+        assert untimed(place / "judged_ended" / name) == untimed(place / "judged" / name), name
+    ended, straight = arrays(place / "judged_ended"), arrays(place / "judged")
+    assert ended.keys() == straight.keys()
+    assert all(value.tobytes() == straight[name].tobytes() for name, value in ended.items())
 
 
 def test_what_two_processes_load_and_export_is_what_one_saved(place, straight):

@@ -1,4 +1,10 @@
-"""A reward model as a reward: scores of token sequences, compiled for a mesh, and the reward function made of them."""
+"""A reward model as a reward: scores of token sequences, compiled for a mesh, and the reward function made of them.
+
+Where there are several processes, each holds the whole reward model on its own devices (`hosts.own_mesh`) and asks it
+about its own completions alone, as it asks every other function. So nothing that a process does or leaves out (a gate
+that nothing passes, a step that its journal knows, an error) has to be done by the others too, as it would where one
+program ran on the devices of all; the price is that the reward model must fit on the devices of one.
+"""
 
 import dataclasses
 import functools
@@ -9,12 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import reward_model, sharding
+from grpo_jax import hosts, reward_model, sharding
 from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer, pad
-from grpo_jax.memory import device_memory
+from grpo_jax.memory import least_memory
 from grpo_jax.types import Policy, PyTree
 
-__all__ = ["ModelReward", "Scorer", "check_processes", "round_up", "same_tokens"]
+__all__ = ["ModelReward", "Scorer", "round_up", "same_tokens"]
 
 _LEAST = 16  # columns; narrower arrays are not worth a program of their own
 
@@ -24,17 +30,11 @@ def round_up(length: int, least: int = _LEAST) -> int:
     return max(least, 1 << max(length - 1, 0).bit_length())
 
 
-def check_processes() -> None:
-    """Raises ValueError where there are several: each has completions of its own, and all would run one program."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"a reward model scores in one process, and there are {jax.process_count()}, each with completions of "
-            "its own: train on the devices of one, or leave the reward model out."
-        )
-
-
 class Scorer:
-    """Scores of token sequences by a reward model; how many at a time is derived from the memory there is."""
+    """Scores of token sequences by a reward model; how many at a time is derived from the memory there is.
+
+    On a mesh of several processes' devices all must call it, with the same sequences.
+    """
 
     def __init__(
         self, policy: Policy, mesh: Mesh, *, vocab_size: int, pad_id: int | None, held: int = 0,
@@ -48,9 +48,9 @@ class Scorer:
           vocab_size: ids that the model has.
           pad_id: see `reward_model.scored_tokens`.
           held: bytes of a device that are taken: parameters and optimizer state, of this model and of others.
-          memory: bytes of a device; None: what it says.
+          memory: bytes of a device; None: what it says, of several processes the least.
         """
-        memory = device_memory() if memory is None else memory
+        memory = least_memory() if memory is None else memory
         room = float("inf") if memory is None else 0.9 * memory - held
         self.mesh, self._vocab_size = mesh, vocab_size
         scores = functools.partial(reward_model.scores, policy, mesh=mesh, pad_id=pad_id, room=room)
@@ -71,7 +71,7 @@ class Scorer:
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows = shards * round_up(-(-len(lines) // shards), least=1)  # behind a gate their number is another each time
         tokens, mask = pad([*lines, *[()] * (rows - len(lines))], round_up(max(map(len, lines), default=1)))
-        placed = jax.device_put((tokens, mask), sharding.batch_sharding(self.mesh))
+        placed = hosts.put((tokens, mask), sharding.batch_sharding(self.mesh))
         return np.asarray(self._scores(params, *placed))[: len(lines)]
 
 
@@ -98,17 +98,22 @@ class ModelReward:
     It runs on the device: `Reward(function=ModelReward(...), on_device=True)`.
 
     Raises:
-      ValueError: there are several processes, see `check_processes`.
+      ValueError: the scorer's mesh has devices of other processes too, which have other completions to ask about.
     """
 
     scorer: Scorer
-    params: PyTree
+    params: PyTree  # on the scorer's mesh
     tokenizer: Tokenizer  # the policy's
     own: Tokenizer | None = None  # the reward model's, where it is another
     end_id: int | None = None  # of `own`, what ends a completion
 
     def __post_init__(self) -> None:
-        check_processes()
+        if self.scorer.mesh.is_multi_process:
+            raise ValueError(
+                f"a reward model's mesh of {self.scorer.mesh.size} devices has some of other processes, and each "
+                "process asks about its own completions alone: make policy, Scorer and parameters on "
+                "hosts.own_mesh(mesh)."
+            )
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]],
