@@ -23,17 +23,17 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, runs, scorers
 from experiments.flags import section
-from grpo_jax import loop, objectives, profiling, reward_model, sharding, training
+from grpo_jax import hosts, loop, objectives, profiling, reward_model, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.templates import make_template
 from grpo_jax.data.tokenizer import PretrainedTokenizer
-from grpo_jax.memory import device_memory
+from grpo_jax.memory import least_memory
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
 from grpo_jax.preferences import Pair, PairEvaluator, PairExperience, as_rows, encode_pairs, pair_record
 from grpo_jax.rewards.model import Scorer
-from grpo_jax.telemetry import write_atomically
+from grpo_jax.telemetry import WorkdirError, write_atomically
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,7 @@ MODEL = flags.DEFINE_string(
 )
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
+DISTRIBUTED = sections.distributed()
 SECTIONS: dict[str, type[Any]] = {
     "policy": ModelConfig,
     "data": DataConfig,
@@ -144,6 +145,7 @@ class Experiment:
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, train = config, config["train"]
         self.mesh = sharding.make_mesh(config["mesh"])
+        hosts.check_mesh(self.mesh)
         self.model = pretrained.read_config(directory, score=True, **dataclasses.asdict(config["policy"]))
         runs.check_attention(self.model)
         self.policy = make_policy(self.model, self.mesh)
@@ -153,7 +155,7 @@ class Experiment:
         runs.check_offload(config["optimizer"], self.mesh)
         self.pairs, held_out = self._pairs("train"), self._pairs("test")
         shapes, axes = abstract_params(self.model)
-        own, memory = sharding.device_bytes(shapes, axes, self.mesh), device_memory()
+        own, memory = sharding.device_bytes(shapes, axes, self.mesh), least_memory()
         held = math.ceil(own * footprint.copies_held(self.policy, shapes, config["optimizer"]))
         self._room = float("inf") if memory is None else 0.9 * memory - held - own  # and gradients
         scorer = Scorer(self.policy, self.mesh, vocab_size=self.model.vocab_size, pad_id=self.pad_id, held=held)
@@ -197,6 +199,7 @@ def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the reward model."""
     workdir, given = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
     try:
+        runs.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         print(runs.cache_compilations(CACHE.value), flush=True)
@@ -221,10 +224,13 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model, {"pad_token_id": experiment.pad_id})
     bins = experiment.evaluator.bins(state.params)
-    write_atomically(workdir / "reliability.json", json.dumps(as_rows(bins), indent=2) + "\n")
     from experiments import plots  # imports matplotlib: half a second
 
-    plots.reliability(bins, workdir / "reliability.png")
+    def write() -> None:
+        write_atomically(workdir / "reliability.json", json.dumps(as_rows(bins), indent=2) + "\n")
+        plots.reliability(bins, workdir / "reliability.png")
+
+    hosts.first_does(write, kind=WorkdirError)
     summary = runs.summary(workdir, rows, train.seed, parameters)
     runs.finish(workdir, rows, summary, "reward model")
     print(

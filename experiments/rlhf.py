@@ -24,9 +24,9 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, rlhf_run, runs
 from experiments.flags import section
-from grpo_jax import loop, sharding, training
+from grpo_jax import hosts, loop, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
-from grpo_jax.telemetry import write_atomically
+from grpo_jax.telemetry import WorkdirError, write_atomically
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; an interrupted run there goes on.", required=True
@@ -37,6 +37,7 @@ ITERATIONS = flags.DEFINE_integer(
 )  # fmt: skip
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Of everything; each is a run of its own in WORKDIR/seedN.")
 CACHE = sections.compilation_cache()
+DISTRIBUTED = sections.distributed()
 SECTIONS: dict[str, type[Any]] = {
     "model": rlhf_run.ModelConfig,
     "warm_start": rlhf_run.SupervisedConfig,
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> None:
     """Runs, or goes on with, every seed in --workdir."""
     workdir, started = runs.directory_of(argv, WORKDIR), time.perf_counter()
     try:
+        runs.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         seeds = sections.seeds_of(SEEDS.value)
         print(runs.cache_compilations(CACHE.value), flush=True)
@@ -119,7 +121,6 @@ def main(argv: list[str]) -> None:
     from experiments import plots  # imports matplotlib: half a second
 
     curves = {arm: [results[seed]["arms"][arm] for seed in seeds] for arm in rlhf_run.ARMS}
-    plots.optimization(curves, workdir / "rlhf.png")
     written = {
         "seeds": {
             str(seed): {**summaries[seed], "reward_models": result["reward_models"],
@@ -128,7 +129,12 @@ def main(argv: list[str]) -> None:
         },
         "wall_seconds": time.perf_counter() - started, "device": runs.devices(), "parameters": parameters,
     }  # fmt: skip
-    write_atomically(workdir / "summary.json", json.dumps(written, indent=2) + "\n")
+
+    def write() -> None:
+        plots.optimization(curves, workdir / "rlhf.png")
+        write_atomically(workdir / "summary.json", json.dumps(written, indent=2) + "\n")
+
+    hosts.first_does(write, kind=WorkdirError)
     said = "; ".join(f"{r['reward_models']['first']['accuracy']:.1%}" for r in results.values())
     print(f"{table(summaries)}\nheld-out accuracy of the reward models: {said}; everything is in {workdir}")
 

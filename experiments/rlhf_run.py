@@ -10,21 +10,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import phases, runs
 from experiments.rlhf_task import PROMPT_TOKENS, TOKENIZER, demonstration, prefers_first, prompt, rule
-from grpo_jax import objectives, reward_model, sharding, training
+from grpo_jax import hosts, objectives, reward_model, sharding, training
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
 from grpo_jax.microbatches import frozen_logprobs, pack_microbatches
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.preferences import Pair, PairEvaluator, PairExperience
 from grpo_jax.rewards import Reward
-from grpo_jax.rewards.model import ModelReward, Scorer, check_processes
+from grpo_jax.rewards.model import ModelReward, Scorer
 from grpo_jax.rollouts import Demonstrations, Experience, GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import Journal, completion_texts
-from grpo_jax.telemetry import read_jsonl, write_atomically
+from grpo_jax.telemetry import WorkdirError, read_jsonl, write_atomically
 from grpo_jax.types import PyTree, SamplingParams, TrainState
 
 __all__ = [
@@ -146,9 +147,9 @@ class Experiment:
     """The pieces of one configuration and seed, shared by the phases of the run."""
 
     def __init__(self, config: dict[str, Any], seed: int):
-        """Raises ValueError where the pieces do not fit together, or there are several processes."""
-        check_processes()
+        """Raises ValueError where the pieces do not fit together."""
         self.config, self.seed, self.mesh = config, seed, sharding.make_mesh(config["mesh"])
+        hosts.check_mesh(self.mesh)
         rollout, self.model = config["rollout"], config["model"].transformer
         self.scored = dataclasses.replace(self.model, score=True)
         self.policy, self.judge = make_policy(self.model, self.mesh), make_policy(self.scored, self.mesh)
@@ -162,7 +163,9 @@ class Experiment:
                  "reward_model.batch": config["reward_model"].batch}  # fmt: skip
         runs.check_multiples(self.mesh, sizes)
         runs.check_offload(config["optimizer"], self.mesh)
-        self.scorer = Scorer(self.judge, self.mesh, vocab_size=self.model.vocab_size, pad_id=TOKENIZER.pad_id)
+        self.scorer = self._scorer(self.mesh)  # of what trains
+        self._own = hosts.own_mesh(self.mesh)
+        self._proxy = self.scorer if self._own is self.mesh else self._scorer(self._own)
         self.sampler = Sampler(
             self.policy, self.mesh, TOKENIZER, group_size=rollout.group_size, max_tokens=rollout.max_tokens,
             max_prompt_tokens=PROMPT_TOKENS, key=jax.random.fold_in(self.key, 0), stop=rollout.stop,
@@ -175,6 +178,10 @@ class Experiment:
             self.policy, params, pack_microbatches(self.policy, batch, batch.mask, 1, self.mesh), self.mesh
         )[0]
         self._logprobs = jax.jit(logprobs)
+
+    def _scorer(self, mesh: Mesh) -> Scorer:
+        judge = make_policy(self.scored, mesh)
+        return Scorer(judge, mesh, vocab_size=self.model.vocab_size, pad_id=TOKENIZER.pad_id)
 
     def phase(self, params: PyTree, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
         """One phase of the run, of the policy unless `options` say otherwise."""
@@ -207,7 +214,7 @@ class Experiment:
             # Not the numbers of prompts that are trained on: a text's randomness goes by these.
             ids = [zlib.crc32(split.encode()) // 2 + 2**31 + i for i in range(start, start + size)]
             asked = [prompt(self.seed, split, i) for i in range(start, start + size)]
-            rollout = jax.device_get(self.sampler(params, asked, ids, SamplingParams()))
+            rollout = hosts.fetched(self.sampler(params, asked, ids, SamplingParams()))
             tokens, texts = completion_texts(rollout, TOKENIZER)
             for i in range(min(size, groups - start)):
                 yield asked[i], tokens[i * group : (i + 1) * group], texts[i * group : (i + 1) * group]
@@ -216,7 +223,8 @@ class Experiment:
         """Pairs of a policy's texts, as the labeller has them: those for training, then those held out."""
         config: PreferenceConfig = self.config["preferences"]
         count, each = config.pairs + config.held_out, self.sampler.group_size // 2
-        if len(rows := read_jsonl(path)) == count:
+        rows = read_jsonl(path)
+        if not hosts.agreed(len(rows) != count):  # a network's file system may show the others less
             return rows
         rows = []
         for asked, tokens, texts in self.texts(params, f"preferences {iteration}", -(-count // each)):
@@ -229,8 +237,12 @@ class Experiment:
                      "tokens": [tokens[chosen], tokens[rejected]]}
                 )  # fmt: skip
         rows = rows[:count]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+        hosts.first_does(write, kind=WorkdirError)
         return rows
 
     def learn_rewards(
@@ -279,7 +291,9 @@ class Experiment:
             config["update"], reference_every=0, reference_mix=1.0
         )  # fmt: skip
         objective = objectives.make_objective(given)
-        proxy = ModelReward(scorer=self.scorer, params=judge, tokenizer=TOKENIZER)
+        if self._own is not self.mesh:
+            judge = hosts.moved(judge, sharding.shardings(*abstract_params(self.scored), self._own))
+        proxy = ModelReward(scorer=self._proxy, params=judge, tokenizer=TOKENIZER)
         rewards = (Reward(name="rule", function=rule, weight=0.0), Reward(name="proxy", function=proxy, on_device=True))
         first = iteration * config["train"].steps * config["rollout"].prompts
         experience = GroupRollouts(
@@ -310,7 +324,7 @@ class Experiment:
 
         def measured(state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
             got = experience(state, journal, interrupt)
-            ours, theirs, mask = jax.device_get(
+            ours, theirs, mask = hosts.fetched(
                 (got.batch.sampler_logprobs, self._logprobs(start, got.batch), got.batch.mask)
             )
             kl = float(np.where(mask, ours - theirs, 0).sum(axis=1).mean())

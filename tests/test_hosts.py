@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,7 +143,7 @@ def scores_of(workdir: pathlib.Path, name: str) -> dict[tuple[int, int], list]:
 
 
 def test_a_reward_model_that_each_process_asks_says_what_it_says_to_one(place):
-    """Also where a process is killed that has journaled a step, before the other knows of it."""
+    """And goes on where one of them had journaled a step when all were killed, and the other had not."""
     run(place, "judged", 2, judged=True)
     run(place, "judged_on_1", 1, judged=True)
     ours, theirs = (scores_of(place / name, "model") for name in ("judged", "judged_on_1"))
@@ -154,8 +155,14 @@ def test_a_reward_model_that_each_process_asks_says_what_it_says_to_one(place):
         as_numbers = lambda x: np.array(x, np.float64)
         np.testing.assert_allclose(as_numbers(scores), as_numbers(theirs[key]), rtol=1e-5, atol=1e-5, err_msg=str(key))
 
-    run(place, "judged_ended", 2, 1, 1, "SIGKILL", status=None, judged=True)
-    run(place, "judged_ended", 2, judged=True)
+    shutil.copytree(place / "judged", place / "judged_ended")  # as it was before its last checkpoint
+    shutil.rmtree(place / "judged_ended" / "checkpoints" / str(host_run.STEPS))
+    journal = place / "judged_ended" / "rewards.1.jsonl"
+    *before, last = journal.read_text().splitlines(keepends=True)
+    assert json.loads(last)["step"] == host_run.STEPS - 1
+    journal.write_text("".join(before))
+    (_, out, _), _ = run(place, "judged_ended", 2, judged=True)
+    assert f"continuing at step {host_run.STEPS - 1}" in out
     for name in ("metrics.jsonl", "samples.jsonl", "rewards.jsonl", "rewards.1.jsonl"):
         assert untimed(place / "judged_ended" / name) == untimed(place / "judged" / name), name
     ended, straight = arrays(place / "judged_ended"), arrays(place / "judged")
