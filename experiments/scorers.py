@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from experiments import footprint, phases, runs
 from grpo_jax import hosts, objectives, sharding
 from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer
+from grpo_jax.memory import least_memory
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
 from grpo_jax.rewards import Reward
@@ -41,7 +42,7 @@ class OpenedScorer:
     """A reward model, without its parameters."""
 
     def __init__(self, config: RewardModelConfig, mesh: Mesh):
-        """Raises ValueError where there is none in the directory. Of several processes each holds one: `own_mesh`."""
+        """Raises ValueError where there is none that fits. Of several processes each holds one: `hosts.own_mesh`."""
         self._config, self._mesh, given = config, hosts.own_mesh(mesh), pathlib.Path(config.directory)
         self._workdir = given if (given / "checkpoints").is_dir() else None
         place = given if self._workdir is None else given / "model"
@@ -53,7 +54,13 @@ class OpenedScorer:
             )
         if self._workdir is not None and "center_coef" not in runs.saved_configuration(given).get("reward", {}):
             raise ValueError(f"{given} is the workdir of another experiment: expected one of experiments.reward_model.")
-        self.model = dataclasses.replace(model, score=True)
+        self.model, memory = dataclasses.replace(model, score=True), least_memory()
+        if memory is not None and self.bytes > memory:
+            gib = lambda n: f"{n / 2**30:.2f} GiB"
+            raise ValueError(
+                f"{given} takes {gib(self.bytes)} of each of {self._mesh.size} devices, which have {gib(memory)}: take "
+                "a smaller reward model, or more devices (of several processes each holds one: give each more)."
+            )
         self.policy, self._given = make_policy(self.model, self._mesh), given
         self.tokenizer = PretrainedTokenizer.load(place, self.model.vocab_size)
         self.pad_id = padding(place, self.tokenizer)

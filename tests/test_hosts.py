@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -183,30 +184,68 @@ def test_an_error_on_one_process_ends_all(place):
     assert time.monotonic() - begun < 90
 
 
-def test_an_experiment_on_two_processes(tmp_path):
-    """The flag, on the command line of a user: one of them speaks and writes, and the policy is exported."""
-    tiny = tmp_path / "tiny"
-    processes.python("-m", "experiments.tiny_gsm8k", f"--output={tiny}", "--train=16", "--test=4")
-    command = lambda address: (
-        "-m", "experiments.gsm8k", f"--distributed={address}", f"--model={tiny / 'model'}",
-        f"--workdir={tmp_path / 'run'}", f"--data.train_file={tiny / 'train.jsonl'}",
-        f"--data.test_file={tiny / 'test.jsonl'}", "--mesh.fsdp=4", "--rollout.prompts=4", "--rollout.group_size=2",
-        "--rollout.max_tokens=8", "--rollout.stop=()", "--update.microbatches=1", "--train.steps=1",
-        "--evaluation.sampled_prompts=4", "--evaluation.samples=1", "--policy.compute_dtype=float32",
-        "--lora.rank=2",
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def tiny(place):
+    """A model and its problems."""
+    processes.python("-m", "experiments.tiny_gsm8k", f"--output={place / 'tiny'}", "--train=16", "--test=4")
+    return place / "tiny"
+
+
+def experiment(name: str, *flags: str) -> str:
+    """What a command of a user says on two processes: one of them speaks."""
+    command = lambda address: ("-m", f"experiments.{name}", f"--distributed={address}", "--mesh.fsdp=4", *flags)
     (status, out, err), (other, silent, error) = started(2, command)
     assert status == other == 0, err + error
     assert "2 processes, of which this is number 0; 4 devices, 2 of them here" in out
+    assert not said_in_python(silent)
+    return out
+
+
+def flags_of(tiny: pathlib.Path, workdir: pathlib.Path) -> list[str]:
+    return [
+        f"--model={tiny / 'model'}", f"--workdir={workdir}", f"--data.train_file={tiny / 'train.jsonl'}",
+        f"--data.test_file={tiny / 'test.jsonl'}", "--rollout.prompts=4", "--rollout.group_size=2",
+        "--rollout.max_tokens=8", "--rollout.stop=()", "--update.microbatches=1", "--train.steps=1",
+        "--evaluation.sampled_prompts=4", "--evaluation.samples=1", "--policy.compute_dtype=float32",
+        "--lora.rank=2",
+    ]  # fmt: skip
+
+
+def test_an_experiment_on_two_processes(tiny, tmp_path):
+    """The flag, on the command line of a user: one of them speaks and writes, and the policy is exported."""
+    out = experiment("gsm8k", *flags_of(tiny, tmp_path / "run"))
     assert "grpo: step 1/1" in out
     assert "the policy is in" in out
-    assert not said_in_python(silent)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         ".lock", "adapter", "checkpoints", "config.json", "curve.png", "export", "metrics.jsonl", "model",
         "rewards.1.jsonl", "rewards.jsonl", "samples.jsonl", "summary.json", "tensorboard",
     }  # fmt: skip
     shapes = lambda place: {k: x.shape for k, x in load_file(place / "model.safetensors").items()}
     assert shapes(tmp_path / "run" / "export") == shapes(tiny / "model")
+
+
+def test_a_reward_model_that_two_processes_have_made_rewards_on_two(tiny, tmp_path):
+    """From its workdir, whose checkpoint each restores whole on its own devices."""
+    for split in ("train", "test"):
+        problems = untimed(tiny / f"{split}.jsonl")
+        pairs = [{"prompt": p["question"], "chosen": p["answer"], "rejected": "#### 0"} for p in problems]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    made = tmp_path / "reward_model"
+    out = experiment(
+        "reward_model", f"--model={tiny / 'model'}", f"--workdir={made}", f"--data.train_file={tmp_path}/train.jsonl",
+        f"--data.test_file={tmp_path}/test.jsonl", "--train.steps=1", "--train.batch=4",
+        "--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=0", "--policy.compute_dtype=float32",
+    )  # fmt: skip
+    assert "the reward model is in" in out
+    assert {"export", "reliability.json", "reliability.png", "summary.json"} <= {path.name for path in made.iterdir()}
+    out = experiment("gsm8k", *flags_of(tiny, tmp_path / "run"), f"--reward_model.directory={made}")
+    assert f"reward model: {made}, " in out
+    ((key, said),) = scores_of(tmp_path / "run", "reward_model").items()
+    assert (key, len(said)) == ((0, 0), 8)
+    assert len({*said}) > 4
+    metrics = untimed(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert metrics["rewards/reward_model/mean"] == pytest.approx(np.mean(said), abs=1e-6)
+    assert metrics["reward"] == pytest.approx(metrics["rewards/flexible/mean"] + np.mean(said), abs=1e-5)
 
 
 def test_all_places_are_shared_out_in_order(monkeypatch):
@@ -239,6 +278,18 @@ def test_scores_of_all_stand_in_the_order_of_completions_also_where_parts_were_s
 def test_what_is_no_address_of_a_process_is_refused(asked):
     with pytest.raises(ValueError, match="must be off, auto or HOST:PORT,PROCESS,COUNT"):
         hosts.initialize(asked)
+
+
+def test_what_a_process_computes_alone_is_on_its_own_devices(monkeypatch):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2))
+    assert hosts.own_mesh(mesh) is mesh
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    own = hosts.own_mesh(mesh)  # all of these are of this process
+    assert own.shape == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert own.devices.flatten().tolist() == mesh.devices.flatten().tolist()
+    of = lambda *processes: np.array([types.SimpleNamespace(process_index=i) for i in processes])
+    with pytest.raises(ValueError, match=r"processes have \[1, 3\] devices of the mesh: give each as many"):
+        hosts.own_mesh(types.SimpleNamespace(devices=of(0, 0, 1, 0)))
 
 
 def test_every_device_of_every_process_must_be_in_the_mesh(monkeypatch):

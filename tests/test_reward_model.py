@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -263,10 +264,11 @@ def test_through_text_where_tokenizers_differ(judge, scorer):
     np.testing.assert_array_equal(found, scorer(judge[1], [[9, 8, 6, 1], [7, 2, 2]]))
 
 
-def test_several_processes_are_refused(judge, scorer, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="a reward model scores in one process, and there are 2"):
-        ModelReward(scorer=scorer, params=judge[1], tokenizer=ByteTokenizer("ab"))
+def test_a_mesh_of_several_processes_is_refused(judge):
+    """Each has completions of its own; tests/test_hosts.py has two that ask on their own meshes."""
+    of_all = types.SimpleNamespace(mesh=types.SimpleNamespace(is_multi_process=True, size=4))
+    with pytest.raises(ValueError, match=r"mesh of 4 devices has some of other processes.*hosts\.own_mesh\(mesh\)"):
+        ModelReward(scorer=of_all, params=judge[1], tokenizer=ByteTokenizer("ab"))
 
 
 def pretrained_tokenizer(vocabulary, special=()):

@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import subprocess
 
-import jax
 import pytest
 
 from experiments import scorers
@@ -162,11 +161,11 @@ def test_what_is_no_reward_model_is_said(made, tmp_path):
         opened(tmp_path)
 
 
-def test_several_processes_are_refused_before_anything_is_read(tmp_path, monkeypatch):
-    mesh = sharding.make_mesh()
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="a reward model scores in one process, and there are 2"):
-        scorers.OpenedScorer(scorers.RewardModelConfig(directory=str(tmp_path)), mesh)
+def test_one_that_does_not_fit_is_refused_before_it_is_read(made, monkeypatch):
+    monkeypatch.setattr(scorers, "least_memory", lambda: 2**10)
+    config = scorers.RewardModelConfig(directory=str(made / "reward_model"))
+    with pytest.raises(ValueError, match=r"takes 0\.00 GiB of each of 2 devices, which have 0\.00 GiB: take a smaller"):
+        scorers.OpenedScorer(config, sharding.make_mesh(sharding.MeshConfig(fsdp=2)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.rlhf_task import LETTERS, TOKENIZER, demonstration, prefers_first, prompt, rule
+from grpo_jax.telemetry import read_jsonl
 from tests import processes
+from tests.test_hosts import started
 from tests.test_resume import last_state, untimed
 
 TINY = [
@@ -128,6 +130,27 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bits(straight, tmp_path):
         ours, theirs = (last_state(workdir / "seed0" / place) for workdir in (tmp_path / "killed", straight))
         assert ours.keys() == theirs.keys()
         assert all(value.tobytes() == theirs[name].tobytes() for name, value in ours.items()), place
+
+
+def test_two_processes_do_the_same_to_rounding(straight, tmp_path):
+    """Each asks the reward model about its own texts, on its own devices; it was trained on those of both."""
+    flags = [
+        *TINY, f"--workdir={tmp_path}/two", "--iterations=1", "--mesh.fsdp=2", "--mesh.tensor=2", "--rollout.prompts=16",
+        "--train.steps=1",
+    ]  # fmt: skip
+    command = lambda address: ("-m", "experiments.rlhf", f"--distributed={address}", *flags)
+    (status, out, err), (other, _, error) = started(2, command)
+    assert status == other == 0, err + error
+    assert "everything is in" in out
+    pairs = "seed0/preferences.jsonl"
+    assert (tmp_path / "two" / pairs).read_text() == (straight / pairs).read_text()
+    for phase, rows in (("reward_model", 3), ("without_KL/policy_0", 1), ("with_KL/policy_0", 1)):  # the same prompts
+        logs = (untimed(workdir / "seed0" / phase / "metrics.jsonl") for workdir in (tmp_path / "two", straight))
+        for ours, theirs in zip(*(log[:rows] for log in logs), strict=True):
+            assert ours == {name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in theirs.items()}
+    place = tmp_path / "two" / "seed0" / "with_KL" / "policy_0"
+    own = [read_jsonl(place / name) for name in ("rewards.jsonl", "rewards.1.jsonl")]
+    assert [[len(row["scores"]["proxy"]) for row in rows] for rows in own] == [[32]] * 2
 
 
 @pytest.mark.parametrize(
