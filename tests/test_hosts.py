@@ -184,13 +184,6 @@ def test_an_error_on_one_process_ends_all(place):
     assert time.monotonic() - begun < 90
 
 
-@pytest.fixture(scope="module")
-def tiny(place):
-    """A model and its problems."""
-    processes.python("-m", "experiments.tiny_gsm8k", f"--output={place / 'tiny'}", "--train=16", "--test=4")
-    return place / "tiny"
-
-
 def experiment(name: str, *flags: str) -> str:
     """What a command of a user says on two processes: one of them speaks."""
     command = lambda address: ("-m", f"experiments.{name}", f"--distributed={address}", "--mesh.fsdp=4", *flags)
@@ -201,49 +194,52 @@ def experiment(name: str, *flags: str) -> str:
     return out
 
 
-def flags_of(tiny: pathlib.Path, workdir: pathlib.Path) -> list[str]:
-    return [
-        f"--model={tiny / 'model'}", f"--workdir={workdir}", f"--data.train_file={tiny / 'train.jsonl'}",
+@pytest.fixture(scope="module")
+def tiny(place):
+    """A model, its problems, and a reward model that two processes have made of it."""
+    tiny = place / "tiny"
+    processes.python("-m", "experiments.tiny_gsm8k", f"--output={tiny}", "--train=16", "--test=4")
+    for split in ("train", "test"):
+        problems = untimed(tiny / f"{split}.jsonl")
+        pairs = [{"prompt": p["question"], "chosen": p["answer"], "rejected": "#### 0"} for p in problems]
+        (tiny / f"{split}_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    out = experiment(
+        "reward_model", f"--model={tiny / 'model'}", f"--workdir={tiny / 'reward_model'}",
+        f"--data.train_file={tiny / 'train_pairs.jsonl'}", f"--data.test_file={tiny / 'test_pairs.jsonl'}",
+        "--train.steps=1", "--train.batch=4", "--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=0",
+        "--policy.compute_dtype=float32",
+    )  # fmt: skip
+    assert "the reward model is in" in out
+    return tiny
+
+
+def test_experiments_on_two_processes(tiny, tmp_path):
+    """The flag, on the command line of a user: one of them speaks and writes, and what has learned is exported.
+
+    The reward model comes from its workdir, whose checkpoint each process restores whole, on its own devices.
+    """
+    made, workdir = tiny / "reward_model", tmp_path / "run"
+    assert {"export", "reliability.json", "reliability.png", "summary.json"} <= {path.name for path in made.iterdir()}
+    out = experiment(
+        "gsm8k", f"--model={tiny / 'model'}", f"--workdir={workdir}", f"--data.train_file={tiny / 'train.jsonl'}",
         f"--data.test_file={tiny / 'test.jsonl'}", "--rollout.prompts=4", "--rollout.group_size=2",
         "--rollout.max_tokens=8", "--rollout.stop=()", "--update.microbatches=1", "--train.steps=1",
         "--evaluation.sampled_prompts=4", "--evaluation.samples=1", "--policy.compute_dtype=float32",
-        "--lora.rank=2",
-    ]  # fmt: skip
-
-
-def test_an_experiment_on_two_processes(tiny, tmp_path):
-    """The flag, on the command line of a user: one of them speaks and writes, and the policy is exported."""
-    out = experiment("gsm8k", *flags_of(tiny, tmp_path / "run"))
+        "--lora.rank=2", f"--reward_model.directory={made}",
+    )  # fmt: skip
+    assert f"reward model: {made}, " in out
     assert "grpo: step 1/1" in out
     assert "the policy is in" in out
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+    assert {path.name for path in workdir.iterdir()} == {
         ".lock", "adapter", "checkpoints", "config.json", "curve.png", "export", "metrics.jsonl", "model",
         "rewards.1.jsonl", "rewards.jsonl", "samples.jsonl", "summary.json", "tensorboard",
     }  # fmt: skip
     shapes = lambda place: {k: x.shape for k, x in load_file(place / "model.safetensors").items()}
-    assert shapes(tmp_path / "run" / "export") == shapes(tiny / "model")
-
-
-def test_a_reward_model_that_two_processes_have_made_rewards_on_two(tiny, tmp_path):
-    """From its workdir, whose checkpoint each restores whole on its own devices."""
-    for split in ("train", "test"):
-        problems = untimed(tiny / f"{split}.jsonl")
-        pairs = [{"prompt": p["question"], "chosen": p["answer"], "rejected": "#### 0"} for p in problems]
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    made = tmp_path / "reward_model"
-    out = experiment(
-        "reward_model", f"--model={tiny / 'model'}", f"--workdir={made}", f"--data.train_file={tmp_path}/train.jsonl",
-        f"--data.test_file={tmp_path}/test.jsonl", "--train.steps=1", "--train.batch=4",
-        "--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=0", "--policy.compute_dtype=float32",
-    )  # fmt: skip
-    assert "the reward model is in" in out
-    assert {"export", "reliability.json", "reliability.png", "summary.json"} <= {path.name for path in made.iterdir()}
-    out = experiment("gsm8k", *flags_of(tiny, tmp_path / "run"), f"--reward_model.directory={made}")
-    assert f"reward model: {made}, " in out
-    ((key, said),) = scores_of(tmp_path / "run", "reward_model").items()
+    assert shapes(workdir / "export") == shapes(tiny / "model")
+    ((key, said),) = scores_of(workdir, "reward_model").items()
     assert (key, len(said)) == ((0, 0), 8)
     assert len({*said}) > 4
-    metrics = untimed(tmp_path / "run" / "metrics.jsonl")[-1]
+    metrics = untimed(workdir / "metrics.jsonl")[-1]
     assert metrics["rewards/reward_model/mean"] == pytest.approx(np.mean(said), abs=1e-6)
     assert metrics["reward"] == pytest.approx(metrics["rewards/flexible/mean"] + np.mean(said), abs=1e-5)
 

@@ -135,8 +135,8 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bits(straight, tmp_path):
 def test_two_processes_do_the_same_to_rounding(straight, tmp_path):
     """Each asks the reward model about its own texts, on its own devices; it was trained on those of both."""
     flags = [
-        *TINY, f"--workdir={tmp_path}/two", "--iterations=1", "--mesh.fsdp=2", "--mesh.tensor=2", "--rollout.prompts=16",
-        "--train.steps=1",
+        *TINY, f"--workdir={tmp_path}/two", "--iterations=1", "--mesh.fsdp=2", "--mesh.tensor=2",
+        "--rollout.prompts=16", "--train.steps=1",
     ]  # fmt: skip
     command = lambda address: ("-m", "experiments.rlhf", f"--distributed={address}", *flags)
     (status, out, err), (other, _, error) = started(2, command)
