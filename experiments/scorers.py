@@ -43,7 +43,8 @@ class OpenedScorer:
 
     def __init__(self, config: RewardModelConfig, mesh: Mesh):
         """Raises ValueError where there is none that fits. Of several processes each holds one: `hosts.own_mesh`."""
-        self._config, self._mesh, given = config, hosts.own_mesh(mesh), pathlib.Path(config.directory)
+        self._config, self._all, given = config, mesh, pathlib.Path(config.directory)
+        self._mesh = hosts.own_mesh(mesh)
         self._workdir = given if (given / "checkpoints").is_dir() else None
         place = given if self._workdir is None else given / "model"
         model = pretrained.read_config(place, compute_dtype=config.compute_dtype)
@@ -76,11 +77,12 @@ class OpenedScorer:
         if self._workdir is None:
             return pretrained.load(self._given, self._mesh)
         saved = runs.saved_configuration(self._workdir)
-        state = phases.restored(
-            self._workdir, None, policy=self.policy, model=self.model, mesh=self._mesh,
+        # On the devices of all, for the optimizer's state comes with it.
+        params = phases.restored(
+            self._workdir, None, policy=make_policy(self.model, self._all), model=self.model, mesh=self._all,
             optimizer=phases.optimizer_of(saved), objective=objectives.supervised(),
-        )  # fmt: skip
-        return state.params
+        ).params  # fmt: skip
+        return hosts.moved(params, sharding.shardings(*abstract_params(self.model), self._mesh))
 
     def reward(self, tokenizer: Tokenizer, held: int = 0) -> Reward:
         """The reward named `reward_model`; whether tokens or text go to it is said.

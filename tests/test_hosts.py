@@ -216,7 +216,7 @@ def tiny(place):
 def test_experiments_on_two_processes(tiny, tmp_path):
     """The flag, on the command line of a user: one of them speaks and writes, and what has learned is exported.
 
-    The reward model comes from its workdir, whose checkpoint each process restores whole, on its own devices.
+    The reward model comes from its workdir, whose checkpoint is read onto the devices of all and then moved.
     """
     made, workdir = tiny / "reward_model", tmp_path / "run"
     assert {"export", "reliability.json", "reliability.png", "summary.json"} <= {path.name for path in made.iterdir()}
