@@ -52,8 +52,8 @@ class Reward:
     # or None a completion, as the functions said them (of steps, their sum), with `failed`, where nobody knows it.
     after: tuple[str, ...] = ()
     # Its function runs programs on the device (`model.ModelReward`): where there is one like that, nothing is scored
-    # while the device samples, for two threads would run programs at once, in memory that is meant for one, and in an
-    # order that of several processes (`hosts.own_mesh`) no two devices need have in common.
+    # while the device samples, for two threads would run programs at once, in memory that is meant for one, and in no
+    # one order on all devices of a process, on which `hosts.own_mesh` relies.
     on_device: bool = False
 
     def __post_init__(self) -> None:
