@@ -17,10 +17,11 @@ from grpo_jax import objectives, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.evaluation import Evaluator
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.rewards import Reward
-from grpo_jax.rollouts import Demonstrations, GroupRollouts, surplus_of
+from grpo_jax.rollouts import GroupRollouts, surplus_of
 from grpo_jax.sampler import Sampler
 from grpo_jax.types import TrainState
 

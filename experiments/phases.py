@@ -12,12 +12,13 @@ from grpo_jax import loop, objectives, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.compiling import Lowering, compile_all
 from grpo_jax.debugging import naming_nans
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.evaluation import Evaluator
 from grpo_jax.models import lora as lora_lib
 from grpo_jax.models import peft
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.transformer import TransformerConfig
-from grpo_jax.rollouts import Demonstrations, GroupRollouts
+from grpo_jax.rollouts import GroupRollouts
 from grpo_jax.types import Policy, Surplus, TrainState
 
 __all__ = ["optimizer_of", "phase", "restored"]

@@ -17,12 +17,13 @@ from experiments.rlhf_task import PROMPT_TOKENS, TOKENIZER, demonstration, prefe
 from grpo_jax import hosts, objectives, reward_model, sharding, training
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.microbatches import frozen_logprobs, pack_microbatches
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.preferences import Pair, PairEvaluator, PairExperience
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.model import ModelReward, Scorer
-from grpo_jax.rollouts import Demonstrations, Experience, GroupRollouts, RolloutConfig
+from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import Journal, completion_texts
 from grpo_jax.telemetry import WorkdirError, read_jsonl, write_atomically

@@ -17,9 +17,10 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, runs, tasks
 from experiments.flags import section
-from grpo_jax import loop, objectives, profiling, rollouts, sharding, training
+from grpo_jax import loop, objectives, profiling, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.models import lora, pretrained
 
 
@@ -93,10 +94,10 @@ class Experiment(tasks.Opened):
         if not self.prompts:
             raise ValueError(f"no solution has fewer than train.max_tokens={train.max_tokens} tokens: raise it.")
 
-    def demonstrations(self) -> rollouts.Demonstrations:
+    def demonstrations(self) -> Demonstrations:
         """Problems and their published solutions, in their order by seed."""
         train, source = self.config["train"], sources.shuffled(self.prompts, self.config["train"].seed)
-        return rollouts.Demonstrations(
+        return Demonstrations(
             source=lambda cursor: (source(cursor).text, source(cursor).columns["solution"]), tokenizer=self.tokenizer,
             batch=train.batch, max_prompt_tokens=self.config["data"].max_prompt_tokens, max_tokens=train.max_tokens,
             end_id=self.task.end_id,

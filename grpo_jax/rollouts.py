@@ -13,7 +13,6 @@ import numpy as np
 from grpo_jax import hosts, sharding
 from grpo_jax.compiling import Lowering
 from grpo_jax.data.sources import Prompt, Source
-from grpo_jax.data.tokenizer import Tokenizer, pad
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.objectives import Objective
 from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
@@ -35,7 +34,6 @@ from grpo_jax.training import train_batch
 from grpo_jax.types import Groups, PyTree, Rollout, SamplingParams, Surplus, TrainBatch, TrainState
 
 __all__ = [
-    "Demonstrations",
     "Experience",
     "GroupRollouts",
     "RolloutConfig",
@@ -423,45 +421,3 @@ class GroupRollouts:
         penalties = self.objective.reward_kl_coef * kl
         means = {"kl": kl.sum() / host.mask.sum(), "reward/kl_penalty": penalties.sum(axis=1).mean()}
         return penalties, {name: float(value) for name, value in means.items()}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Demonstrations:
-    """Supervised experience: prompts with the completions to learn, from the state's cursor on; nothing is sampled."""
-
-    source: Callable[[int], tuple[str, str]]  # prompt and completion at a cursor
-    tokenizer: Tokenizer
-    batch: int  # demonstrations a step
-    max_prompt_tokens: int
-    max_tokens: int  # of a completion, its end included
-    end_id: int  # what ends a completion
-
-    def lowerings(self, state: TrainState, train_step: Any) -> list[Lowering]:
-        """The train step of its batch, of a state or its shapes and places."""
-        array = lambda dtype, *columns: jax.ShapeDtypeStruct((self.batch, *columns), dtype)
-        tokens = lambda dtype: (array(dtype, self.max_prompt_tokens), array(dtype, self.max_tokens))
-        (prompts, texts), (prompt_mask, mask) = tokens(np.int32), tokens(bool)
-        batch = TrainBatch(
-            prompt_tokens=prompts, prompt_mask=prompt_mask, completion_tokens=texts, mask=mask,
-            advantages=array(np.float32), sampler_logprobs=None, temperature=array(np.float32),
-        )  # fmt: skip
-        return [lambda: train_step.lower(state, batch)]
-
-    def __call__(self, state: TrainState, journal: Journal, interrupt: Callable[[], None]) -> Experience:
-        """The next demonstrations.
-
-        Raises:
-          ValueError: one is too long.
-        """
-        del journal, interrupt
-        encode, cursor = self.tokenizer.encode, int(state.cursor)
-        pairs = [self.source(i) for i in range(cursor, cursor + self.batch)]
-        end = [self.end_id]
-        prompts, prompt_mask = pad([encode(prompt) for prompt, _ in pairs], self.max_prompt_tokens)
-        texts, mask = pad([encode(text, continues=True) + end for _, text in pairs], self.max_tokens)
-        batch = TrainBatch(
-            prompt_tokens=prompts, prompt_mask=prompt_mask, completion_tokens=texts, mask=mask,
-            advantages=np.ones(self.batch, np.float32), sampler_logprobs=None,
-            temperature=np.ones(self.batch, np.float32),
-        )  # fmt: skip
-        return Experience(batch=batch, prompts_consumed=self.batch, train_tokens=int(prompt_mask.sum() + mask.sum()))

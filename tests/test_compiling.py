@@ -14,10 +14,11 @@ from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.compiling import compile_all
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.rewards import Reward
-from grpo_jax.rollouts import Demonstrations, GroupRollouts, RolloutConfig
+from grpo_jax.rollouts import GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from tests.compilations import Compilations
 
