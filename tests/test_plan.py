@@ -50,6 +50,22 @@ def test_what_a_device_holds_is_what_programs_are_given():
     assert not list(plan.compiled(planned, ("reference",)))
 
 
+def test_what_waits_between_steps_and_what_an_objective_asks_of_the_batch_are_counted():
+    """Of process supervision an advantage a token; with dynamic sampling the groups that wait, with the rewards of their tokens."""
+    rollout = dataclasses.replace(config()["rollout"], max_waves=2)
+    planned = plan.Planned(
+        CONFIG,
+        config(rollout=rollout, loss=plan.LossConfig(objective="grpo_process", kl_coef=0.0)),
+        jax.devices(),
+        None,
+    )
+    waiting = (8 * 8 * 5 + 32 * (16 * 13 + 1) + 8 * 4 * 4 + 32 * 16 * 4) // 4 + 4
+    assert planned.held["groups that wait"] == waiting
+    ((_, said, _),) = plan.compiled(planned, ("train",))
+    batch = 32 * (8 * 5 + 16 * 9 + 16 * 4 + 4) // 4
+    assert said["arguments"] == sum(planned.held.values()) + 3 * 4 + batch
+
+
 def test_a_model_is_a_shape_or_a_directory(tmp_path):
     policy = tasks.ModelConfig(attention="splash")
     of_shape = plan.model_of("qwen2.5-0.5b", policy)
