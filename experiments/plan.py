@@ -185,7 +185,9 @@ class Planned:
     def work(self) -> dict[str, floors.Work]:
         """What the parts of a step need at least, all completions full."""
         c, rollout, update = self.model, self.config["rollout"], self.config["update"]
-        plan = self.sampler.plan(self.state.params, rollout.prompts)
+        plan, own = self.sampler.plan(self.state.params, rollout.prompts), self.config["lora"]
+        base_bytes = jnp.dtype(own.base_dtype).itemsize
+        adapters = floors.Adapters(rank=own.rank, targets=own.targets, base_bytes=base_bytes) if own.rank else None
         count, _ = sampling.chunks(
             plan.prompts, rollout.max_prompt_tokens, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         )
@@ -193,8 +195,9 @@ class Planned:
             prompt_tokens=rollout.max_prompt_tokens, max_tokens=rollout.max_tokens,
             lengths=np.full((rollout.prompts, rollout.group_size), rollout.max_tokens), slots=plan.slots, chunks=count,
             waves=rollout.prompts // plan.prompts, epochs=update.epochs, minibatches=update.minibatches,
-            microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat == "full",
-            compute_bytes=jnp.dtype(c.compute_dtype).itemsize, cache_bytes=jnp.dtype(c.decoding_dtype).itemsize,
+            microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat,
+            adapters=adapters, compute_bytes=jnp.dtype(c.compute_dtype).itemsize,
+            cache_bytes=jnp.dtype(c.decoding_dtype).itemsize,
             sampler_bytes=1 if c.sampler_dtype == "int8" else jnp.dtype(c.decoding_dtype).itemsize,
         )  # fmt: skip
         sizes = {field.name: getattr(c, field.name) for field in dataclasses.fields(floors.Model)}
