@@ -83,11 +83,11 @@ SECTIONS: dict[str, type[Any]] = {
 class Experiment(games.Experiment):
     """The puzzles' pieces."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], *, debug_nans: bool = False):
         """Raises RewardError where programs cannot be isolated."""
         self.judge = judges.CodeReward(config["code"])
         strict = Reward(name="accuracy", function=self.judge.strict())
-        super().__init__(config, Puzzles, strict, (Reward(name="tests", function=self.judge),))
+        super().__init__(config, Puzzles, strict, (Reward(name="tests", function=self.judge),), debug_nans=debug_nans)
 
 
 def main(given: games.Given, argv: list[str]) -> None:
@@ -101,9 +101,8 @@ def main(given: games.Given, argv: list[str]) -> None:
         config = games.configuration(makers, Puzzles.tokenizer, saved, given.reward.value)
         profile = profiling.steps_of(given.profile.value, config["train"].steps)
         print(runs.cache_compilations(given.cache.value), flush=True)
-        experiment = Experiment(config)
+        experiment = Experiment(config, debug_nans=given.debug_nans.value)
         experiment.check()
-        sections.check_debugging(given.debug_nans.value, experiment.mesh)
         if not given.eval_only.value:
             print(experiment.check_rewards(workdir), end="", flush=True)
     except RewardError:
@@ -114,17 +113,15 @@ def main(given: games.Given, argv: list[str]) -> None:
         games.evaluate_only(experiment, workdir, given.eval_step.value)
         return
     loop.open_workdir(workdir, runs.as_json(config))
-    run(experiment, workdir, profile, given.debug_nans.value)
+    run(experiment, workdir, profile)
 
 
-def run(
-    experiment: Experiment, workdir: pathlib.Path, profile: range = range(0), debug_nans: bool = False
-) -> None:  # fmt: skip
+def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)) -> None:
     """A warm start, GRPO, and what came of it."""
     config = experiment.config
     params = games.warmed(experiment, workdir)
     print(description(experiment, workdir), end="", flush=True)
-    rows = experiment.train(params, workdir, config["loss"].objective, profile, debug_nans)
+    rows = experiment.train(params, workdir, config["loss"].objective, profile)
     summary = runs.summary(workdir, rows, config["train"].seed, footprint.parameters(config["model"]))
     runs.finish(workdir, rows, summary, "Programming puzzles")
     print(

@@ -86,9 +86,9 @@ def configuration(workdir: pathlib.Path) -> dict[str, Any]:
 class Experiment(games.Experiment):
     """Countdown's pieces."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], *, debug_nans: bool = False):
         form = Reward(name="format", function=countdown_format, weight=config["train"].format_reward)
-        super().__init__(config, Countdown, ACCURACY, (ACCURACY, form))
+        super().__init__(config, Countdown, ACCURACY, (ACCURACY, form), debug_nans=debug_nans)
 
 
 def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
@@ -167,9 +167,8 @@ def main(argv: list[str]) -> None:
         if DETERMINISTIC.value:
             print(runs.said_of_deterministic(), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
-        experiment = Experiment(config)
+        experiment = Experiment(config, debug_nans=DEBUG_NANS.value)
         experiment.check()
-        sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
         if not EVAL_ONLY.value:
             print(experiment.check_rewards(workdir), end="", flush=True)
     except RewardError:
@@ -194,7 +193,7 @@ def main(argv: list[str]) -> None:
         end="",
         flush=True,
     )
-    rows = experiment.train(params, workdir, config["loss"].objective, profile, DEBUG_NANS.value)
+    rows = experiment.train(params, workdir, config["loss"].objective, profile)
     summary = runs.summary(workdir, rows, config["train"].seed, parameters)
     curves = {"GRPO": rows}
     if BASELINES.value:

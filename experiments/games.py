@@ -122,10 +122,14 @@ class Experiment:
     """The pieces of one configuration, built once and shared by the phases of the run."""
 
     def __init__(
-        self, config: dict[str, Any], make_task: Callable[[Any, int], Task], judge: Reward, rewards: Sequence[Reward]
-    ):
-        """`make_task` of the section `task` and a seed; `judge` says right or wrong, `rewards` train."""
-        self.config, self.make_task = config, make_task
+        self, config: dict[str, Any], make_task: Callable[[Any, int], Task], judge: Reward, rewards: Sequence[Reward],
+        *, debug_nans: bool = False,
+    ):  # fmt: skip
+        """`make_task` of the section `task` and a seed; `judge` says right or wrong, `rewards` train.
+
+        `debug_nans`: as `phases.phase` says, in every phase.
+        """
+        self.config, self.make_task, self.debug_nans = config, make_task, debug_nans
         train, rollout = self.config["train"], self.config["rollout"]
         self.mesh = sharding.make_mesh(self.config["mesh"])
         self.policy = make_policy(self.config["model"], self.mesh)
@@ -157,6 +161,7 @@ class Experiment:
 
     def check(self) -> None:
         """Raises ValueError where sizes do not fit together, before anything expensive starts."""
+        experiment_flags.check_debugging(self.debug_nans, self.mesh)
         rollout = self.config["rollout"]
         training.check_divides(rollout.prompts * rollout.group_size, self.config["update"], self.mesh)
         training.check_reference(self.objective, self.config["update"], self.policy)
@@ -186,11 +191,11 @@ class Experiment:
     def run(self, params: Any, **options: Any) -> tuple[TrainState, list[dict[str, Any]]]:
         """One phase from `params`, with the options of `phases.phase`."""
         config, shared = self.config, {"policy": self.policy, "mesh": self.mesh, "key": self.key}
-        shared |= {"model": config["model"], "checkpoints": config["checkpoints"]}
+        shared |= {"model": config["model"], "checkpoints": config["checkpoints"], "debug_nans": self.debug_nans}
         return phases.phase(lambda: params, **{**shared, **options})
 
     def train(
-        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0), debug_nans: bool = False
+        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0)
     ) -> list[dict[str, Any]]:  # fmt: skip
         """The phase with the objective that the flags name, from `params`: its log."""
         config = self.config
@@ -199,7 +204,6 @@ class Experiment:
             optimizer=config["optimizer"], update=config["update"], steps=config["train"].steps,
             evaluator=self.evaluator, evaluate_every=config["evaluation"].every,
             samples_every=config["train"].samples_every, surplus=self.surplus, profile=profile,
-            debug_nans=debug_nans,
         )  # fmt: skip
         return rows
 
@@ -272,9 +276,12 @@ def demonstrations(task: Task, batch: int) -> Demonstrations:
     )  # fmt: skip
 
 
-def supervised_optimizer(config: WarmStartConfig, decay: str) -> training.OptimizerConfig:
-    """Of a warm start."""
-    return training.OptimizerConfig(learning_rate=config.learning_rate, warmup_steps=100, decay=decay)
+def supervised_optimizer(config: Mapping[str, Any], decay: str) -> training.OptimizerConfig:
+    """Of a warm start, from the sections; it gives up where GRPO's does."""
+    return training.OptimizerConfig(
+        learning_rate=config["warm_start"].learning_rate, warmup_steps=100, decay=decay,
+        max_skipped=config["optimizer"].max_skipped,
+    )  # fmt: skip
 
 
 def warmed(experiment: Experiment, workdir: pathlib.Path) -> Any:
@@ -283,7 +290,7 @@ def warmed(experiment: Experiment, workdir: pathlib.Path) -> Any:
     state, _ = experiment.run(
         init_params(experiment.config["model"], jax.random.key(config.seed)), objective=objectives.supervised(),
         experience=demonstrations(experiment.make_task(experiment.config["task"], config.seed), config.batch),
-        workdir=workdir / "warm_start", title="warm start", optimizer=supervised_optimizer(config, "cosine"),
+        workdir=workdir / "warm_start", title="warm start", optimizer=supervised_optimizer(experiment.config, "cosine"),
         update=training.UpdateConfig(), steps=config.steps, checkpoints=CheckpointConfig(every=1000),
     )  # fmt: skip
     return state.params

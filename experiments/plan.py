@@ -28,6 +28,7 @@ from experiments import chips, collectives, footprint, runs, tasks
 from experiments import flags as sections
 from experiments.flags import section
 from grpo_jax import floors, objectives, rollouts, sampling, sharding, training
+from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models import lora, pretrained
 from grpo_jax.models.shapes import SHAPES, shape
@@ -35,7 +36,6 @@ from grpo_jax.models.transformer import TransformerConfig, make_policy
 from grpo_jax.optimizers import HOST
 from grpo_jax.sampler import Sampler
 from grpo_jax.telemetry import write_atomically
-from grpo_jax.types import TrainBatch
 
 __all__ = ["PROGRAMS", "Planned", "compiled", "model_of", "needs"]
 
@@ -110,30 +110,42 @@ class Planned:
         training.check_divides(self.completions, update, self.mesh)
         runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
         self.optimizer, _ = training.make_optimizer(config["optimizer"], 100)
+        sizes = {"max_tokens": rollout.max_tokens, "max_prompt_tokens": rollout.max_prompt_tokens}
         self.state = training.abstract_train_state(
             self.policy, lora.abstract(model, config["lora"])[0], self.optimizer, self.objective, self.mesh,
-            offload=config["optimizer"].offload,
+            rollouts.surplus_of(rollout, self.objective, **sizes), config["optimizer"].offload,
         )  # fmt: skip
         copies = footprint.copies_held(self.policy, self.state.params, config["optimizer"], config["loss"])
         self.sampler = Sampler(
-            self.policy, self.mesh, ByteTokenizer(), group_size=rollout.group_size, max_tokens=rollout.max_tokens,
-            max_prompt_tokens=rollout.max_prompt_tokens, key=jax.random.key(0), slots=rollout.slots,
-            memory=2**62 if memory is None else int(memory), copies=copies,
+            self.policy, self.mesh, ByteTokenizer(), group_size=rollout.group_size, key=jax.random.key(0),
+            slots=rollout.slots, memory=2**62 if memory is None else int(memory), copies=copies, **sizes,
+        )  # fmt: skip
+        # Of which only shapes are asked: no prompt, and no reward.
+        self.experience = rollouts.GroupRollouts(
+            sampler=self.sampler, source=lambda i: Prompt(text=""), rewards=(), config=rollout,
+            objective=self.objective,
+            reference_logprobs=training.make_reference_logprobs(self.policy, update, self.mesh),
         )  # fmt: skip
 
     @functools.cached_property
     def held(self) -> dict[str, int]:
-        """Bytes of a device that the run holds at every moment, without what lies in the host's memory."""
+        """Bytes of a device that the run holds at every moment, without what lies in the host's memory.
+
+        With dynamic sampling also the groups that wait for the next step; but not those of the waves before the one
+        that is sampled, which are some 13 bytes a token of a completion too, split over the devices.
+        """
 
         def size(tree: Any) -> int:
             leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
             return sum(int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in leaves)
 
         state = self.state
+        waiting = {} if state.surplus is None else {"groups that wait": size(state.surplus)}
         return {
             "parameters": size(state.params),
             "reference": size(state.reference),
             "optimizer": size(state.opt_state),
+            **waiting,
         }
 
     @functools.cached_property
@@ -153,32 +165,18 @@ class Planned:
             "caches of completions": cache(rows, width, rollout.max_tokens),
         }
 
-    def _each(self, dtype: Any, *columns: int) -> jax.ShapeDtypeStruct:
-        shape = self.completions, *columns
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
-
     def train(self) -> Any:
-        """The compiled train step, which is given the reference's log-probabilities, as a run gives them."""
-        rollout, key = self.config["rollout"], jax.random.key(0)
-        before, after = (rollout.max_prompt_tokens,), (rollout.max_tokens,)
-        of_reference = self._each(jnp.float32, *after) if self.objective.reference_in_loss else None
-        batch = TrainBatch(
-            prompt_tokens=self._each(jnp.int32, *before), prompt_mask=self._each(bool, *before),
-            completion_tokens=self._each(jnp.int32, *after), mask=self._each(bool, *after),
-            advantages=self._each(jnp.float32), sampler_logprobs=self._each(jnp.float32, *after),
-            temperature=self._each(jnp.float32), ref_logprobs=of_reference,
-        )  # fmt: skip
-        step = training.make_train_step(
-            self.policy, self.optimizer, self.objective, self.config["update"], like=self.state, key=key
+        """The compiled train step, of the batch that a run gives it."""
+        step: Any = training.make_train_step(
+            self.policy, self.optimizer, self.objective, self.config["update"], like=self.state, key=jax.random.key(0)
         )
-        return step.lower(self.state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+        return step.lower(self.state, self.experience.abstract_batch()).compile()
 
     def reference(self) -> Any:
         """The compiled pass of the reference."""
         sampled = self.sampler.abstract_rollout(self.config["rollout"].prompts)
-        logprobs = training.make_reference_logprobs(self.policy, self.config["update"], self.mesh)
-        lowered = logprobs.lower(rollouts.reference_of(self.state), sampled, 1.0)  # pyright: ignore[reportFunctionMemberAccess]
-        return lowered.compile()
+        logprobs: Any = self.experience.reference_logprobs
+        return logprobs.lower(rollouts.reference_of(self.state), sampled, 1.0).compile()
 
     def sample(self) -> tuple[Any, Any]:
         """The compiled prefill, and a compiled chunk of decoding."""
@@ -187,7 +185,9 @@ class Planned:
     def work(self) -> dict[str, floors.Work]:
         """What the parts of a step need at least, all completions full."""
         c, rollout, update = self.model, self.config["rollout"], self.config["update"]
-        plan = self.sampler.plan(self.state.params, rollout.prompts)
+        plan, own = self.sampler.plan(self.state.params, rollout.prompts), self.config["lora"]
+        base_bytes = jnp.dtype(own.base_dtype).itemsize
+        adapters = floors.Adapters(rank=own.rank, targets=own.targets, base_bytes=base_bytes) if own.rank else None
         count, _ = sampling.chunks(
             plan.prompts, rollout.max_prompt_tokens, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         )
@@ -195,8 +195,9 @@ class Planned:
             prompt_tokens=rollout.max_prompt_tokens, max_tokens=rollout.max_tokens,
             lengths=np.full((rollout.prompts, rollout.group_size), rollout.max_tokens), slots=plan.slots, chunks=count,
             waves=rollout.prompts // plan.prompts, epochs=update.epochs, minibatches=update.minibatches,
-            microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat == "full",
-            compute_bytes=jnp.dtype(c.compute_dtype).itemsize, cache_bytes=jnp.dtype(c.decoding_dtype).itemsize,
+            microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat,
+            adapters=adapters, compute_bytes=jnp.dtype(c.compute_dtype).itemsize,
+            cache_bytes=jnp.dtype(c.decoding_dtype).itemsize,
             sampler_bytes=1 if c.sampler_dtype == "int8" else jnp.dtype(c.decoding_dtype).itemsize,
         )  # fmt: skip
         sizes = {field.name: getattr(c, field.name) for field in dataclasses.fields(floors.Model)}
@@ -254,11 +255,12 @@ def compiled(planned: Planned, programs: tuple[str, ...] = PROGRAMS) -> Iterator
 def _beside(name: str, planned: Planned) -> int:
     """Bytes of what a run holds while a program runs, beside the program's arguments."""
     held = planned.held
+    always = sum(held.values())
     return {
         "train": 0,  # takes the whole state
-        "reference": held["parameters"] + held["optimizer"],
-        "start": held["reference"] + held["optimizer"],
-        "decode": sum(held.values()),
+        "reference": always - (held["reference"] or held["parameters"]),  # of adapters it is in the parameters
+        "start": always - held["parameters"],
+        "decode": always,
     }[name]
 
 

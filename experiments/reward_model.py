@@ -124,6 +124,7 @@ MODEL = flags.DEFINE_string(
 PROFILE = sections.profile()
 CACHE = sections.compilation_cache()
 DISTRIBUTED = sections.distributed()
+DEBUG_NANS = sections.debug_nans()
 SECTIONS: dict[str, type[Any]] = {
     "policy": ModelConfig,
     "data": DataConfig,
@@ -204,6 +205,7 @@ def main(argv: list[str]) -> None:
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(given, workdir), config)
+        sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
     except ValueError as error:
         sys.exit(f"error: {error}")
     train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.pairs)
@@ -220,7 +222,7 @@ def main(argv: list[str]) -> None:
         experience=experiment.experience(), workdir=workdir, title="reward model", optimizer=config["optimizer"],
         update=training.UpdateConfig(), steps=train.steps, checkpoints=config["checkpoints"],
         evaluator=experiment.evaluator, evaluate_every=config["evaluation"].every, make_step=experiment.make_step,
-        profile=profile,
+        profile=profile, debug_nans=DEBUG_NANS.value,
     )  # fmt: skip
     export = runs.export(workdir, state.params, experiment.model, {"pad_token_id": experiment.pad_id})
     bins = experiment.evaluator.bins(state.params)

@@ -38,6 +38,7 @@ ITERATIONS = flags.DEFINE_integer(
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Of everything; each is a run of its own in WORKDIR/seedN.")
 CACHE = sections.compilation_cache()
 DISTRIBUTED = sections.distributed()
+DEBUG_NANS = sections.debug_nans()
 SECTIONS: dict[str, type[Any]] = {
     "model": rlhf_run.ModelConfig,
     "warm_start": rlhf_run.SupervisedConfig,
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         seeds = sections.seeds_of(SEEDS.value)
         print(runs.cache_compilations(CACHE.value), flush=True)
-        experiments = {seed: rlhf_run.Experiment(config, seed) for seed in seeds}
+        experiments = {seed: rlhf_run.Experiment(config, seed, debug_nans=DEBUG_NANS.value) for seed in seeds}
     except ValueError as error:
         sys.exit(f"error: {error}")
     # Seeds may be added later.

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import phases, runs
+from experiments.flags import check_debugging
 from experiments.rlhf_task import PROMPT_TOKENS, TOKENIZER, demonstration, prefers_first, prompt, rule
 from grpo_jax import hosts, objectives, reward_model, sharding, training
 from grpo_jax.data import sources
@@ -147,10 +148,12 @@ ARMS = {"without KL": 0.0, "with KL": 1.0}  # what kl_coef is multiplied by
 class Experiment:
     """The pieces of one configuration and seed, shared by the phases of the run."""
 
-    def __init__(self, config: dict[str, Any], seed: int):
+    def __init__(self, config: dict[str, Any], seed: int, *, debug_nans: bool = False):
         """Raises ValueError where the pieces do not fit together."""
         self.config, self.seed, self.mesh = config, seed, sharding.make_mesh(config["mesh"])
         hosts.check_mesh(self.mesh)
+        check_debugging(debug_nans, self.mesh)
+        self.debug_nans = debug_nans
         rollout, self.model = config["rollout"], config["model"].transformer
         self.scored = dataclasses.replace(self.model, score=True)
         self.policy, self.judge = make_policy(self.model, self.mesh), make_policy(self.scored, self.mesh)
@@ -189,8 +192,16 @@ class Experiment:
         shared = {
             "policy": self.policy, "model": self.model, "mesh": self.mesh, "key": self.key,
             "update": training.UpdateConfig(), "checkpoints": self.config["checkpoints"],
+            "debug_nans": self.debug_nans,
         }  # fmt: skip
         return phases.phase(lambda: params, **{**shared, **options})
+
+    def _optimizer(self, learning_rate: float) -> training.OptimizerConfig:
+        """Of what is supervised; it gives up where GRPO's does."""
+        return training.OptimizerConfig(
+            learning_rate=learning_rate, warmup_steps=20, decay="cosine",
+            max_skipped=self.config["optimizer"].max_skipped,
+        )  # fmt: skip
 
     def warm_start(self, workdir: pathlib.Path) -> PyTree:
         """The policy before anything was preferred."""
@@ -201,7 +212,7 @@ class Experiment:
         )  # fmt: skip
         state, _ = self.phase(
             init_params(self.model, self.key), objective=objectives.supervised(), experience=experience,
-            workdir=workdir, title="warm start", optimizer=_optimizer(config.learning_rate), steps=config.steps,
+            workdir=workdir, title="warm start", optimizer=self._optimizer(config.learning_rate), steps=config.steps,
         )  # fmt: skip
         return state.params
 
@@ -266,7 +277,7 @@ class Experiment:
         state, log = self.phase(
             params, policy=self.judge, model=self.scored, objective=objectives.supervised(),
             experience=PairExperience(source=sources.shuffled(_pairs(new), self.seed), batch=config.batch),
-            workdir=workdir, title="reward model", optimizer=_optimizer(config.learning_rate), steps=config.steps,
+            workdir=workdir, title="reward model", optimizer=self._optimizer(config.learning_rate), steps=config.steps,
             evaluator=PairEvaluator(self.scorer, _pairs(held_out)),
             make_step=make_step,
         )  # fmt: skip
@@ -380,10 +391,6 @@ class HeldOut:
         return {"eval/accuracy": accuracy, "eval/rule": float(np.mean(truth)), "eval/proxy": float(np.mean(proxy))}
 
     greedy = full
-
-
-def _optimizer(learning_rate: float) -> training.OptimizerConfig:
-    return training.OptimizerConfig(learning_rate=learning_rate, warmup_steps=20, decay="cosine")
 
 
 def _pairs(rows: Sequence[dict[str, Any]]) -> list[Pair]:

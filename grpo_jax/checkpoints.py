@@ -122,9 +122,17 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the highest metric, None where none was measured."""
-        measured = [c for c in self._checkpointer.checkpoints if _metric(c.metrics) > -1e30]
-        return max(measured, key=lambda c: (_metric(c.metrics), c.step)).step if measured else None
+        """The step with the highest metric, of those on disk; None where none was measured."""
+        metrics = {step: self._metric_of(step) for step in self.steps}
+        measured = {step: metric for step, metric in metrics.items() if metric is not None}
+        return max(measured, key=lambda step: (measured[step], step), default=None)
+
+    def _metric_of(self, step: int) -> float | None:
+        """As Orbax has written it; None where there is none, or it cannot be read."""
+        try:
+            return json.loads((self._directory / str(step) / "metrics" / "metrics").read_text())["metric"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def prepare(self, state: TrainState) -> None:
         """Compiles what `save` asks of a state, so that no checkpoint waits for it."""

@@ -28,15 +28,19 @@ def naming_nans(train_step: _Step) -> _Step:
       NotFiniteError: of the step that is returned: a step was skipped. It names the first operation that gave a NaN,
         its file and line.
     """
-    checked = jax.jit(checkify.checkify(train_step, errors=checkify.nan_checks))
+    return _NamingNans(train_step)
 
-    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Mapping[str, jax.Array]]:
-        error, (after, metrics) = checked(state, batch)
+
+class _NamingNans:
+    def __init__(self, train_step: _Step):
+        self._checked = jax.jit(checkify.checkify(train_step, errors=checkify.nan_checks))
+        self.lower = self._checked.lower  # of a jitted function, so that it is compiled beside the others
+
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Mapping[str, jax.Array]]:
+        error, (after, metrics) = self._checked(state, batch)
         if int(metrics["skipped"]):
             raise NotFiniteError(f"step {int(after.step)} is not finite: {_named(error)}")
         return after, metrics
-
-    return step
 
 
 def _named(error: checkify.Error) -> str:

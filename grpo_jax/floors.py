@@ -9,9 +9,13 @@ the three floors names what will limit the step.
     a product with a matrix: 2 FLOP a parameter and token; a token's attention in a layer: 4 H C seen(p)
     all-gather, reduce-scatter of S bytes over n      S (n - 1) / n a device; an all-reduce is both (rings)
 
+With adapters (LoRA) a layer has r (inputs + outputs) more of each matrix that has one, and only these train: of what
+is frozen a backward pass has no gradient, 4 FLOP a parameter and token in all and not 6, and nothing to reduce.
+
 A device's share: rows are split over data x fsdp, a layer's matrices and the vocabulary over tensor (keys and values
 too, where it divides their heads). Not counted are norms, biases, rotary positions, the choice of tokens, the FLOP of
-the optimizer, and what has a number or a few a token: floors are not to be reached, they are to rule out.
+the optimizer, adding adapters to their matrices for the sampler, and what has a number or a few a token: floors are
+not to be reached, they are to rule out.
 """
 
 import dataclasses
@@ -19,7 +23,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-__all__ = ["Layout", "Model", "Rates", "Step", "Work", "decode", "of_step", "prefill", "reference", "seen", "update"]
+__all__ = [
+    "Adapters",
+    "Layout",
+    "Model",
+    "Rates",
+    "Step",
+    "Work",
+    "decode",
+    "of_step",
+    "prefill",
+    "reference",
+    "seen",
+    "update",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +54,19 @@ class Model:
     windows: tuple[int, ...] = (0,)  # tokens that a layer's see; repeats over the layers; 0: all
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Of a layer: inputs and outputs of each, one of which is the width."""
+        query, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        return {
+            "query": (self.width, query), "key": (self.width, keys), "value": (self.width, keys),
+            "output": (query, self.width), "gate": (self.width, self.mlp_width), "up": (self.width, self.mlp_width),
+            "down": (self.mlp_width, self.width),
+        }  # fmt: skip
+
+    @property
     def layer(self) -> int:
         """Parameters of a layer's matrices."""
-        return self.width * (self.head_width * 2 * (self.heads + self.kv_heads) + 3 * self.mlp_width)
+        return sum(inputs * outputs for inputs, outputs in self.matrices.values())
 
     @property
     def body(self) -> int:
@@ -77,6 +104,31 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """What alone trains, as in `LoraConfig`."""
+
+    rank: int  # r
+    targets: tuple[str, ...]  # names of `Model.matrices`
+    base_bytes: int = 4  # of a number in what is frozen
+
+    def sides(self, model: Model, layout: Layout) -> tuple[float, float]:
+        """A device's parameters in all layers: on the side of the width, split over fsdp, and others, over tensor."""
+        others = sum(sum(model.matrices[name]) - model.width for name in self.targets)
+        ranks = model.layers * self.rank
+        return ranks * len(self.targets) * model.width / layout.fsdp, ranks * others / layout.tensor
+
+    def parameters(self, model: Model) -> float:
+        """In all layers."""
+        return sum(self.sides(model, Layout()))
+
+    def sums(self, remat: str, *, backward: bool) -> int:
+        """How often a pass adds up r numbers of a token over tensor, inside of a layer's adapters."""
+        summed = {*self.targets} & {"output", "down"}  # whose inputs are split over it; of others, outputs
+        again = {"full": summed, "dots": (), "none": summed & {"down"}}[remat]  # see `Step.kept`
+        return len(summed) + (len({*self.targets} - summed) + len(again) if backward else 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """A step's lengths, and how it is cut."""
 
@@ -90,7 +142,8 @@ class Step:
     minibatches: int = 1  # optimizer steps a pass
     microbatches: int = 1  # parts of a minibatch
     reference: bool = True  # a pass of a frozen model
-    remat: bool = True  # layers are computed again in the backward pass
+    remat: str = "full"  # what of a layer is computed again in the backward pass: none, dots or full
+    adapters: Adapters | None = None  # None: all parameters train
     compute_bytes: int = 2  # of a number in activations and products
     sampler_bytes: float = 2  # of a number in the sampler's weights
     cache_bytes: int = 2  # of a number in the sampler's caches
@@ -99,6 +152,28 @@ class Step:
     def columns(self) -> np.ndarray:
         """[P, G]: tokens of a prompt with its completion."""
         return self.prompt_tokens + self.lengths
+
+    @property
+    def base_bytes(self) -> int:
+        """Of a number in the parameters; adapters, and all where there are none, are float32."""
+        return self.adapters.base_bytes if self.adapters else 4
+
+    def kept(self, model: Model, tensor: int = 1) -> float:
+        """Numbers that a token leaves on a device in a layer, for the backward pass, by `transformer.REMAT`.
+
+        full: the layer's input. dots: and what products with weights make, but for the last, which goes into the next
+        layer's input; where a matrix has an adapter what both make, and what is inside of it. none: each sum once, and
+        what attention makes; what is elementwise can be made again.
+        """
+        if self.remat == "full":
+            return model.width
+        outputs = {name: size for name, (_, size) in model.matrices.items() if name != "down"}
+        made = {name: size if name == "output" else size / tensor for name, size in outputs.items()}
+        own = self.adapters or Adapters(rank=0, targets=())
+        inside, twice = own.rank * len(own.targets), sum(made.get(name, 0) for name in own.targets)
+        if self.remat == "none":  # the MLP's last product makes its input again in any case, see `_Block`
+            inside, twice = own.rank * len({*own.targets} - {"down"}), made["query"]
+        return model.width + sum(made.values()) + inside + twice
 
     @property
     def parts(self) -> float:
@@ -181,7 +256,7 @@ def prefill(model: Model, step: Step, layout: Layout = Layout()) -> Work:
     return Work(
         flop=flop / (shards * layout.tensor),
         memory={
-            "weights": step.waves * (4 * whole / layout.fsdp + step.sampler_bytes * whole)
+            "weights": step.waves * (step.base_bytes * whole / layout.fsdp + step.sampler_bytes * whole)
             + runs * step.sampler_bytes * body,
             "caches": float(step.cache_bytes * model.layers * model.cached * tokens / (shards * _split(model, layout))),
         },
@@ -230,63 +305,84 @@ def decode(model: Model, step: Step, layout: Layout = Layout(), weight_bytes: fl
     )
 
 
-def _passed(model: Model, step: Step, layout: Layout, *, backward: bool) -> dict[str, float]:
+def _passed(model: Model, step: Step, layout: Layout, *, backward: bool, adapted: bool = True) -> dict[str, float]:
     """What is sent in one pass over all completions: of logarithms of probabilities, or of their gradients too."""
+    own = step.adapters if adapted else None
     w, tensor, fsdp = step.compute_bytes, layout.tensor, layout.fsdp
     columns, lengths = (float(x.sum()) / (layout.data * fsdp) for x in (step.columns, step.lengths))
     states = lambda width: lengths * model.width * width  # of a device's completion tokens, which come to the head
     looked_up = columns * model.width * w
-    sums = 2 + (2 + step.remat if backward else 0)  # of what heads and hidden units add; remat leaves the last one out
+    again, whole = step.remat == "full", step.adapters is None
+    sums = 2 + (2 + again if backward else 0)  # of what heads and hidden units add; what is kept needs no second sum
     # The table lies split along the width, and the head takes it split by ids; its gradient goes the way back.
-    table = _gathered(4.0 * model.head / (tensor * fsdp), fsdp)
+    table = _gathered(float(step.base_bytes) * model.head / (tensor * fsdp), fsdp)
+    of_table = 1 + (step.parts + step.minibatches if backward and whole else 0)
     sent = {
         "weights over fsdp": step.parts * _gathered(model.body / tensor * w * (1 + backward), fsdp),
-        "embeddings over fsdp": _gathered(looked_up, fsdp) * (1 + backward),
+        "embeddings over fsdp": _gathered(looked_up, fsdp) * (1 + (backward and whole)),
         "embeddings over tensor": 2 * _gathered(looked_up, tensor),
         "activations over tensor": _over_tensor(model, step, layout, columns, sums),
-        "table over fsdp": table * (1 + (step.parts + step.minibatches if backward else 0)),
+        "table over fsdp": table * of_table,
         "tokens over fsdp": _gathered(states(w) * fsdp, fsdp),  # to the head
         "softmax over fsdp x tensor": 2
         * _gathered(4 * 4 * lengths * fsdp, fsdp * tensor),  # its maximum and three sums
     }
+    of_width, others = own.sides(model, Layout(tensor=tensor)) if own else (0.0, 0.0)
+    if own:
+        inside = own.sums(step.remat, backward=backward) * 2 * _gathered(columns * own.rank * w, tensor)
+        sent["activations over tensor"] += model.layers * inside
+        sent["weights over fsdp"] += step.parts * _gathered(of_width * w * (1 + backward), fsdp)
     if backward:
-        sent["gradients over fsdp"] = step.parts * _gathered(model.body / tensor * w, fsdp)  # as products make them
+        # As products make them: split where the parameters are, else summed.
+        split = model.body / tensor if whole else of_width
+        sent["gradients over fsdp"] = step.parts * (_gathered(split * w, fsdp) + 2 * _gathered(others * w, fsdp))
         sent["tokens over fsdp"] += _gathered(states(4) * fsdp, fsdp)
         sent["tokens over tensor"] = 2 * _gathered(states(4), tensor)
     return sent
 
 
-def reference(model: Model, step: Step, layout: Layout = Layout()) -> Work:
-    """The pass of a frozen model over all completions with their prompts."""
-    devices = layout.data * layout.fsdp * layout.tensor
-    flop = 2.0 * (model.body * step.columns.sum() + model.head * step.lengths.sum()) + _scores(model, 0, step.columns)
-    read = step.parts * step.compute_bytes * (model.body + model.head / layout.fsdp) / layout.tensor
+def _products(model: Model, step: Step, each: int, of_adapters: int) -> float:
+    """FLOP of all completions' tokens: so many products with each matrix, and with those of adapters."""
+    columns, lengths = float(step.columns.sum()), float(step.lengths.sum())
+    own = step.adapters.parameters(model) if step.adapters else 0.0
+    return 2 * (each * (model.body * columns + model.head * lengths) + of_adapters * own * columns)
+
+
+def _read(model: Model, step: Step, layout: Layout, adapted: bool = True) -> float:
+    """Bytes of weights that a device reads in a pass over its part of all completions."""
+    own = sum(step.adapters.sides(model, Layout(tensor=layout.tensor))) if step.adapters and adapted else 0.0
+    return step.parts * step.compute_bytes * ((model.body + model.head / layout.fsdp) / layout.tensor + own)
+
+
+def reference(model: Model, step: Step, layout: Layout = Layout(), *, adapted: bool = False) -> Work:
+    """The pass of a frozen model over all completions with their prompts; `adapted`: with its adapters, if any."""
+    flop = _products(model, step, 1, int(adapted)) + _scores(model, 0, step.columns)
     return Work(
-        flop=float(flop) / devices,
-        memory={"weights": float(read)},
-        interconnect=_passed(model, step, layout, backward=False),
+        flop=flop / (layout.data * layout.fsdp * layout.tensor),
+        memory={"weights": _read(model, step, layout, adapted)},
+        interconnect=_passed(model, step, layout, backward=False, adapted=adapted),
     )
 
 
 def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
     """Forward and backward pass over all completions, and Adam; what is computed twice does not count as FLOP.
 
-    Of memory: weights at each pass over them (forward, again with remat, backward), gradients that are added up, what
-    Adam reads and writes (parameters, two moments, the gradient), and the layers' inputs, written once and read once.
+    A product with a matrix is one forward, and backward one for the gradient of what went in and, if it trains, one for
+    its own. Of memory: weights at each pass over them (forward, again where all is computed again, backward), gradients
+    that are added up, what Adam reads and writes (of what trains the parameters, two moments, the gradient), and what
+    layers keep for the backward pass (`Step.kept`), written once and read once.
     """
-    shards, e = layout.data * layout.fsdp, step.epochs
-    own = 4.0 * model.parameters / (layout.fsdp * layout.tensor)  # bytes of a device's float32 parameters
-    flop = 6.0 * (model.body * step.columns.sum() + model.head * step.lengths.sum()) + 3 * _scores(
-        model, 0, step.columns
-    )
-    kept = step.columns.sum() / shards * model.layers * model.width * step.compute_bytes
-    weights = step.compute_bytes * (model.body + model.head / layout.fsdp) / layout.tensor
+    shards, e, a = layout.data * layout.fsdp, step.epochs, step.adapters
+    trained = sum(a.sides(model, layout)) if a else model.parameters / (layout.fsdp * layout.tensor)
+    own = 4.0 * trained  # bytes of a device's parameters, which are float32
+    flop = _products(model, step, 2 if a else 3, 3) + 3 * _scores(model, 0, step.columns)
+    kept = step.columns.sum() / shards * model.layers * step.kept(model, layout.tensor) * step.compute_bytes
     sent = {name: e * size for name, size in _passed(model, step, layout, backward=True).items()}
     sent["gradients over data"] = e * step.minibatches * 2 * _gathered(own, layout.data)
     return Work(
-        flop=float(e * flop) / (shards * layout.tensor),
+        flop=e * flop / (shards * layout.tensor),
         memory={
-            "weights": float(e * step.parts * (2 + step.remat) * weights),
+            "weights": float(e * (2 + (step.remat == "full")) * _read(model, step, layout)),
             "gradients": float(e * step.parts * 2 * own),
             "optimizer": e * step.minibatches * 7 * own,
             "activations": float(e * 2 * kept),
@@ -306,5 +402,5 @@ def of_step(model: Model, step: Step, layout: Layout = Layout()) -> dict[str, Wo
     if step.reference:
         parts["reference"] = reference(model, step, layout)
     if step.epochs * step.minibatches > 1:
-        parts["old"] = reference(model, step, layout)
+        parts["old"] = reference(model, step, layout, adapted=True)
     return {**parts, "update": update(model, step, layout)}

@@ -207,8 +207,8 @@ def gathered(value: Any) -> Sequence[Any]:
 
 
 def together(
-    compute: Callable[[], _T], *, kind: type[Exception] = HostError, waits_for: str = "were here",
-    patience: float = 3600.0,
+    compute: Callable[[], _T], *, kind: type[Exception] = HostError, also: tuple[type[Exception], ...] = (),
+    waits_for: str = "were here", patience: float = 3600.0,
 ) -> _T:  # fmt: skip
     """What `compute` gives on this process, once it has ended on all of them; with one process, just that.
 
@@ -216,25 +216,27 @@ def together(
 
     Args:
       compute: runs once.
-      kind: of error that says enough without its name, and that the others hear of.
+      kind: of error that says enough without its name, and that the others hear of, whatever happened.
+      also: kinds that say enough too; where it was one of these, it is what the others hear of.
       waits_for: what is said of the processes that did not come: not all ...
       patience: seconds that a process waits for the others, when it has ended.
 
     Raises:
-      kind: on every process, if `compute` raised on any, with the number of the first such process and the beginning
-        of what it said; or if it did not end on all in time.
+      kind, or one of `also`: on every process, if `compute` raised on any, with the number of the first such process
+        and the beginning of what it said; `kind` if it did not end on all in time.
     """
     if jax.process_count() == 1:
         return compute()
-    result, error = None, None
+    result, error, kinds = None, None, (kind, *also)
     try:
         result = compute()
     except Exception as raised:
         error = raised
-    status = np.zeros(1 + _SAID, np.uint8)  # whether it failed, and what it says
+    status = np.zeros(1 + _SAID, np.uint8)  # whether it failed, 1 + of which kind it is, and what it says
     if error is not None:
-        said = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
-        text = b"\1" + said.encode(errors="replace")[:_SAID]
+        said = str(error) if isinstance(error, kinds) else f"{type(error).__name__}: {error}"
+        which = next((i for i, one in enumerate(kinds) if isinstance(error, one)), 0)
+        text = bytes([1 + which]) + said.encode(errors="replace")[:_SAID]
         status[: len(text)] = np.frombuffer(text, np.uint8)
     try:
         _meet(patience)
@@ -247,8 +249,8 @@ def together(
     failed = np.flatnonzero(every[:, 0]).tolist()
     if failed:
         others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        heard = every[failed[0], 1:].tobytes().rstrip(b"\0").decode(errors="replace")
-        raise kind(f"process {failed[0]} of {len(every)}{others}: {heard}") from error
+        of_kind, heard = kinds[every[failed[0], 0] - 1], every[failed[0], 1:].tobytes().rstrip(b"\0")
+        raise of_kind(f"process {failed[0]} of {len(every)}{others}: {heard.decode(errors='replace')}") from error
     return result  # pyright: ignore[reportReturnType]
 
 

@@ -238,12 +238,13 @@ def train(
         store.prepare(state)
     step = begun = int(state.step)
     first = hosts.is_first()  # it alone writes, but for the rewards: all have their own
-    log, journal = RunLog(workdir, step, write=first), RewardJournal(workdir, say, jax.process_index())
+    files = lambda: (RunLog(workdir, step, write=first), RewardJournal(workdir, say, jax.process_index()))
+    log, journal = hosts.together(files, kind=WorkdirError)
     screen = Screen(title, steps, step)
     profiler = Profiler(workdir / "profile", profile if first else range(0), step, say)
     evaluate = evaluator or _NoEvaluation()
     rate_at = jax.jit(lambda count: {"learning_rate": learning_rate(count)} if learning_rate else {})
-    optimizer_steps, sightings = int(_optimizer_count(state)), []
+    optimizer_steps, sightings, experienced = int(_optimizer_count(state)), [], None
     with StopSignals() as stop:
         try:
             if hosts.agreed(first and not log.rows):
@@ -252,6 +253,7 @@ def train(
             elapsed, ended = log.rows[-1]["time/elapsed_seconds"] if first else 0.0, time.perf_counter()
             while step < steps:
                 stop.check()
+                experienced = None
                 with profiler.step(step + 1):
                     with _annotated("experience"):
                         experienced = experience(state, journal, stop.check)
@@ -286,10 +288,10 @@ def train(
                             store.save(state, metrics.get("eval/accuracy"))
         except Stopped:
             store.save(state)
-        except RewardError:
-            if step > begun:
-                store.save(state)
-                say(f"{title}: step {step} is saved. Mend the reward, and the same command goes on.")
+        except (RewardError, WorkdirError) as error:
+            # All save or none: what the first process alone cannot write, after the experience, no other hears of.
+            if step > begun and (isinstance(error, RewardError) or experienced is None):
+                _save_last(store, state, title)
             raise
         finally:  # whatever happened: what was being saved is saved, and every file is closed
             with contextlib.ExitStack() as closing:
@@ -316,6 +318,17 @@ def _advance(state: TrainState, experienced: Experience) -> TrainState:
 def _optimizer_count(state: TrainState) -> jax.Array | int:
     counts = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 0]  # every count of an optax chain agrees
     return counts[0] if counts else 0
+
+
+def _save_last(store: Checkpoints, state: TrainState, title: str) -> None:
+    """As far as that is possible: what has ended the run may be a full disk, and is what it ends with."""
+    try:
+        store.save(state)
+        store.wait()
+    except WorkdirError as error:
+        say(f"{title}: step {int(state.step)} cannot be saved either: {error}")
+    else:
+        say(f"{title}: step {int(state.step)} is saved. Mend what is wrong, and the same command goes on.")
 
 
 def _evaluation(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:

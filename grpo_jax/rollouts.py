@@ -195,7 +195,7 @@ class GroupRollouts:
     def _train_batch(self) -> Callable[..., TrainBatch]:
         return jax.jit(
             train_batch, out_shardings=sharding.batch_sharding(self.sampler.mesh)
-        )  # as `_abstract_batch` says
+        )  # as `abstract_batch` says
 
     def lowerings(self, state: TrainState, train_step: Any) -> list[Lowering]:
         """The programs that a call runs, and the train step of its batch; of a state, or its shapes and places."""
@@ -205,9 +205,9 @@ class GroupRollouts:
             arguments = reference_of(state), self.sampler.abstract_rollout(prompts), self.config.temperature
             reference: Any = self.reference_logprobs
             programs.append(lambda: reference.lower(*arguments))
-        return [*programs, lambda: train_step.lower(state, self._abstract_batch())]
+        return [*programs, lambda: train_step.lower(state, self.abstract_batch())]
 
-    def _abstract_batch(self) -> TrainBatch:
+    def abstract_batch(self) -> TrainBatch:
         """Shapes and places of the batch that a call returns."""
         rollout, groups = (
             self.sampler.abstract_rollout(self.config.prompts),

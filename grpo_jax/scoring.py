@@ -15,6 +15,7 @@ from grpo_jax import hosts
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward, RewardError, Scores, score
+from grpo_jax.telemetry import WorkdirError
 from grpo_jax.types import Groups, Rollout
 
 __all__ = [
@@ -201,8 +202,11 @@ def on_every_host(compute: Callable[[], _T], patience: float = 3600.0) -> _T:
 
     Raises:
       RewardError: on every process, if `compute` raised on any, or did not end on all in time.
+      WorkdirError: on every process, where what one of them has could not be written.
     """
-    return hosts.together(compute, kind=RewardError, waits_for="had their rewards", patience=patience)
+    return hosts.together(
+        compute, kind=RewardError, also=(WorkdirError,), waits_for="had their rewards", patience=patience
+    )
 
 
 def scores_of_all(scores: Scores, parts: Sequence[int], group_size: int) -> Scores:
@@ -239,7 +243,7 @@ def journaled_scores(
     this.
 
     Raises:
-      RewardError: as `on_every_host`; or the journal knows them by other names than those of the rewards.
+      RewardError, WorkdirError: as `on_every_host`; or the journal knows them by other names than those of the rewards.
     """
     names = {reward.name for reward in rewards}
     digest = hashlib.sha256(rollout.completion_tokens.tobytes() + rollout.mask.tobytes()).hexdigest()[:16]

@@ -65,7 +65,7 @@ def observe(given: dict[str, str], workdir: pathlib.Path) -> str:
     said = [
         options["model"], batch.tokens.tolist(), batch.margins.tolist(), evaluator._pairs, evaluator._bins, float(loss),
         options["steps"], options["evaluate_every"], options["optimizer"], options["checkpoints"],
-        dict(options["mesh"].shape),
+        dict(options["mesh"].shape), options["debug_nans"],
     ]  # fmt: skip
     if options["model"].attention == "xla" and options["mesh"].size == 1:
         said.append(jax.jit(policy.hidden).lower(shapes, ids, ids, ids).as_text())
@@ -85,6 +85,8 @@ def main() -> None:
             {"files": base | files, "stored": base | stored, "chat": base | files | chat}.items()}  # fmt: skip
     assert observe(base | files, place / "again") == said["files"]  # and nothing else does
     idle = []
+    if observe(base | files | {"debug_nans": "True"}, place / "nans") == said["files"]:
+        idle.append("debug_nans")
     for section, fields in OTHER.items():
         for field, value in fields.items():
             kind = "stored" if section == "tfds" else "chat" if field == "system" else "files"

@@ -52,7 +52,7 @@ def observe(place: pathlib.Path, section: str = "", **changes) -> str:
             options["checkpoints"], dict(options["mesh"].shape), getattr(experience, "batch", None),
             [source(i) for i in range(8)] if source else experience.__closure__[0].cell_contents,
             _losses(options["objective"]), options["objective"].reward_kl_coef, options["objective"].top_entropy,
-            len(getattr(options.get("evaluator"), "_pairs", ())),
+            len(getattr(options.get("evaluator"), "_pairs", ())), f"nans {options['debug_nans']}",
         ])  # fmt: skip
         if options["title"] == "reward model":
             options["make_step"](None)
@@ -68,7 +68,7 @@ def observe(place: pathlib.Path, section: str = "", **changes) -> str:
 
     phases.phase, rlhf_run.Experiment.texts, reward_model.make_pair_step = phase, sampled, pair_step
     runs.check_offload = lambda optimizer, mesh: None  # which a CPU has not
-    experiment = rlhf_run.Experiment(config, 0)
+    experiment = rlhf_run.Experiment(config, 0, debug_nans=section == "debug_nans")
     measured = rlhf_run.Experiment._measured
     rlhf_run.Experiment._measured = lambda self, experience, start: (lambda kept: lambda: kept)(
         [experience.config, experience.objective.needs_reference]
@@ -101,6 +101,9 @@ def main() -> None:
             if observe(place / f"{section}.{field}", section, **{**beside, field: value}) == base[key]:
                 idle.append(f"{section}.{field}")
     assert observe(place / "again") == base[""]  # and nothing else changes anything
+    assert observe(place / "nans", "debug_nans") == base[""].replace("nans False", "nans True")  # in every phase
+    skipping = observe(place / "skipping", "optimizer", max_skipped=7)
+    assert skipping == base[""].replace("max_skipped=5", "max_skipped=7")  # in every phase
     covered = {f"{section}.{field}" for section in OTHER for field in OTHER[section]}
     there = {
         f"{name}.{field.name}" for name, cls in rlhf.SECTIONS.items() for field in dataclasses.fields(cls)

@@ -106,7 +106,8 @@ def test_a_broken_sandbox_is_an_error_in_one_line(monkeypatch, tmp_path):
     flag = lambda value: types.SimpleNamespace(value=value)
     given = types.SimpleNamespace(
         workdir=flag(str(tmp_path / "run")), eval_only=flag(False), eval_step=flag(None), profile=flag(""),
-        reward=flag([]), cache=flag("off"), sections={name: flag(make) for name, make in makers.items()},
+        reward=flag([]), cache=flag("off"), debug_nans=flag(False),
+        sections={name: flag(make) for name, make in makers.items()},
     )  # fmt: skip
     with pytest.raises(RewardError, match=r"^no sandbox can be started: bwrap is not installed$") as stopped:
         code.main(given, ["code"])  # pyright: ignore[reportArgumentType]

@@ -27,7 +27,8 @@ MODEL = TransformerConfig(
     vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16
 )
 LARGE = {
-    f"backend_compile_duration of jit({name})" for name in ("start", "decode", "collect", "logprobs", "train_step")
+    f"backend_compile_duration of jit({name})"
+    for name in ("start", "decode", "collect", "logprobs", "train_step", "checked_fun")
 }
 
 
@@ -35,7 +36,7 @@ def source(i):
     return Prompt(text="abc"[: 1 + i % 3], columns={})
 
 
-def phase(workdir, mesh, loss, supervised=False):
+def phase(workdir, mesh, loss, supervised=False, debug_nans=False):
     """Two steps of a run: what was compiled before the loop, and in it."""
     policy, objective = make_policy(MODEL, mesh), objectives.make_objective(loss)
     rewards = [Reward(name="short", function=lambda completions, **columns: [-len(text) for text in completions])]
@@ -66,6 +67,7 @@ def phase(workdir, mesh, loss, supervised=False):
                 lambda: init_params(MODEL, KEY), policy=policy, model=MODEL, mesh=mesh, key=KEY, objective=objective,
                 experience=experience, workdir=workdir, title="test", optimizer=training.OptimizerConfig(),
                 update=update, steps=2, checkpoints=CheckpointConfig(), evaluator=evaluator,
+                debug_nans=debug_nans,
             )  # fmt: skip
         finally:
             phases.compile_all = before
@@ -73,16 +75,16 @@ def phase(workdir, mesh, loss, supervised=False):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "loss", "supervised"),
+    ("sizes", "loss", "supervised", "debug_nans"),
     [
-        ({}, {"kl_coef": 0.1, "kl_in_reward": True}, False),
-        ({"data": 2, "fsdp": 2}, {"kl_coef": 0.1}, False),
-        ({}, {"kl_coef": 0.0}, True),
+        ({}, {"kl_coef": 0.1, "kl_in_reward": True}, False, True),
+        ({"data": 2, "fsdp": 2}, {"kl_coef": 0.1}, False, False),
+        ({}, {"kl_coef": 0.0}, True, False),
     ],
 )
-def test_a_run_compiles_nothing_large_after_it(tmp_path, sizes, loss, supervised):
+def test_a_run_compiles_nothing_large_after_it(tmp_path, sizes, loss, supervised, debug_nans):
     mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
-    ahead, later = phase(tmp_path, mesh, objectives.LossConfig(**loss), supervised)
+    ahead, later = phase(tmp_path, mesh, objectives.LossConfig(**loss), supervised, debug_nans)
     assert not later
     samplers = 2 if supervised else 3
     assert len(ahead) == 3 * samplers + (1 if supervised else 2)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from absl import flags
 
-from experiments import countdown
+from experiments import countdown, games, phases
 from grpo_jax import loop, objectives, rollouts, sharding, training
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.corrections import top_entropies
@@ -276,6 +276,24 @@ def test_every_flag_changes_something(section, field, tmp_path):
         assert OBSERVE[section](configs(section), tmp_path / "again") == _before[section]  # and nothing else does
     (tmp_path / "after").mkdir()
     assert OBSERVE[section](configs(section, **{field: OTHER[section][field]}), tmp_path / "after") != _before[section]
+
+
+def test_what_is_asked_about_nans_is_of_every_phase(tmp_path, monkeypatch):
+    """Warm start, GRPO, and both baselines, each with a trial before it."""
+    asked = []
+    row = {"time/step_seconds": 1.0}
+    phase = lambda params, **options: asked.append(options) or (types.SimpleNamespace(params=params()), [row] * 3)
+    monkeypatch.setattr(phases, "phase", phase)
+    experiment = countdown.Experiment(configs("optimizer", max_skipped=3), debug_nans=True)
+    params = games.warmed(experiment, tmp_path)
+    experiment.train(params, tmp_path, "grpo")
+    countdown.run_baselines(experiment, params, tmp_path, 2.0)
+    assert [options["title"] for options in asked][:2] == ["warm start", "grpo"]
+    assert len(asked) == 6
+    assert {(options["debug_nans"], options["optimizer"].max_skipped) for options in asked} == {(True, 3)}
+    of_two = countdown.Experiment(configs("mesh", data=2), debug_nans=True)
+    with pytest.raises(ValueError, match="--debug_nans works on one device, and the mesh has 2"):
+        of_two.check()
 
 
 def test_the_table_above_is_complete_and_every_flag_explains_itself():

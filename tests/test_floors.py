@@ -12,7 +12,8 @@ import pytest
 
 from experiments.collectives import sent
 from grpo_jax import floors, sharding
-from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
+from grpo_jax.models import lora
+from grpo_jax.models.transformer import TransformerConfig, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.training import OptimizerConfig, UpdateConfig, abstract_train_state, make_optimizer, make_train_step
 from grpo_jax.types import TrainBatch
@@ -26,6 +27,8 @@ STEP = floors.Step(
 )  # fmt: skip
 WINDOWS = [4, 0, 4]  # of the three layers
 HEAD = 50 * 12
+SOME = floors.Adapters(rank=3, targets=("query", "output", "down"))
+EVERY = floors.Adapters(rank=2, targets=tuple(MODEL.matrices))
 
 
 def sees(position, window):
@@ -92,6 +95,16 @@ def test_a_pass_over_completions_token_by_token():
         "optimizer": 2 * 7 * 4 * parameters, "activations": 2 * 3 * 12 * 2 * (6 * 5 + tokens),
     }  # fmt: skip
     assert set(floors.of_step(MODEL, STEP)) == {"prefill", "decode", "reference", "old", "update"}
+    # Of adapters alone there are gradients and moments; the policy's pass before is with them, the reference's without.
+    own = 3 * 3 * ((12 + 24) + (24 + 12) + (20 + 12))
+    parts = floors.of_step(MODEL, dataclasses.replace(STEP, adapters=SOME, remat="dots"))
+    assert parts["reference"].flop == flop
+    assert parts["old"].flop == flop + 2 * own * (6 * 5 + tokens)
+    kept = 12 + (24 + 12 + 12 + 12 + 20 + 20) + 3 * 3 + 24 + 12  # query and output twice: of the matrix and its adapter
+    assert parts["update"].memory == {
+        "weights": 5 * 2 * 2 * (MODEL.body + HEAD + own), "gradients": 5 * 2 * 4 * own, "optimizer": 2 * 7 * 4 * own,
+        "activations": 2 * 3 * kept * 2 * (6 * 5 + tokens),
+    }  # fmt: skip
 
 
 def test_a_mesh_divides_the_work():
@@ -105,17 +118,79 @@ def test_a_mesh_divides_the_work():
     assert work.bottleneck(rates) == "interconnect"
 
 
+# What a program of ours does ----------------------------------------------------------------------------
+
+
+def program(remat, adapters):
+    """The loss of a row of 7 columns, as a function of what trains and of what is frozen, and shapes of both."""
+    sizes = {f.name: getattr(MODEL, f.name) for f in dataclasses.fields(floors.Model)} | {"windows": (0,)}
+    config = TransformerConfig(**sizes, remat=remat)
+    own = lora.LoraConfig(rank=adapters.rank, targets=adapters.targets) if adapters else lora.LoraConfig()
+    policy, ids = lora.adapted_policy(make_policy(config), config, own), jnp.ones((1, 7), jnp.int32)
+
+    def loss(trained, frozen):
+        params = policy.split.join(trained, frozen)
+        return (policy.hidden(params, ids, ids, ids)[0][0] @ policy.head(params)[0].T).sum()
+
+    return loss, *policy.split.parts(lora.abstract(config, own)[0])
+
+
+def dots(jaxpr):
+    """FLOP of the products of matrices in a program, and of those in attention, which have axes that are batches."""
+    found = np.zeros(2)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), (batches, _) = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            found[int(bool(batches))] += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        inside = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+        found += times * sum((dots(value) for value in inside if hasattr(value, "eqns")), np.zeros(2))
+    return found
+
+
+@pytest.mark.parametrize("adapters", [None, SOME, EVERY])
+def test_products_are_those_of_the_gradient(adapters):
+    """All parameters train, or adapters alone; of attention all columns are computed here, not those before alone."""
+    loss, trained, frozen = program("none", adapters)
+    step = dataclasses.replace(STEP, prompt_tokens=0, lengths=np.array([[7]]), adapters=adapters)
+    model = dataclasses.replace(MODEL, windows=(0,))
+    scores = 4 * 4 * 6 * 3
+    forward = floors.reference(model, step, adapted=True).flop - scores * 28
+    assert dots(jax.make_jaxpr(loss)(trained, frozen).jaxpr).tolist() == [forward, scores * 49]
+    # What is made again does not count: inside of the adapter of the MLP's last product, see `_Block`, and scores.
+    again = 2 * 7 * 3 * 20 * adapters.rank if adapters else 0
+    whole = floors.update(model, step).flop - 3 * scores * 28 + again
+    assert dots(jax.make_jaxpr(jax.grad(loss))(trained, frozen).jaxpr).tolist() == [whole, 3.5 * scores * 49]
+
+
+@pytest.mark.parametrize("adapters", [None, SOME, EVERY])
+def test_what_layers_keep_is_what_the_gradient_finds(adapters):
+    kept = {}
+    for remat in ("full", "dots", "none"):
+        loss, trained, frozen = program(remat, adapters)
+        found = jax.eval_shape(lambda *x, loss=loss: jax.vjp(loss, *x)[1], trained, frozen)
+        of_tokens = [x.shape for x in jax.tree.leaves(found) if x.shape[0] == 3 and 7 in x.shape]  # of layers
+        kept[remat] = sum(map(math.prod, of_tokens)) / (3 * 7)
+    step = lambda remat: dataclasses.replace(STEP, remat=remat, adapters=adapters)
+    assert [step(remat).kept(MODEL) for remat in ("full", "dots")] == [kept["full"], kept["dots"]]
+    assert kept["full"] < step("none").kept(MODEL) <= kept["none"]  # which holds norms and rotations too
+    of_two = floors.update(MODEL, step("dots"), floors.Layout(tensor=2)).memory["activations"]
+    assert of_two < floors.update(MODEL, step("dots")).memory["activations"] < 2 * of_two
+
+
 # What is sent -----------------------------------------------------------------------------------------
 
 PROMPT_TOKENS, MAX_TOKENS, COMPLETIONS = 32, 96, 64
 
 
-def compiled_update(config, layout, microbatches):
+def compiled_update(config, layout, microbatches, rank):
     """The text of a train step without a reference, for CPU devices."""
     mesh = sharding.make_mesh(sharding.MeshConfig(**dataclasses.asdict(layout)))
-    policy, objective = make_policy(config, mesh), make_objective(LossConfig(kl_coef=0.0))
+    own, objective = lora.LoraConfig(rank=rank), make_objective(LossConfig(kl_coef=0.0))
+    policy = lora.adapted_policy(make_policy(config, mesh), config, own)
     optimizer, _ = make_optimizer(OptimizerConfig(), 100)
-    state = abstract_train_state(policy, abstract_params(config)[0], optimizer, objective, mesh)
+    state = abstract_train_state(policy, lora.abstract(config, own)[0], optimizer, objective, mesh)
     rows = sharding.batch_sharding(mesh)
     each = lambda dtype, *columns: jax.ShapeDtypeStruct((COMPLETIONS, *columns), dtype, sharding=rows)
     batch = TrainBatch(
@@ -129,18 +204,24 @@ def compiled_update(config, layout, microbatches):
 
 
 @pytest.mark.parametrize(
-    ("layout", "microbatches"),
-    [(floors.Layout(fsdp=4, tensor=2), 2), (floors.Layout(data=4, fsdp=2), 1)],
+    ("layout", "microbatches", "remat", "rank"),
+    [
+        (floors.Layout(fsdp=4, tensor=2), 2, "full", 0),
+        (floors.Layout(data=4, fsdp=2), 1, "full", 0),
+        (floors.Layout(fsdp=4, tensor=2), 2, "dots", 2),
+        (floors.Layout(data=4, fsdp=2), 1, "full", 2),
+    ],
 )
-def test_what_an_update_sends_is_what_xla_sends(layout, microbatches):
+def test_what_an_update_sends_is_what_xla_sends(layout, microbatches, remat, rank):
     """By the axis over which it goes; up to what XLA does otherwise on CPUs, and a few numbers a token."""
     config = TransformerConfig(
-        vocab_size=4096, layers=3, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=192, remat="full"
+        vocab_size=4096, layers=3, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=192, remat=remat
     )
     model = floors.Model(**{field.name: getattr(config, field.name) for field in dataclasses.fields(floors.Model)})
     step = floors.Step(
         prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, lengths=np.full((COMPLETIONS // 8, 8), MAX_TOKENS),
-        microbatches=microbatches, compute_bytes=4,
+        microbatches=microbatches, compute_bytes=4, remat=remat,
+        adapters=floors.Adapters(rank=rank, targets=tuple(model.matrices)) if rank else None,
     )  # fmt: skip
     expected = floors.update(model, step, layout).interconnect
     # On CPUs a reduce-scatter of gradients is an all-reduce; and in the backward pass the gradients of what goes into
@@ -148,12 +229,15 @@ def test_what_an_update_sends_is_what_xla_sends(layout, microbatches):
     tokens = COMPLETIONS * (PROMPT_TOKENS + MAX_TOKENS) / (layout.data * layout.fsdp)
     sums = 2 * 3 * config.layers * tokens * config.width * 4 * (layout.tensor - 1) / layout.tensor
     of_cpus = {"gradients over fsdp (again)": expected["gradients over fsdp"], "sums over tensor": sums}
+    if rank:  # of which the side of the width alone is scattered; and a frozen table goes back to look rows up in it
+        scattered = microbatches * config.layers * 7 * rank * config.width * 4 * (layout.fsdp - 1) / layout.fsdp
+        of_cpus |= {"gradients over fsdp (again)": scattered, "table over fsdp (again)": expected["table over fsdp"]}
     want, got = (collections.defaultdict(float) for _ in range(2))  # by how many devices take part together
     for name, size in {**expected, **of_cpus}.items():
         axes = name.split(" over ")[1].removesuffix(" (again)").split(" x ")
         want[math.prod(getattr(layout, axis) for axis in axes)] += size
     rounds = [1, 1] if microbatches == 1 else [microbatches, 1, 1]
-    for one in sent(compiled_update(config, layout, microbatches), rounds):
+    for one in sent(compiled_update(config, layout, microbatches, rank), rounds):
         got[one.group] += one.bytes
     for group, size in got.items():
         # Ids, temperatures and masks of tokens, and gradients of norms go over fsdp too; metrics over all.

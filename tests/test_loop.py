@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import resource
 import signal
 import tempfile
 import threading
@@ -155,6 +156,32 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(tmp_path, monkeypat
     np.testing.assert_array_equal(resumed.params["w"], straight.params["w"])
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("everything", [False, True])
+def test_rewards_that_cannot_be_written_end_the_run_and_the_last_step_is_saved(tmp_path, capsys, everything):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(state, journal, interrupt):
+        if int(state.step) == 5:
+            if everything:  # stands in for the disk: no file may grow beyond this
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            journal._lines._file = pathlib.Path("/dev/full").open("a")  # noqa: SIM115
+            journal.write(5, 0, "digest", {})
+        return experience(state, journal, interrupt)
+
+    try:
+        with pytest.raises(WorkdirError, match=r"cannot write .*rewards\.jsonl: No space left"):
+            run(tmp_path, 9, experience=full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().out
+    assert (Checkpoints(tmp_path / "checkpoints").steps[-1] == 5) != everything
+    assert ("step 5 cannot be saved either: " if everything else "step 5 is saved. Mend what is wrong") in said
+    resumed, _ = run(tmp_path, 9)
+    straight, _ = run(tmp_path / "straight", 9)
+    np.testing.assert_array_equal(resumed.params["w"], straight.params["w"])
+
+
 def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path, capsys):
     def failing(state, journal, interrupt):
         if int(state.step) in (0, 5) and fails:
@@ -173,7 +200,7 @@ def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path, capsys):
             run(tmp_path, 9, experience=failing)
         assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 5
         assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
-    assert capsys.readouterr().out.count("step 5 is saved. Mend the reward, and the same command goes on.") == 1
+    assert capsys.readouterr().out.count("step 5 is saved. Mend what is wrong, and the same command goes on.") == 1
 
 
 def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -48,6 +49,33 @@ def test_what_a_device_holds_is_what_programs_are_given():
     assert planned.held["reference"] == 0
     assert "reference" not in planned.work()
     assert not list(plan.compiled(planned, ("reference",)))
+
+
+def test_what_waits_between_steps_and_what_an_objective_asks_of_the_batch_are_counted():
+    """With process supervision advantages and what waits have a number a token."""
+    rollout = dataclasses.replace(config()["rollout"], max_waves=2)
+    planned = plan.Planned(
+        CONFIG,
+        config(rollout=rollout, loss=plan.LossConfig(objective="grpo_process", kl_coef=0.0)),
+        jax.devices(),
+        None,
+    )
+    waiting = (8 * 8 * 5 + 32 * (16 * 13 + 1) + 8 * 4 * 4 + 32 * 16 * 4) // 4 + 4
+    assert planned.held["groups that wait"] == waiting
+    ((_, said, _),) = plan.compiled(planned, ("train",))
+    batch = 32 * (8 * 5 + 16 * 9 + 16 * 4 + 4) // 4
+    assert said["arguments"] == sum(planned.held.values()) + 3 * 4 + batch
+
+
+def test_work_with_adapters_is_that_of_what_trains():
+    planned = plan.Planned(CONFIG, config(lora=lora.LoraConfig(rank=2, base_dtype="bfloat16")), jax.devices(), None)
+    trained, _ = planned.policy.split.parts(planned.state.params)
+    own = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(trained))
+    work = planned.work()
+    assert work["update"].memory["optimizer"] == 7 * own
+    whole = plan.Planned(CONFIG, config(), jax.devices(), None).work()
+    assert whole["update"].flop * 2 / 3 < work["update"].flop < whole["update"].flop
+    assert work["prefill"].memory["weights"] < whole["prefill"].memory["weights"]
 
 
 def test_a_model_is_a_shape_or_a_directory(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -150,7 +151,7 @@ with Ahead() as ahead:
 
 # Each scenario: what the reward function does on process 1, and what both must say.
 PROGRAM = """
-import functools, json, pathlib, sys, time
+import functools, json, pathlib, sys, time, types
 import jax
 import numpy as np
 port, process, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
@@ -159,7 +160,7 @@ from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.scoring import journaled_scores, on_every_host, score_rollout
-from grpo_jax.telemetry import RewardJournal
+from grpo_jax.telemetry import RewardJournal, WorkdirError
 from tests.silent import silent_rollout
 
 assert jax.process_count() == 2
@@ -179,20 +180,24 @@ def said(journal, step, name="r"):
     score = lambda: score_rollout(rewards, prompts, rollout, ByteTokenizer(), 2)
     try:
         return journaled_scores(score, rewards, rollout, journal, step, 0).by_name[name].tolist()
-    except RewardError as error:
-        return f"{error}", type(error.__cause__).__name__
+    except (RewardError, WorkdirError) as error:
+        return f"{error}", type(error.__cause__).__name__, type(error).__name__
 
-class Full(RewardJournal):
-    def write(self, *_):
-        if process == 0:
-            raise RuntimeError("the disk is full")
+def full():
+    made = RewardJournal(workdir / f"full_{process}", process=process)
+    if process == 0:
+        made._lines._file = types.SimpleNamespace(write=refused)
+    return made
+
+def refused(text):
+    raise OSError(28, "No space left on device")
 
 journal = RewardJournal(workdir, process=process)
 results = [said(journal, step) for step in range(3)]
 journal.close()
 again = RewardJournal(workdir, process=process)
 (workdir / f"full_{process}").mkdir()
-results += [said(again, 0), said(Full(workdir / f"full_{process}", process=process), 4)]
+results += [said(again, 0), said(full(), 4)]
 if process == 1:  # one replays, the other does not
     again._recorded.clear()
 results += [said(again, 0), asked]
@@ -247,13 +252,16 @@ def test_what_fails_on_one_process_is_an_error_on_all_before_any_goes_on(tmp_pat
     assert first[1][0].startswith("process 1 of 2: reward function 'r' raised OSError: the judge is éteint!!!")
     assert 900 < len(first[1][0]) < 1100  # bounded
     assert (first[1][1], second[1][1]) == ("NoneType", "RewardError")  # where it happened its cause is there
+    assert first[1][2] == second[1][2] == "RewardError"
 
     assert first[2][0] == second[2][0]  # both failed
     assert first[2][0].startswith("process 0 of 2 (and 1 more): reward function 'r' raised OSError: on 0")
 
     assert (first[3], second[3]) == ([0.0] * 4, [1.0] * 4)  # replayed
-    assert first[4][0] == second[4][0] == "process 0 of 2: RuntimeError: the disk is full"
-    assert (first[4][1], second[4][1]) == ("RuntimeError", "NoneType")
+    # A full disk is no fault of a reward function, and all say so.
+    assert first[4][0] == second[4][0]
+    assert re.match(r"process 0 of 2: cannot write \S+full_0/rewards\.jsonl: No space left on device\.", first[4][0])
+    assert (first[4][1:], second[4][1:]) == (["WorkdirError", "WorkdirError"], ["NoneType", "WorkdirError"])
     assert (first[5], second[5]) == ([0.0] * 4, [1.0] * 4)
     assert (first[6], second[6]) == ([0, 1, 2, 4], [0, 1, 2, 4, 0, 0])  # who replays asks nobody
     assert first[7][0] == second[7][0]

@@ -24,6 +24,7 @@ import numpy as np
 
 from experiments import countdown, plots, runs
 from experiments.benchmarks import measure
+from experiments.flags import check_distinct
 from grpo_jax import loop, objectives
 from grpo_jax.models.pretrained import load, read_config, save
 from grpo_jax.telemetry import read_jsonl, write_atomically
@@ -39,8 +40,7 @@ class Options(measure.Output):
     seeds: tuple[int, ...] = (0, 1, 2)  # of the prompts and of all sampling: a run of each side for each
 
     def __post_init__(self) -> None:
-        if not self.seeds or len({*self.seeds}) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} must name at least one, and none of them twice.")
+        check_distinct("seeds", self.seeds)
 
 
 def export(config: Mapping[str, Any], workdir: pathlib.Path) -> pathlib.Path:
