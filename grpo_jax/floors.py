@@ -74,6 +74,7 @@ class Layout:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 1  # parts of data, between which a data-centre network carries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ class Rates:
     flop: float  # in bfloat16
     memory: float  # bytes read or written
     interconnect: float  # bytes sent, over all links together
+    network: float = 0.0  # bytes sent from slice to slice, a chip's share of its host's; 0: not said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,14 +125,16 @@ class Work:
     flop: float
     memory: Mapping[str, float]  # bytes read and written, by what for
     interconnect: Mapping[str, float]  # bytes sent, by what for
+    network: Mapping[str, float] = dataclasses.field(default_factory=dict)  # bytes sent from slice to slice
 
     def milliseconds(self, rates: Rates) -> dict[str, float]:
-        """The three floors."""
-        return {
+        """The three floors; and where something goes from slice to slice, a fourth."""
+        floors = {
             "compute": 1e3 * self.flop / rates.flop,
             "memory": 1e3 * sum(self.memory.values()) / rates.memory,
             "interconnect": 1e3 * sum(self.interconnect.values()) / rates.interconnect,
         }
+        return floors | ({"network": 1e3 * sum(self.network.values()) / rates.network} if self.network else {})
 
     def bottleneck(self, rates: Rates) -> str:
         """The largest of the floors."""
@@ -282,7 +286,10 @@ def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
     kept = step.columns.sum() / shards * model.layers * model.width * step.compute_bytes
     weights = step.compute_bytes * (model.body + model.head / layout.fsdp) / layout.tensor
     sent = {name: e * size for name, size in _passed(model, step, layout, backward=True).items()}
-    sent["gradients over data"] = e * step.minibatches * 2 * _gathered(own, layout.data)
+    # Within a slice each device gets a part of the sum, which goes over the slices, and back within them.
+    within, sums = layout.data // layout.slices, e * step.minibatches * 2
+    sent["gradients over data"] = sums * _gathered(own, within)
+    slow = {"gradients over slices": sums * _gathered(own / within, layout.slices)} if layout.slices > 1 else {}
     return Work(
         flop=float(e * flop) / (shards * layout.tensor),
         memory={
@@ -292,6 +299,7 @@ def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
             "activations": float(e * 2 * kept),
         },
         interconnect=sent,
+        network=slow,
     )
 
 
