@@ -74,6 +74,8 @@ def _weak(chips: int, topology: str, mesh: str, more: str = "") -> Case:
 _SIZES = {4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}
 WEAK = {
     **{f"{n} chips: data={n // 4} fsdp=4": _weak(n, t, f"data={n // 4} fsdp=4") for n, t in _SIZES.items()},
+    **{f"{n} chips: data={n // 16} fsdp=16": _weak(n, _SIZES[n], f"data={n // 16} fsdp=16") for n in (64, 512)},
+    "64 chips: data=2 fsdp=32": _weak(64, _SIZES[64], "data=2 fsdp=32"),
     "2 x 64 chips: data=32 fsdp=4": _weak(128, _SIZES[64], "data=32 fsdp=4", "--slices=2"),
     **{f"{n} chips: fsdp={n}": _weak(n, t, f"fsdp={n}") for n, t in _SIZES.items() if n > 4},
 }  # fmt: skip
