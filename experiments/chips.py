@@ -1,7 +1,8 @@
 """Chips that one may plan for: what their makers publish of them, and what compilers want to know of those not here.
 
 Rates are peaks of one chip. Makers publish what goes over links in both directions together; what a chip can send is
-half of it. Memory is in decimal units, as published: a little of it is taken before a program starts.
+half of it. What goes over the network, from slice to slice, is published of a chip, or of a pod of 256. Memory is in
+decimal units, as published: a little of it is taken before a program starts.
 """
 
 import dataclasses
@@ -52,9 +53,18 @@ device_description_str: "{name}"
 _GOOGLE, _NVIDIA = "https://docs.cloud.google.com/tpu/docs", "https://www.nvidia.com/en-us/data-center"
 CHIPS = {
     "v4": Chip(rates=Rates(flop=275e12, memory=1200e9, interconnect=300e9 / 2), memory=32e9, source=f"{_GOOGLE}/v4"),
-    "v5e": Chip(rates=Rates(flop=197e12, memory=819e9, interconnect=400e9 / 2), memory=16e9, source=f"{_GOOGLE}/v5e"),
-    "v5p": Chip(rates=Rates(flop=459e12, memory=2765e9, interconnect=1200e9 / 2), memory=95e9, source=f"{_GOOGLE}/v5p"),
-    "v6e": Chip(rates=Rates(flop=918e12, memory=1638e9, interconnect=800e9 / 2), memory=32e9, source=f"{_GOOGLE}/v6e"),
+    "v5e": Chip(
+        rates=Rates(flop=197e12, memory=819e9, interconnect=400e9 / 2, network=6.4e12 / 8 / 256), memory=16e9,
+        source=f"{_GOOGLE}/v5e",
+    ),
+    "v5p": Chip(
+        rates=Rates(flop=459e12, memory=2765e9, interconnect=1200e9 / 2, network=50e9 / 8), memory=95e9,
+        source=f"{_GOOGLE}/v5p",
+    ),
+    "v6e": Chip(
+        rates=Rates(flop=918e12, memory=1638e9, interconnect=800e9 / 2, network=25.6e12 / 8 / 256), memory=32e9,
+        source=f"{_GOOGLE}/v6e",
+    ),
     "h100": Chip(
         rates=Rates(flop=989e12, memory=3.35e12, interconnect=900e9 / 2), memory=80e9, source=f"{_NVIDIA}/h100/ (SXM)",
         target=_hopper("NVIDIA H100 80GB HBM3", 84_978_434_048, 3_352_320_000_000),
@@ -93,13 +103,20 @@ def chip_of(topology: str) -> tuple[Chip, str]:
     return CHIPS[name], shape
 
 
-def devices_of(topology: str) -> Sequence[Any]:
+def devices_of(topology: str, slices: int = 1) -> Sequence[Any]:
     """Devices of a topology that is not here, to compile for; `absent` comes first.
 
+    Args:
+      topology: a chip and how many, of each slice.
+      slices: of TPUs, that a data-centre network joins.
+
     Raises:
-      ValueError: as `chip_of`, or what compiles for such chips is not installed, or does not know the topology.
+      ValueError: as `chip_of`, or what compiles for such chips is not installed, or does not know the topology; GPUs
+        have no slices.
     """
     chip, shape = chip_of(topology)
+    if slices < 1 or (slices > 1 and chip.target):
+        raise ValueError(f"slices={slices} of {topology} must be 1 or more, and of GPUs 1: say hosts x GPUs, h100:2x8.")
     if not chip.target:
         if importlib.util.find_spec("libtpu") is None:
             raise ValueError(f"topology={topology}: compiling for TPUs needs their compiler: pip install libtpu.")
@@ -107,7 +124,9 @@ def devices_of(topology: str) -> Sequence[Any]:
         # Hosts have four chips, unless there are fewer.
         few = {"chips_per_host_bounds": [*sizes, 1, 1][:3]} if math.prod(sizes) < 4 else {}
         try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=topology, **few).devices
+            return topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, num_slices=slices, **few
+            ).devices
         except Exception as error:
             raise ValueError(f"topology={topology} is none that libtpu knows: {error}") from error
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:

@@ -104,6 +104,13 @@ class Planned:
         """Raises ValueError where the pieces do not fit together. `memory`: bytes of a device, None: no limit."""
         self.model, self.config, rollout, update = model, config, config["rollout"], config["update"]
         self.mesh = sharding.make_mesh(config["mesh"], devices)
+        tpus = [device for device in self.mesh.devices.flat if device.platform == "tpu"]
+        self.slices = len({getattr(device, "slice_index", 0) for device in tpus}) or 1
+        if slow := {*sharding.between_slices(self.mesh)} - {"data"} if tpus else ():
+            raise ValueError(
+                f"{' and '.join(sorted(slow))} would go from slice to slice, where links are slow, and no floor is "
+                f"known of that: make --mesh.data a multiple of --slices={self.slices}."
+            )
         self.policy = lora.adapted_policy(make_policy(model, self.mesh), model, config["lora"])
         self.objective = objectives.make_objective(config["loss"])
         self.completions = rollout.prompts * rollout.group_size
@@ -201,7 +208,8 @@ class Planned:
             sampler_bytes=1 if c.sampler_dtype == "int8" else jnp.dtype(c.decoding_dtype).itemsize,
         )  # fmt: skip
         sizes = {field.name: getattr(c, field.name) for field in dataclasses.fields(floors.Model)}
-        return floors.of_step(floors.Model(**sizes), step, floors.Layout(**dataclasses.asdict(self.config["mesh"])))
+        layout = floors.Layout(**dataclasses.asdict(self.config["mesh"]), slices=self.slices)
+        return floors.of_step(floors.Model(**sizes), step, layout)
 
 
 def needs(program: Any) -> dict[str, int]:
@@ -264,15 +272,19 @@ def _beside(name: str, planned: Planned) -> int:
     }[name]
 
 
-def _sent(program: Any, planned: Planned) -> float:
-    """Bytes that a device sends in a train step, by its collectives, if all of its microbatches hold something."""
+def _sent(program: Any, planned: Planned) -> tuple[float, float]:
+    """Bytes that a device sends in a train step, by its collectives, if all of its microbatches hold something.
+
+    Over links, and from slice to slice.
+    """
     update, rollout, mesh = planned.config["update"], planned.config["rollout"], planned.mesh.shape
     parts = update.microbatches * update.minibatches * mesh["data"] * mesh["fsdp"]
     tokens = planned.completions * rollout.max_tokens // parts
     at_once = max(1, 2**24 // (min(planned.model.vocab_size, 4096) * mesh["fsdp"]))  # `logprobs._Spec.tokens_of`
     outer = [update.microbatches] if update.microbatches > 1 else []
     found = collectives.sent(program.as_text(), [*outer, max(1, -(-tokens // at_once)), 1, 1, 1])
-    return sum(one.bytes for one in found)
+    slow = sum(one.bytes for one in found if one.kind == collectives.SLICES)
+    return sum(one.bytes for one in found) - slow, slow
 
 
 def report(
@@ -289,7 +301,8 @@ def report(
         "work": {
             name: {
                 "flop": work.flop, "memory": dict(work.memory), "interconnect": dict(work.interconnect),
-                "milliseconds": work.milliseconds(chip.rates), "bottleneck": work.bottleneck(chip.rates),
+                "network": dict(work.network), "milliseconds": work.milliseconds(chip.rates),
+                "bottleneck": work.bottleneck(chip.rates),
             }
             for name, work in planned.work().items()
         },
@@ -301,7 +314,7 @@ def report(
             total = sum(said[part] for part in ("arguments", "temporaries", "outputs", "code")) + _beside(name, planned)
             said |= {"total": total, "fits": total <= chip.memory}
             if name == "train":
-                said["sent"] = _sent(program, planned)
+                said["sent"], said["sent_to_slices"] = _sent(program, planned)
         said["peak_rss"] = runs.peak_rss()
         result["programs"][name] = said
         print(line(name, said, chip), flush=True)
@@ -341,6 +354,7 @@ def head(result: dict[str, Any]) -> str:
         f"{'compute':>12}{'memory':>12}{'links':>12}   at best, and limited by",
     ]
     total: dict[str, float] = dict.fromkeys(("compute", "memory", "interconnect"), 0.0)
+    slow = sum(sum(work["network"].values()) for work in result["work"].values())
     for name, work in result["work"].items():
         ms = work["milliseconds"]
         total = {kind: total[kind] + ms[kind] for kind in total}
@@ -352,6 +366,9 @@ def head(result: dict[str, Any]) -> str:
         )
     least = sum(max(work["milliseconds"].values()) for work in result["work"].values())
     lines.append(f"{'step':<50}" + "".join(f"{ms:>9.1f} ms" for ms in total.values()) + f"   {least:.1f} ms")
+    if slow:
+        ms = sum(work["milliseconds"].get("network", 0.0) for work in result["work"].values())
+        lines.append(f"{'from slice to slice':<41}{slow / _GB:>9.2f}{'':>36}{ms:>9.1f} ms over the network")
     return "\n".join(lines)
 
 
@@ -366,14 +383,24 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--programs={','.join(sorted(unknown))} must be among {', '.join(PROGRAMS)}.")
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         chip, _ = chips.chip_of(values.topology)
-        devices = chips.devices_of(values.topology)
+        if values.slices > 1 and not chip.rates.network:
+            raise ValueError(
+                f"--slices={values.slices} of {values.topology}: what goes from slice to slice in a second is not "
+                f"published; it is of {', '.join(name for name, c in chips.CHIPS.items() if c.rates.network)}."
+            )
+        devices = chips.devices_of(values.topology, values.slices)
         planned = Planned(model_of(values.model, config["policy"]), config, devices, chip.memory)
 
         def keep(result: dict[str, Any]) -> None:
             if not result["programs"]:
                 print(f"{head(result)}\n", flush=True)
             if path:
-                about = {"model": values.model, "topology": values.topology, **runs.as_json(config)}
+                about = {
+                    "model": values.model,
+                    "topology": values.topology,
+                    "slices": values.slices,
+                    **runs.as_json(config),
+                }
                 write_atomically(pathlib.Path(path), json.dumps({**about, **result}, indent=1) + "\n")
 
         report(planned, chip, tuple(values.programs), keep)
@@ -387,6 +414,7 @@ if __name__ == "__main__":
         "topology", None, f"A chip among {', '.join(chips.CHIPS)}, and how many: v5e:8x8, v5p:4x4x4, h100:8.",
         required=True,
     )  # fmt: skip
+    flags.DEFINE_integer("slices", 1, "So many of the topology, joined by a data-centre network (TPUs).", lower_bound=1)
     flags.DEFINE_list("programs", list(PROGRAMS), f"What is compiled, among {', '.join(PROGRAMS)}.")
     flags.DEFINE_string("json", "", "A file for everything that is known, written after each program; empty: none.")
     FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}

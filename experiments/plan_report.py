@@ -58,6 +58,7 @@ CASES = {
     "0.5B on one v5e": _case("qwen2.5-0.5b", "v5e:1x1", "", 32, 64),
     "8B on 64 v5e": _case("llama-3-8b", "v5e:8x8", "fsdp=16 tensor=4", 64, 32),
     "8B on 64 v5e by fsdp": _case("llama-3-8b", "v5e:8x8", "fsdp=64", 256, 32),
+    "8B on 2 x 64 v5e": _case("llama-3-8b", "v5e:8x8", "data=2 fsdp=16 tensor=4", 128, 32, "--slices=2"),
     "8B on 64 v5p": _case("llama-3-8b", "v5p:4x4x4", "fsdp=64", 256, 8),
     "8B on 16 v6e": _case("llama-3-8b", "v6e:4x4", "fsdp=8 tensor=2", 64, 32),
     "8B on 8 H100": _case("llama-3-8b", "h100:8", "fsdp=8", 32, 32),
@@ -66,13 +67,16 @@ CASES = {
 }
 
 
-def _weak(chips: int, topology: str, mesh: str) -> Case:
-    return dataclasses.replace(_case("llama-3-8b", topology, mesh, chips, 8), programs="train")
+def _weak(chips: int, topology: str, mesh: str, more: str = "") -> Case:
+    return dataclasses.replace(_case("llama-3-8b", topology, mesh, chips, 8, more), programs="train")
 
 
 _SIZES = {4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}
 WEAK = {
     **{f"{n} chips: data={n // 4} fsdp=4": _weak(n, t, f"data={n // 4} fsdp=4") for n, t in _SIZES.items()},
+    **{f"{n} chips: data={n // 16} fsdp=16": _weak(n, _SIZES[n], f"data={n // 16} fsdp=16") for n in (64, 512)},
+    "64 chips: data=2 fsdp=32": _weak(64, _SIZES[64], "data=2 fsdp=32"),
+    "2 x 64 chips: data=32 fsdp=4": _weak(128, _SIZES[64], "data=32 fsdp=4", "--slices=2"),
     **{f"{n} chips: fsdp={n}": _weak(n, t, f"fsdp={n}") for n, t in _SIZES.items() if n > 4},
 }  # fmt: skip
 
@@ -148,8 +152,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     floors = [
-        "| case | TFLOP | GB read | GB sent | compute | memory | links | at best | limited by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | TFLOP | GB read | GB sent | compute | memory | links | between slices | at best | limited by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     costs = ["| case | seconds (GB here) to compile: update | reference | prefill and decoding |", "|---|---|---|---|"]
     for name, result in results.items():
@@ -167,14 +171,15 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             + f" | {_verdict(result)} |"
         )
         work = result["work"].values()
-        each = [sum(part["milliseconds"][kind] for part in work) for kind in ("compute", "memory", "interconnect")]
+        kinds = ("compute", "memory", "interconnect", "network")
+        each = [sum(part["milliseconds"].get(kind, 0.0) for part in work) for kind in kinds]
         parts = {part: max(said["milliseconds"].values()) for part, said in result["work"].items()}
         slowest = max(parts, key=lambda part: parts[part])
         floors.append(
             f"| {name} | {sum(part['flop'] for part in work) / 1e12:.1f} | "
             f"{sum(sum(part['memory'].values()) for part in work) / _GB:.1f} | "
             f"{sum(sum(part['interconnect'].values()) for part in work) / _GB:.2f} | "
-            + " | ".join(f"{ms / 1e3:.2f} s" for ms in each)
+            + " | ".join(f"{ms / 1e3:.2f} s" if ms else "-" for ms in each)
             + f" | {sum(parts.values()) / 1e3:.2f} s | {slowest}, by {result['work'][slowest]['bottleneck']} |"
         )
         cost = lambda program, result=result: (
@@ -199,9 +204,13 @@ def weak_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| {name} | {_program(result, 'train')} |" + " |" * 5)
             continue
         work = result["work"]["update"]
+        slow = sum(work.get("network", {}).values())
+        to_slices = lambda size, slow=slow: f" and {size / _GB:.2f} to slices" if slow else ""
         lines.append(
-            f"| {name} | {said['arguments'] / _GB:.2f} | {said['temporaries'] / _GB:.2f} | {said['sent'] / _GB:.1f} | "
-            f"{sum(work['interconnect'].values()) / _GB:.1f} | {work['flop'] / 1e12:.1f} | {said['seconds']:.0f} |"
+            f"| {name} | {said['arguments'] / _GB:.2f} | {said['temporaries'] / _GB:.2f} | "
+            f"{said['sent'] / _GB:.1f}{to_slices(said.get('sent_to_slices', 0.0))} | "
+            f"{sum(work['interconnect'].values()) / _GB:.1f}{to_slices(slow)} | {work['flop'] / 1e12:.1f} | "
+            f"{said['seconds']:.0f} |"
         )
     return "\n".join(lines)
 

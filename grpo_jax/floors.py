@@ -101,6 +101,7 @@ class Layout:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 1  # parts of data, between which a data-centre network carries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +190,7 @@ class Rates:
     flop: float  # in bfloat16
     memory: float  # bytes read or written
     interconnect: float  # bytes sent, over all links together
+    network: float = 0.0  # bytes sent from slice to slice, a chip's share of its host's; 0: not said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,14 +200,16 @@ class Work:
     flop: float
     memory: Mapping[str, float]  # bytes read and written, by what for
     interconnect: Mapping[str, float]  # bytes sent, by what for
+    network: Mapping[str, float] = dataclasses.field(default_factory=dict)  # bytes sent from slice to slice
 
     def milliseconds(self, rates: Rates) -> dict[str, float]:
-        """The three floors."""
-        return {
+        """The three floors; and where something goes from slice to slice, a fourth."""
+        floors = {
             "compute": 1e3 * self.flop / rates.flop,
             "memory": 1e3 * sum(self.memory.values()) / rates.memory,
             "interconnect": 1e3 * sum(self.interconnect.values()) / rates.interconnect,
         }
+        return floors | ({"network": 1e3 * sum(self.network.values()) / rates.network} if self.network else {})
 
     def bottleneck(self, rates: Rates) -> str:
         """The largest of the floors."""
@@ -378,7 +382,10 @@ def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
     flop = _products(model, step, 2 if a else 3, 3) + 3 * _scores(model, 0, step.columns)
     kept = step.columns.sum() / shards * model.layers * step.kept(model, layout.tensor) * step.compute_bytes
     sent = {name: e * size for name, size in _passed(model, step, layout, backward=True).items()}
-    sent["gradients over data"] = e * step.minibatches * 2 * _gathered(own, layout.data)
+    # Within a slice each device gets a part of the sum, which goes over the slices, and back within them.
+    within, sums = layout.data // layout.slices, e * step.minibatches * 2
+    sent["gradients over data"] = sums * _gathered(own, within)
+    slow = {"gradients over slices": sums * _gathered(own / within, layout.slices)} if layout.slices > 1 else {}
     return Work(
         flop=e * flop / (shards * layout.tensor),
         memory={
@@ -388,6 +395,7 @@ def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
             "activations": float(e * 2 * kept),
         },
         interconnect=sent,
+        network=slow,
     )
 
 

@@ -1,14 +1,21 @@
-"""What `load` holds of the host's memory beyond the arrays that it makes, over 8 CPU devices (Linux).
+"""What `load` and `save` hold of the host's memory beyond the arrays, over 8 CPU devices, or on several hosts (Linux).
 
     python -m tests.pretrained_memory make DIRECTORY MIB DTYPE
     python -m tests.pretrained_memory load DIRECTORY data=2 fsdp=2 tensor=2
+    python -m tests.pretrained_memory host DIRECTORY EXPORT --distributed fsdp=4
 
 `make` writes a random model of about so many MiB in several files. `load` prints JSON in bytes and seconds: `arrays`,
 what the arrays take; `peak_beyond_arrays`, by how much the process' anonymous memory grew beyond that at its highest;
 `rss_beyond_arrays`, the same with the pages of the mapped files, which the kernel drops when it needs them;
 `largest_tensor` of the files; `load` and `read`, seconds, the latter for reading the files and nothing else.
+
+`host` is one of several processes (`hosts.initialize` says what `--distributed` may be), which load together and export
+to EXPORT. Each prints to the standard error: `arrays`, its own; `load`, `save` and `whole`, by how much its anonymous
+memory grew at its highest while it loaded, exported for the second time (the first compiles), and at last read all
+files whole, which nothing here should do.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,20 +23,26 @@ import pathlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
-from grpo_jax.models.pretrained import load, save
+from grpo_jax import hosts
+from grpo_jax.models.pretrained import load, read_config, save
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.sharding import MeshConfig, make_mesh
+from grpo_jax.types import PyTree
 
 MIB = 2**20
 FILES = 5
+FILE = 96 * MIB
 
 
 def model(parameters: int) -> TransformerConfig:
@@ -57,8 +70,9 @@ def memory() -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[0] in ("RssAnon:", "VmRSS:")}
 
 
-def measured_load(directory: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    jnp.zeros(1).block_until_ready()  # the backend's own memory is there before
+@contextlib.contextmanager
+def growth() -> Iterator[dict[str, int]]:
+    """By how much this process' memory has grown at its highest, once the block has ended."""
     before, peak, done = memory(), memory(), threading.Event()
 
     def watch():
@@ -68,18 +82,49 @@ def measured_load(directory: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str,
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    grown: dict[str, int] = {}
+    try:
+        yield grown
+    finally:
+        done.set()
+        watcher.join()
+        grown.update({name: peak[name] - before[name] for name in peak})
+
+
+def bytes_here(params: PyTree) -> int:
+    return sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards)
+
+
+def measured_load(directory: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    jnp.zeros(1).block_until_ready()  # the backend's own memory is there before
     start = time.perf_counter()
-    params = jax.block_until_ready(load(directory, mesh, dtype=None))
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    arrays = sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards)
+    with growth() as grown:
+        params = jax.block_until_ready(load(directory, mesh, dtype=None))
+        seconds = time.perf_counter() - start
+    arrays = bytes_here(params)
     return {
         "arrays": arrays,
-        "peak_beyond_arrays": peak["RssAnon"] - before["RssAnon"] - arrays,
-        "rss_beyond_arrays": peak["VmRSS"] - before["VmRSS"] - arrays,
+        "peak_beyond_arrays": grown["RssAnon"] - arrays,
+        "rss_beyond_arrays": grown["VmRSS"] - arrays,
         "load": seconds,
     }
+
+
+def measured_host(directory: pathlib.Path, export: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Of one of several processes: all of them at each of these at the same time."""
+    hosts.agreed(0)
+    with growth() as loading:
+        params = jax.block_until_ready(load(directory, mesh, dtype=None))
+    save(export.with_name("before"), params, read_config(directory), shard_bytes=FILE)
+    hosts.agreed(0)
+    with growth() as saving:
+        save(export, params, read_config(directory), shard_bytes=FILE)
+    hosts.agreed(0)
+    with growth() as reading:
+        whole = [load_file(path) for path in sorted(export.glob("*.safetensors"))]
+        assert sum(x.nbytes for tensors in whole for x in tensors.values()) > bytes_here(params)
+    each = {"load": loading, "save": saving, "whole": reading}
+    return {"arrays": bytes_here(params)} | {name: grown["RssAnon"] for name, grown in each.items()}
 
 
 def read(paths: list[pathlib.Path]) -> float:
@@ -101,7 +146,12 @@ if __name__ == "__main__":
     if command == "make":
         make(directory, int(sys.argv[3]), sys.argv[4])
     else:
-        sizes = {name: int(size) for name, size in (word.split("=") for word in sys.argv[3:])}
-        measured = measured_load(directory, make_mesh(MeshConfig(**sizes)))
-        paths = sorted(directory.glob("*.safetensors"))
-        print(json.dumps({**measured, "read": read(paths), "largest_tensor": largest_tensor(paths)}))
+        sizes = lambda words: MeshConfig(**{name: int(size) for name, size in (word.split("=") for word in words)})
+        if command == "host":
+            hosts.initialize(sys.argv[4])
+            said = measured_host(directory, pathlib.Path(sys.argv[3]), make_mesh(sizes(sys.argv[5:])))
+            print(json.dumps(said), file=sys.stderr)  # all of them may speak there
+        else:
+            measured = measured_load(directory, make_mesh(sizes(sys.argv[3:])))
+            paths = sorted(directory.glob("*.safetensors"))
+            print(json.dumps({**measured, "read": read(paths), "largest_tensor": largest_tensor(paths)}))

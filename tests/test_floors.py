@@ -112,7 +112,15 @@ def test_a_mesh_divides_the_work():
     for name, part in floors.of_step(MODEL, STEP, layout).items():
         assert part.flop == whole[name].flop / 16
         assert 0 < sum(part.memory.values()) < sum(whole[name].memory.values())
-    rates = floors.Rates(flop=1e3, memory=1e2, interconnect=1e1)
+    # Over slices: a device sums its part over the two of its slice, half of it over the slices, and gets the whole.
+    parameters = 4 * MODEL.parameters / 2  # bytes of a device, two optimizer steps
+    update = floors.update(MODEL, STEP, floors.Layout(data=4, fsdp=2, slices=2))
+    assert update.interconnect["gradients over data"] == 2 * 2 * parameters / 2
+    assert update.network == {"gradients over slices": 2 * 2 * (parameters / 2) / 2}
+    assert not whole["update"].network
+    slow = floors.Work(flop=50, memory={"a": 7}, interconnect={}, network={"b": 3})
+    rates = floors.Rates(flop=1e3, memory=1e2, interconnect=1e1, network=1)
+    assert slow.milliseconds(rates) == {"compute": 50, "memory": 70, "interconnect": 0, "network": 3000}
     work = floors.Work(flop=50, memory={"a": 3, "b": 4}, interconnect={"c": 0.8})
     assert work.milliseconds(rates) == {"compute": 50, "memory": 70, "interconnect": 80}
     assert work.bottleneck(rates) == "interconnect"
@@ -186,7 +194,7 @@ PROMPT_TOKENS, MAX_TOKENS, COMPLETIONS = 32, 96, 64
 
 def compiled_update(config, layout, microbatches, rank):
     """The text of a train step without a reference, for CPU devices."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(**dataclasses.asdict(layout)))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=layout.data, fsdp=layout.fsdp, tensor=layout.tensor))
     own, objective = lora.LoraConfig(rank=rank), make_objective(LossConfig(kl_coef=0.0))
     policy = lora.adapted_policy(make_policy(config, mesh), config, own)
     optimizer, _ = make_optimizer(OptimizerConfig(), 100)
@@ -276,7 +284,24 @@ def test_what_is_sent_is_counted():
   %d = f32[4]{0} reduce-scatter(%p), replica_groups=mesh['a'=8] {'a':(1)2}, to_apply=%add
 }
 
+%windowed_cond (p: (f32[8], u32[])) -> pred[] {
+  %half = u32[]{:T(128)} constant(16)
+  %at = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%at, %half), direction=LT
+}
+
+%windowed (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %two = u32[]{:T(128)S(6)} constant(2), metadata={op_name="x"}
+  %from = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %next = u32[]{:T(128)} add(%from, %two), control-predecessors={%from}
+  %s = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%q), source_target_pairs={{0,1}}
+  ROOT %both = (f32[8]{0}, /*index=1*/u32[]{:T(128)}) tuple(%s, %next)
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %h = (f32[6]{0:T(8)}, u32[], token[]) send(%p, %token), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %o = (f32[8], u32[]) while(%p), condition=%windowed_cond, body=%windowed
   %x = f32[8] while(%p), condition=%c, body=%outer
   %y = f32[8] fusion(%x), kind=kCustom, calls=%fused
   %t = f32[8] while(%y), condition=%cond, body=%tpu
@@ -288,4 +313,5 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         "%a": ("all-reduce", 2, 21, 21 * 2 * 32 / 2), "%b": ("all-gather", 4, 7, 7 * 32 * 3 / 4),
         "%c": ("all-to-all", 2, 1, 16 / 2), "%d": ("reduce-scatter", 2, 1, 16),
         "%v": ("reduce-scatter", 4, 5, 5 * 16 * 3 / 4), "%z": ("collective-permute", 0, 1, 20),
+        "%s": ("collective-permute", 0, 8, 8 * 16), "%h": ("slices", 3, 1, 2 * 24 * 2 / 3),
     }  # fmt: skip

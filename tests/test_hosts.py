@@ -22,6 +22,7 @@ from grpo_jax.scoring import score_completions, scores_of_all
 from tests import host_run, processes
 
 DEVICES = 4  # in all
+FILE = 24 * 2**20  # bytes, of `tests.pretrained_memory`: of what is exported there
 LIMIT = 300  # seconds that nothing here takes, on a busy machine neither
 
 
@@ -242,6 +243,25 @@ def test_experiments_on_two_processes(tiny, tmp_path):
     metrics = untimed(workdir / "metrics.jsonl")[-1]
     assert metrics["rewards/reward_model/mean"] == pytest.approx(np.mean(said), abs=1e-6)
     assert metrics["reward"] == pytest.approx(metrics["rewards/flexible/mean"] + np.mean(said), abs=1e-5)
+
+
+def test_no_process_holds_a_model_that_lies_on_two(tmp_path):
+    """Loading costs a process its own part and little more, exporting the file that is filled and little more."""
+    program, megabyte = "tests.pretrained_memory", 1e6
+    processes.python("-m", program, "make", str(tmp_path / "model"), "400", "float32")
+    command = lambda address: (
+        "-m", program, "host", str(tmp_path / "model"), str(tmp_path / "export"), address, "fsdp=4"
+    )  # fmt: skip
+    for status, _, err in started(2, command):
+        assert status == 0, err
+        (line,) = re.findall(r"^{.*}$", err, re.MULTILINE)
+        measured, little = json.loads(line), 90 * megabyte  # matrices on their way, of 4 MB; what compiles; gloo
+        whole = 2 * measured["arrays"]
+        assert whole > 400 * megabyte
+        assert measured["load"] < whole / 2 + little
+        assert measured["save"] < FILE + little
+        # The negative control: what is read whole is seen, and would be too much for both.
+        assert measured["whole"] > max(whole / 2, FILE) + little
 
 
 def test_all_places_are_shared_out_in_order(monkeypatch):

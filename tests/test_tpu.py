@@ -15,12 +15,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.collectives import SLICES, sent
 from grpo_jax.models.transformer import make_policy
 from grpo_jax.objectives import grpo
 from grpo_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from grpo_jax.training import UpdateConfig, init_train_state, make_train_step
 from grpo_jax.types import TrainBatch
-from tests import TPU_COMPILER
+from tests import TPU_COMPILER, compile_slices
 from tests.test_training import collectives, computations, reached
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -98,6 +99,22 @@ def test_a_half_billion_parameters_fit(topology, tmp_path):
             check_train(text, VOCABULARY // mesh["tensor"], mesh["tensor"])
         elif kind == "decode":
             check_decode(text)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+def test_from_slice_to_slice_goes_one_sum_of_gradients_and_within_one_they_are_scattered(tmp_path):
+    command = [sys.executable, "-m", "tests.compile_slices", str(tmp_path / "text")]
+    environment = {**TPU_COMPILER, "JAX_OPTIMIZATION_LEVEL": "O0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = sent((tmp_path / "text").read_text(), [compile_slices.MICROBATCHES] * 5)
+    slow, least = [one for one in found if one.kind == SLICES], float(done.stdout)
+    assert {one.times for one in slow} == {1}  # none in the loop of microbatches
+    assert least < sum(one.bytes for one in slow) < 1.02 * least + 2**14  # norms and metrics too, in whole tiles
+    of_mlp = {1, compile_slices.WIDTH, compile_slices.MLP_WIDTH}
+    of_matrices = [one for one in found if of_mlp in [{*dims} for _, dims in sizes_of(one.line)]]
+    assert {one.kind for one in of_matrices} >= {"all-gather", "reduce-scatter"}
+    assert "all-reduce" not in {one.kind for one in of_matrices}
 
 
 def test_what_travels_is_found():

@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax import sharding
 from grpo_jax.logprobs import unembed
-from grpo_jax.models.leaves import project
+from grpo_jax.models.leaves import project, scattered
 from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from tests import oracle
 
@@ -364,6 +364,18 @@ def test_project():
     np.testing.assert_allclose(project(x, leaf, axes=2), [[110, 125]])
     np.testing.assert_allclose(project(x, leaf[0]), [[[10, 13], [28, 40]]])
     assert project(x.astype(jnp.bfloat16), leaf[0]).dtype == jnp.bfloat16
+
+
+def test_a_scattered_weight_is_the_weight_and_so_is_its_gradient():
+    """Its gradient is made with the axis last that is split, and stands again where it stood."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 6), (6, 4, 3)))
+    loss = lambda of, weight: jnp.sin(project(x, of(weight))).sum()
+    plain = jax.value_and_grad(lambda w: loss(lambda w: w, w))(weight)
+    turned = jax.value_and_grad(lambda w: loss(lambda w: scattered(w, jnp.float32), w))
+    jax.tree.map(np.testing.assert_array_equal, turned(weight), plain)
+    (barrier,) = [e for e in jax.make_jaxpr(turned)(weight).eqns if e.primitive.name == "optimization_barrier"]
+    assert barrier.outvars[0].aval.shape == (12, 6)
 
 
 # Every field of the configuration -------------------------------------------------------------------

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from grpo_jax.types import Array, PyTree, record
 
-__all__ = ["MATRICES", "Adapted", "bare", "merged", "project", "quantized", "quantized_axes"]
+__all__ = ["FROM_WIDTH", "MATRICES", "Adapted", "bare", "merged", "project", "quantized", "quantized_axes", "scattered"]
 
 # The matrices of a layer, and how many leading axes of each are inputs.
 MATRICES = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
+FROM_WIDTH = ("query", "key", "value", "gate", "up")  # those whose first axis is the width
 
 
 @record
@@ -48,6 +49,28 @@ def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
     if scale is not None:
         out = out * jnp.broadcast_to(scale.astype(x.dtype).reshape(1, -1), out.shape)
     return out.reshape(*x.shape[: x.ndim - axes], *outputs)
+
+
+@jax.custom_vjp
+def _turned(matrix: jax.Array) -> jax.Array:
+    return matrix
+
+
+def _turned_bwd(_: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.optimization_barrier(grad.T).T,)  # or XLA turns the product back
+
+
+_turned.defvjp(lambda matrix: (matrix, None), _turned_bwd)
+
+
+def scattered(weight: jax.Array, dtype: Any) -> jax.Array:
+    """A weight [in, outputs...] as it is multiplied with, whose gradient is made as [outputs, in] and then turned.
+
+    Where the first axis is split over devices (the width, over fsdp), each keeps its part of a sum over them. XLA's
+    compiler for TPUs makes a reduce-scatter of that where the axis is the last one, and else an all-reduce, of twice
+    the bytes.
+    """
+    return _turned(weight.astype(dtype).reshape(weight.shape[0], -1)).reshape(weight.shape)
 
 
 def _is_adapted(leaf: Any) -> bool:

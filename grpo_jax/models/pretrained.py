@@ -312,9 +312,9 @@ def save(
         Face's describes this one, `params` are not of `config`, or the disk is full.
     """
     directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
-    if not hosts.is_first():
-        for _ in _named(params, config, dtype):  # its part in handing them over
-            pass
+    if not hosts.is_first():  # its part in handing them over
+        for _, x in _leaves(params, config):
+            jax.block_until_ready(hosts.on_all(x))
         return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
@@ -395,13 +395,21 @@ def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[s
 
 def _named(params: PyTree, config: TransformerConfig, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors one by one, on the host."""
+    for tensor, x in _leaves(params, config):
+        ours = np.asarray(hosts.fetched(x))
+        theirs = tensor.write(ours.astype(jnp.dtype(dtype or ours.dtype), copy=False))
+        # What devices hold, and on CPUs that is all of them, is not to stay while a file is filled.
+        yield tensor.name, theirs.copy() if np.may_share_memory(theirs, ours) else theirs
+
+
+def _leaves(params: PyTree, config: TransformerConfig) -> Iterator[tuple[Tensor, jax.Array]]:
+    """Their tensors one by one, and what they are of ours, with adapters added."""
     tree, _, _ = layout(config)
-    on_host = lambda x: np.asarray(hosts.fetched(x)).astype(jnp.dtype(dtype or x.dtype))
     of_layer = lambda stack, i: jax.tree.map(lambda x: x[i], stack)  # of an adapter too
 
     def walk(tensors, ours):
         if isinstance(tensors, Tensor):
-            yield tensors.name, tensors.write(on_host(_merged(ours) if isinstance(ours, Adapted) else ours))
+            yield tensors, _merged(ours) if isinstance(ours, Adapted) else ours
         elif isinstance(tensors, dict):
             for name in tensors:
                 yield from walk(tensors[name], ours[name])

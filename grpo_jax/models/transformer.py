@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models.attention import make_attention
-from grpo_jax.models.leaves import merged, project, quantized, quantized_axes
+from grpo_jax.models.leaves import FROM_WIDTH, merged, project, quantized, quantized_axes, scattered
 from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
 from grpo_jax.sharding import SAMPLER_RULES, shardings
 from grpo_jax.types import Policy
@@ -259,6 +259,8 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     layer_cache = cache_axes(platform, config.kv_heads)
     tiled = platform == "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
+    # (Where data has one part, XLA multiplies and sums in rings, which a gradient that is turned would keep it from.)
+    scatters = mesh is not None and min(mesh.shape["data"], mesh.shape["fsdp"]) > 1
     block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
     int8, sampler_dtype = config.sampler_dtype == "int8", jnp.dtype(config.decoding_dtype)
     shapes, param_axes = abstract_params(config)
@@ -291,6 +293,9 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     def hidden(params, tokens, positions, segments):
         def layer(window, x, layer_params):
             attend = lambda q, k, v: (attention[window](q, k, v, positions, segments), None)
+            if scatters:
+                arrays = [name for name in FROM_WIDTH if isinstance(layer_params[name], jax.Array)]
+                layer_params = layer_params | {name: scattered(layer_params[name], dtype) for name in arrays}
             x, _ = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
             return split(x, "fsdp", None, None)
 
