@@ -33,6 +33,7 @@ from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
 from grpo_jax.preferences import Pair, PairEvaluator, PairExperience, as_rows, encode_pairs, pair_record
 from grpo_jax.rewards.model import Scorer
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import write_atomically
 
 
@@ -140,7 +141,7 @@ flags.adopt_module_key_flags(sections)  # so that --help shows them
 class Experiment:
     """The pieces of one configuration, without the parameters."""
 
-    def __init__(self, directory: pathlib.Path, config: dict[str, Any]):
+    def __init__(self, directory: Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, train = config, config["train"]
         self.mesh = sharding.make_mesh(config["mesh"])
@@ -195,7 +196,7 @@ class Experiment:
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the reward model."""
-    workdir, given = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    workdir, given = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)

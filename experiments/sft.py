@@ -7,7 +7,6 @@ experiments.gsm8k, so that both put problems to the model in the same words.
 """
 
 import dataclasses
-import pathlib
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ from grpo_jax import loop, objectives, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import lora, pretrained
+from grpo_jax.storage import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ flags.adopt_module_key_flags(sections)  # so that --help shows them
 class Experiment(tasks.Opened):
     """The pieces of one configuration, without the parameters."""
 
-    def __init__(self, model: pathlib.Path, config: dict[str, Any]):
+    def __init__(self, model: Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, train = config, config["train"]
         super().__init__(model, config)
@@ -105,7 +105,7 @@ class Experiment(tasks.Opened):
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the model."""
-    workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    workdir, model = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     if DETERMINISTIC.value:
         runs.make_deterministic(workdir)
     try:
