@@ -26,6 +26,7 @@ __all__ = [
     "Path",
     "check",
     "copy",
+    "fetched",
     "is_remote",
     "kvstore",
     "make_directory",
@@ -242,6 +243,18 @@ def written(file: Path) -> Iterator[pathlib.Path]:
         local = pathlib.Path(scratch, file.name)
         yield local
         copy(local, file)
+
+
+@contextlib.contextmanager
+def fetched(file: Path) -> Iterator[pathlib.Path]:
+    """For those who read files by their names alone: the file, or a copy on disk of one in a store."""
+    if not is_remote(file):
+        yield pathlib.Path(file)
+        return
+    with tempfile.TemporaryDirectory(prefix="grpo_jax_") as scratch:
+        local = pathlib.Path(scratch, file.name)
+        copy(file, local)
+        yield local
 
 
 def upload(source: pathlib.Path, target: Path) -> None:
