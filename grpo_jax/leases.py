@@ -58,6 +58,7 @@ class Lease:
         """
         self._renewal, patience = renewal or RENEWAL, patience or PATIENCE
         self._path, self._about, self._lost, self._beat = path, {**about, "token": secrets.token_hex(8)}, lost, 0
+        self._process = os.getpid()
         self._store, self._ended, self._lock = storage.kvstore(path.parent), threading.Event(), threading.Lock()
         found, since = self._read(), time.monotonic()
         if found.state == "value":
@@ -111,7 +112,7 @@ class Lease:
     def release(self) -> None:
         """Removes the object, if it is ours still."""
         with self._lock:
-            if self._ended.is_set():
+            if self._ended.is_set() or os.getpid() != self._process:  # a child that was forked
                 return
             self._ended.set()
             try:

@@ -91,10 +91,13 @@ def _explained() -> Iterator[None]:
     """What gcsfs, aiohttp and google-auth raise, as an OSError in a line."""
     try:
         yield
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise OSError(f"{kind}{' '.join(str(error).split()):.300}") from error
 
 
 def kvstore(directory: Path) -> Any:
@@ -109,14 +112,11 @@ def check(place: Path) -> None:
     """Raises ValueError where a place in a store cannot be read, for want of a bucket, rights or credentials."""
     if not is_remote(place):
         return
-    import tensorstore as ts
-
-    bucket = os.fspath(place).removeprefix(_SCHEME).partition("/")[0]
+    bucket, _, inside = os.fspath(place / ".lock").removeprefix(_SCHEME).partition("/")
     try:
-        one = ts.KvStore.KeyRange(".lock", ".lock\0")  # of a bucket that is not there, a list is an error
-        kvstore(place).list(one).result()
         with _explained():
-            _filesystem().exists(os.fspath(place / ".lock"))
+            _filesystem().find(bucket, prefix=inside)  # of a bucket that is not there an error, of an empty one none
+        kvstore(place).read(".lock").result()  # TensorStore finds credentials by itself
     except (OSError, ValueError) as error:
         reason = str(error).partition(" [")[0].strip()[:300]
         raise ValueError(

@@ -14,7 +14,11 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Refused", "Store", "store"]
+import pytest
+
+from grpo_jax import storage
+
+__all__ = ["Refused", "Store", "opened", "served"]
 
 PAGE = 50  # objects of a list's page: few, so that lists have several
 
@@ -34,6 +38,7 @@ class Store:
         self.buckets: dict[str, dict[str, tuple[int, bytes]]] = {name: {} for name in buckets}  # generation, content
         self.asked: list[tuple[str, str]] = []  # what was asked for: method and object
         self.before: Callable[[str, str], None] = lambda method, name: None  # may raise Refused
+        self.after: Callable[[str, str], None] = self.before  # what was asked is done, and the answer lost
         self.port = 0
         self._uploads: dict[str, tuple[str, str, dict[str, str], bytearray]] = {}
         self._numbers, self._lock = itertools.count(1), threading.RLock()
@@ -234,7 +239,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return self._answer(200, done)
             return self._answer(308, Range=f"bytes=0-{done - 1}") if done else self._answer(308)
         if kind == "media":
-            return self._answer(200, self.store.put(bucket, name, body, query))
+            made = self.store.put(bucket, name, body, query)
+            self.store.after("PUT", name)
+            return self._answer(200, made)
         if kind == "multipart":
             boundary = re.search(r'boundary="?([^";]+)"?', self.headers["Content-Type"])
             assert boundary is not None
@@ -273,7 +280,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def store(*buckets: str) -> Iterator[Store]:
+def served(*buckets: str) -> Iterator[Store]:
     """Serves these buckets, which are empty, from a port of its own."""
     made = Store(*buckets)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"store": made}))
@@ -287,3 +294,12 @@ def store(*buckets: str) -> Iterator[Store]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[tuple[Store, storage.Path]]:
+    """A store with one bucket, `bucket`, that this process and those it starts find; and the bucket's path."""
+    with served("bucket") as store, pytest.MonkeyPatch.context() as patched:
+        for name, value in store.environment.items():
+            patched.setenv(name, value)
+        yield store, storage.path("gs://bucket")
