@@ -140,7 +140,10 @@ class Checkpoints:
             return
         metrics = {} if metric is None else {"metric": metric}
         described = _sealed({"shapes": _shapes(state), "fingerprints": fingerprints(state)})
-        with self._explained():
+        # Where Orbax cannot make its directories in the background, threads wait for them for 20 minutes, and with them
+        # the end of the process.
+        at_once = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+        with self._explained(), at_once:
             self._checkpointer.save_checkpointables_async(
                 step, {"state": state}, metrics=metrics, custom_metadata=described, force=True
             )

@@ -71,7 +71,7 @@ class RangedFile:
             self._header = json.loads(storage.read_range(path, 8, 8 + length))
             self._header.pop("__metadata__", None)
             ends = {name: described["data_offsets"][1] for name, described in self._header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SafetensorError(f"its header is no safetensors header: {error}") from error
         if 8 + length + max(ends.values(), default=0) > size:
             raise SafetensorError(f"{size} bytes, and its header says {8 + length + max(ends.values())}")
