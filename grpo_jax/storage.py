@@ -76,12 +76,13 @@ def _filesystem() -> Any:
       ValueError: it is not installed.
     """
     import fsspec
+    from fsspec.config import conf
 
     try:
-        import gcsfs  # noqa: F401
+        fsspec.get_filesystem_class("gcs")
     except ImportError as error:
         raise ValueError(f"{_SCHEME}... needs gcsfs: pip install 'grpo_jax[gcs]' ({error}).") from error
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # for etils' own instance as well
+    conf.setdefault("gcs", {})["use_listings_cache"] = False  # for etils' own instance as well
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would say with a traceback what it raises
     return fsspec.filesystem("gcs")
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpo_jax import hosts, sharding
+from grpo_jax import hosts, sharding, storage
+from grpo_jax.jsonl import read_jsonl
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import init_params
 from grpo_jax.rewards import Reward, Scores
 from grpo_jax.scoring import score_completions, scores_of_all
-from tests import host_run, processes
+from tests import host_run, object_store, processes
 
 DEVICES = 4  # in all
 LIMIT = 300  # seconds that nothing here takes, on a busy machine neither
@@ -50,7 +51,7 @@ def place(tmp_path_factory):
     return place
 
 
-def run(place: pathlib.Path, name: str, count: int, *die, status: int | None = 0) -> list[tuple[int, str, str]]:
+def run(place: storage.Path, name: str, count: int, *die, status: int | None = 0) -> list[tuple[int, str, str]]:
     asked = {"workdir": str(place / name), "model": str(place / "model"), "die": die or [-1, -1, ""]}
     ended = started(count, lambda address: ("-m", "tests.host_run", json.dumps({"distributed": address, **asked})))
     for code, out, err in ended:
@@ -107,6 +108,23 @@ def test_a_process_that_dies_or_hears_a_signal_ends_all_and_the_next_start_ends_
         assert {len(row["scores"]["often"]) for row in rows} == {8}
     assert max(row["wave"] for row in rows) == 1
     assert sum(row.get("dynamic_sampling/surplus_groups", 0) for row in untimed(straight / "metrics.jsonl")) > 0
+
+
+def test_two_processes_in_a_store_do_as_on_disk(place, straight):
+    pytest.importorskip("gcsfs")
+    with object_store.opened() as (store, bucket):
+        storage.upload(place / "model", bucket / "model")
+        run(bucket, "run", 2)
+        for name in ("metrics.jsonl", "samples.jsonl", "rewards.jsonl", "rewards.1.jsonl"):
+            assert untimed(straight / name) == [
+                {key: value for key, value in row.items() if not key.startswith("time/")}
+                for row in read_jsonl(bucket / "run" / name)
+            ], name
+        with storage.fetched(bucket / "run" / "state.npz") as file, np.load(file) as ours:
+            theirs = arrays(straight)
+            assert {name: ours[name].tobytes() for name in ours.files} == {n: x.tobytes() for n, x in theirs.items()}
+        assert store.files("bucket", "run/export/") == {f.name: f.read_bytes() for f in (straight / "export").iterdir()}
+        assert ".lock" not in store.files("bucket", "run/")
 
 
 @pytest.mark.parametrize("count", [1, 4])
