@@ -7,7 +7,6 @@ A warm start by supervision on imperfect programs, made in the run, and then GRP
 
 import dataclasses
 import functools
-import pathlib
 import sys
 from typing import Any
 
@@ -23,6 +22,7 @@ from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards import code as judges
 from grpo_jax.rollouts import RolloutConfig
+from grpo_jax.storage import Path
 
 # Defaults for a task of this size, where the library's and Countdown's are for others.
 
@@ -116,7 +116,7 @@ def main(given: games.Given, argv: list[str]) -> None:
     run(experiment, workdir, profile)
 
 
-def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)) -> None:
+def run(experiment: Experiment, workdir: Path, profile: range = range(0)) -> None:
     """A warm start, GRPO, and what came of it."""
     config = experiment.config
     params = games.warmed(experiment, workdir)
@@ -130,7 +130,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, profile: range = range(0)
     )
 
 
-def description(experiment: Experiment, workdir: pathlib.Path) -> str:
+def description(experiment: Experiment, workdir: Path) -> str:
     """What runs, in lines."""
     config = experiment.config
     return (

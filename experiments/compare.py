@@ -14,7 +14,6 @@ WORKDIR/NAME/seed_S is the workdir of an ordinary run. The same command goes on 
 import dataclasses
 import itertools
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from experiments import countdown, footprint, plots, runs
 from experiments import flags as sections
 from grpo_jax import loop, profiling
 from grpo_jax.rewards import RewardError
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import read_jsonl, write_atomically
 
 OBJECTIVES = flags.DEFINE_list(
@@ -108,7 +108,7 @@ def configurations(
     }
 
 
-def open_workdirs(workdir: pathlib.Path, configs: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+def open_workdirs(workdir: Path, configs: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
     """`config.json` of the whole, without what differs, and of each run; WorkdirError where there is another."""
     shared = runs.as_json(next(iter(configs.values())))
     for name in VARIED:
@@ -119,7 +119,7 @@ def open_workdirs(workdir: pathlib.Path, configs: Mapping[tuple[str, int], Mappi
         loop.open_workdir(place(workdir, *run), runs.as_json(config))
 
 
-def place(workdir: pathlib.Path, objective: str, seed: int) -> pathlib.Path:
+def place(workdir: Path, objective: str, seed: int) -> Path:
     """The workdir of one run."""
     return workdir / objective / f"seed_{seed}"
 
@@ -181,7 +181,7 @@ def caption(config: Mapping[str, Any], seeds: Sequence[int]) -> str:
     )
 
 
-def report(workdir: pathlib.Path, configs: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+def report(workdir: Path, configs: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
     """Writes the picture, the table and the numbers of finished runs, from their logs; prints the table."""
     logs: dict[str, dict[int, Any]] = {}
     for name, seed in configs:

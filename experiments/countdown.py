@@ -18,7 +18,7 @@ from absl import app, flags
 
 from experiments import flags as sections
 from experiments import footprint, games, runs
-from grpo_jax import loop, objectives, profiling, sharding
+from grpo_jax import loop, objectives, profiling, sharding, storage
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
 from grpo_jax.evaluation import EvaluationConfig
@@ -27,6 +27,7 @@ from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards.countdown import countdown_accuracy, countdown_format
 from grpo_jax.rollouts import RolloutConfig
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import write_atomically
 
 
@@ -76,7 +77,7 @@ TRIAL_STEPS = 20  # of a baseline, to see how many fit into a time
 ACCURACY = Reward(name="accuracy", function=countdown_accuracy)
 
 
-def configuration(workdir: pathlib.Path) -> dict[str, Any]:
+def configuration(workdir: Path) -> dict[str, Any]:
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated."""
     makers = {name: flag.value for name, flag in GIVEN.sections.items()}
     saved = workdir if EVAL_ONLY.value else None
@@ -91,7 +92,7 @@ class Experiment(games.Experiment):
         super().__init__(config, Countdown, ACCURACY, (ACCURACY, form), debug_nans=debug_nans)
 
 
-def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
+def warm_start(experiment: Experiment, workdir: Path) -> Any:
     """Parameters before GRPO: the shipped file where it fits the flags, else made here (and kept in the workdir)."""
     model = {
         name: value for name, value in dataclasses.asdict(experiment.config["model"]).items() if name in games.MODEL
@@ -119,7 +120,7 @@ def warm_start(experiment: Experiment, workdir: pathlib.Path) -> Any:
     return params
 
 
-def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, seconds: float) -> dict[str, list[Any]]:
+def run_baselines(experiment: Experiment, params: Any, workdir: Path, seconds: float) -> dict[str, list[Any]]:
     """What could explain the gain away, for the same wall time: more of the same, and the best of one's own.
 
     Each gets the optimizer of GRPO, its decay too, over as many steps as fit into `seconds`, by a short trial.
@@ -143,7 +144,7 @@ def run_baselines(experiment: Experiment, params: Any, workdir: pathlib.Path, se
             with tempfile.TemporaryDirectory() as scratch:
                 _, trial = run(workdir=pathlib.Path(scratch), steps=TRIAL_STEPS)
             step_seconds = np.median([row["time/step_seconds"] for row in trial[2:]])  # the first step compiles
-            directory.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(directory)
             write_atomically(directory / "steps", str(max(1, round(seconds / step_seconds))))
         _, curves[name] = run(
             workdir=directory, steps=int((directory / "steps").read_text()), evaluator=experiment.evaluator,
@@ -165,7 +166,7 @@ def main(argv: list[str]) -> None:
         config = configuration(workdir)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.said_of_deterministic(), flush=True)
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config, debug_nans=DEBUG_NANS.value)
         experiment.check()

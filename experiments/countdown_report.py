@@ -4,11 +4,12 @@ python -m experiments.countdown_report --picture=docs/countdown.png runs/seed0 r
 """
 
 import json
-import pathlib
 
 from absl import app, flags
 
 from experiments import plots
+from grpo_jax import storage
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import read_jsonl
 
 PICTURE = flags.DEFINE_string("picture", "countdown.png", "Where the picture is written.")
@@ -19,7 +20,7 @@ METHODS = {
 }
 
 
-def table(workdirs: list[pathlib.Path]) -> str:
+def table(workdirs: list[Path]) -> str:
     """Held-out accuracy before and after, a row a seed and method, in Markdown."""
     lines = ["| seed | method | greedy | pass@1 | pass@64 | seconds of training |", "|---|---|---|---|---|---|"]
     for workdir in workdirs:
@@ -34,11 +35,11 @@ def table(workdirs: list[pathlib.Path]) -> str:
 
 def main(argv: list[str]) -> None:
     """Prints the table and draws the picture."""
-    workdirs = [pathlib.Path(name) for name in argv[1:]]
+    workdirs = [storage.path(name) for name in argv[1:]]
     if not workdirs:
         raise app.UsageError("name the workdirs of finished runs with --baselines.")
     runs = {name: [read_jsonl(w / place / "metrics.jsonl") for w in workdirs] for name, place in METHODS.items()}
-    plots.comparison(runs, pathlib.Path(PICTURE.value))
+    plots.comparison(runs, storage.path(PICTURE.value))
     print(table(workdirs))
 
 

@@ -11,7 +11,6 @@ Writes `metrics.json` (greedy accuracy, pass@k, mean@k, maj@k) and `completions.
 
 import dataclasses
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -20,10 +19,11 @@ from absl import flags
 from experiments import flags as sections
 from experiments import phases, runs, tasks
 from experiments.flags import section
-from grpo_jax import objectives, rollouts, sharding
+from grpo_jax import objectives, rollouts, sharding, storage
 from grpo_jax.models import lora, pretrained
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.sampler import check_stop
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 
@@ -57,7 +57,7 @@ FLAGS_OF = {name: section(name, cls, skip=_SKIPPED.get(name, ())) for name, cls 
 flags.adopt_module_key_flags(sections)  # so that --help shows them
 
 
-def of_run(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+def of_run(workdir: Path) -> dict[str, dict[str, Any]]:
     """How the run in a workdir put its problems, and where its completions end; flags that are given go before it."""
     saved = runs.saved_configuration(workdir)
     if not {"policy", "data"} <= saved.keys():
@@ -84,12 +84,12 @@ def of_run(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     return taken
 
 
-def adapters_of(workdir: pathlib.Path) -> LoraConfig:
+def adapters_of(workdir: Path) -> LoraConfig:
     """What the run in a workdir trained: nothing in its configuration means all."""
     return LoraConfig(**runs.saved_configuration(workdir).get("lora", {}))
 
 
-def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) -> tuple[Any, int]:
+def checkpoint(workdir: Path, step: int | None, opened: tasks.Opened) -> tuple[Any, int]:
     """Parameters of a checkpoint of experiments.gsm8k or experiments.sft, and its step."""
     saved = runs.saved_configuration(workdir)
     objective, surplus = objectives.supervised(), None
@@ -108,7 +108,7 @@ def checkpoint(workdir: pathlib.Path, step: int | None, opened: tasks.Opened) ->
 
 def main(argv: list[str]) -> None:
     """Samples, scores, writes and prints."""
-    output, given = runs.directory_of(argv, OUTPUT), pathlib.Path(MODEL.value)
+    output, given = runs.directory_of(argv, OUTPUT), runs.place_of(MODEL)
     if (output / "metrics.json").exists():
         sys.exit(f"error: {output / 'metrics.json'} is there already: name another --output, or remove it.")
     ours = (given / "checkpoints").is_dir()
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
         params, step = checkpoint(given, STEP.value, opened) if ours else (pretrained.load(given, opened.mesh), None)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    output.mkdir(parents=True, exist_ok=True)
+    storage.make_directory(output)
     records = [record for sampled in (False, True) for record in evaluator.records(params, sampled=sampled)]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(output / "completions.jsonl", lines)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from grpo_jax.models.transformer import TransformerConfig, abstract_params, init
 from grpo_jax.rewards import Reward
 from grpo_jax.rollouts import GroupRollouts, surplus_of
 from grpo_jax.sampler import Sampler
+from grpo_jax.storage import Path
 from grpo_jax.types import TrainState
 
 __all__ = [
@@ -171,7 +171,7 @@ class Experiment:
         self.task.problem("held_out", 0)
         self.rollouts()
 
-    def check_rewards(self, workdir: pathlib.Path) -> str:
+    def check_rewards(self, workdir: Path) -> str:
         """What `user_rewards.check_rewards` says of them; RewardError where one is wrong."""
         source, problem, tokenizer = self.task.source("train"), self.task.problem, self.task.tokenizer
         samples = lambda: [(source(i), problem("train", i).solution) for i in range(2)]
@@ -195,7 +195,7 @@ class Experiment:
         return phases.phase(lambda: params, **{**shared, **options})
 
     def train(
-        self, params: Any, workdir: pathlib.Path, title: str, profile: range = range(0)
+        self, params: Any, workdir: Path, title: str, profile: range = range(0)
     ) -> list[dict[str, Any]]:  # fmt: skip
         """The phase with the objective that the flags name, from `params`: its log."""
         config = self.config
@@ -209,7 +209,7 @@ class Experiment:
 
 
 def configuration(
-    makers: Mapping[str, Callable[..., Any]], tokenizer: ByteTokenizer, saved: pathlib.Path | None,
+    makers: Mapping[str, Callable[..., Any]], tokenizer: ByteTokenizer, saved: Path | None,
     rewards: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Every section, from the flags; a run that is only evaluated keeps its own but for how it is evaluated.
@@ -284,7 +284,7 @@ def supervised_optimizer(config: Mapping[str, Any], decay: str) -> training.Opti
     )  # fmt: skip
 
 
-def warmed(experiment: Experiment, workdir: pathlib.Path) -> Any:
+def warmed(experiment: Experiment, workdir: Path) -> Any:
     """Parameters after supervision on imperfect demonstrations, in `workdir`/warm_start."""
     config: WarmStartConfig = experiment.config["warm_start"]
     state, _ = experiment.run(
@@ -296,14 +296,14 @@ def warmed(experiment: Experiment, workdir: pathlib.Path) -> Any:
     return state.params
 
 
-def compiling(workdir: pathlib.Path) -> str:
+def compiling(workdir: Path) -> str:
     """A line about what comes before the first step; nothing where the run is complete, and no step comes."""
     if runs.complete(workdir):
         return ""
     return "compiling, once: it takes some 20 seconds until the first step, and until then Ctrl-C waits\n"
 
 
-def evaluate_only(experiment: Experiment, workdir: pathlib.Path, step: int | None) -> None:
+def evaluate_only(experiment: Experiment, workdir: Path, step: int | None) -> None:
     """Evaluates a checkpoint of the workdir in full and prints the result as JSON."""
     config = experiment.config
     try:

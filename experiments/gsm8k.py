@@ -15,7 +15,6 @@ With `--lora.rank=16 --optimizer.learning_rate=1e-5` adapters train, and the mod
 
 import dataclasses
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from grpo_jax.data import sources
 from grpo_jax.models import lora, pretrained
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.sampler import Sampler
+from grpo_jax.storage import Path
 
 # Defaults for pretrained models, where the library's are for any.
 
@@ -115,7 +115,7 @@ flags.adopt_module_key_flags(sections)  # so that --help shows them
 class Experiment(tasks.Opened):
     """The pieces of one configuration, without the parameters."""
 
-    def __init__(self, model: pathlib.Path, config: dict[str, Any]):
+    def __init__(self, model: Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config = config
         super().__init__(model, config)
@@ -150,7 +150,7 @@ class Experiment(tasks.Opened):
             stop=rollout.stop, slots=rollout.slots, copies=copies,
         )  # fmt: skip
 
-    def check_rewards(self, workdir: pathlib.Path, rewards: Sequence[Reward]) -> str:
+    def check_rewards(self, workdir: Path, rewards: Sequence[Reward]) -> str:
         """What `user_rewards.check_rewards` says of all that train; RewardError where one is wrong."""
         return user_rewards.check_rewards(
             workdir, self.config, rewards, lambda: self.task.right_answers(2), self.tokenizer, self.task.end_id
@@ -195,7 +195,7 @@ class Experiment(tasks.Opened):
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the final policy."""
-    workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    workdir, model = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     if DETERMINISTIC.value:
         runs.make_deterministic(workdir)
     try:
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> None:
         config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.said_of_deterministic(), flush=True)
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         sections.check_debugging(DEBUG_NANS.value, experiment.mesh)

@@ -1,6 +1,5 @@
 """A phase of a run: the state and the train step of its configuration, and the loop from there to its end."""
 
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from grpo_jax.models import peft
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.rollouts import GroupRollouts
+from grpo_jax.storage import Path
 from grpo_jax.types import Policy, Surplus, TrainState
 
 __all__ = ["optimizer_of", "phase", "restored"]
@@ -26,7 +26,7 @@ __all__ = ["optimizer_of", "phase", "restored"]
 
 def phase(
     params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
-    objective: objectives.Objective, experience: Any, workdir: pathlib.Path, title: str,
+    objective: objectives.Objective, experience: Any, workdir: Path, title: str,
     optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
     surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, lora: LoraConfig = LoraConfig(),
     debug_nans: bool = False,
@@ -91,7 +91,7 @@ def optimizer_of(saved: Mapping[str, Any]) -> training.OptimizerConfig:
 
 
 def restored(
-    workdir: pathlib.Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
+    workdir: Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
     optimizer: training.OptimizerConfig, objective: objectives.Objective, surplus: Surplus | None = None,
     lora: LoraConfig = LoraConfig(),
 ) -> TrainState:  # fmt: skip

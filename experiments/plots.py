@@ -1,6 +1,6 @@
 """Pictures of runs, from their logs."""
 
-import pathlib
+import io
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, SymmetricalLogLocator
 
 from grpo_jax.preferences import Bin
+from grpo_jax.storage import Path
+from grpo_jax.telemetry import write_atomically
 
 __all__ = ["WIDTH", "comparison", "curve", "interquartile_mean", "learning", "multiples", "optimization", "reliability"]
 
@@ -28,7 +30,14 @@ def _smooth(values: Sequence[float], width: int = WIDTH) -> list[float]:
     ]
 
 
-def curve(rows: Rows, path: pathlib.Path, title: str) -> None:
+def _save(figure: Figure, path: Path) -> None:
+    """As PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(path, picture.getvalue())
+
+
+def curve(rows: Rows, path: Path, title: str) -> None:
     """Reward and held-out accuracy over steps, KL and entropy, length, or the loss where no reward is."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -47,10 +56,10 @@ def curve(rows: Rows, path: pathlib.Path, title: str) -> None:
         axis.set(xlabel="step")
         if axis.has_data():
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
-def comparison(runs: Mapping[str, Sequence[Rows]], path: pathlib.Path) -> None:
+def comparison(runs: Mapping[str, Sequence[Rows]], path: Path) -> None:
     """Held-out greedy accuracy over wall time: a colour a method, a line a seed."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
@@ -61,7 +70,7 @@ def comparison(runs: Mapping[str, Sequence[Rows]], path: pathlib.Path) -> None:
     axis.set(xlabel="seconds of training (two CPU cores)", ylabel="held-out greedy accuracy", ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def interquartile_mean(values: Sequence[float]) -> float:
@@ -81,7 +90,7 @@ def _over_seeds(seeds: Sequence[Rows], name: str) -> tuple[list[float], np.ndarr
 
 
 def multiples(
-    runs: Mapping[str, Sequence[Rows]], panels: Mapping[str, str], path: pathlib.Path, logarithmic: Collection[str] = ()
+    runs: Mapping[str, Sequence[Rows]], panels: Mapping[str, str], path: Path, logarithmic: Collection[str] = ()
 ) -> None:
     """A panel a metric over steps, a line a method: the mean over seeds, with a band of one standard deviation.
 
@@ -115,10 +124,10 @@ def multiples(
     over = f"mean and standard deviation of {count} seeds; " if count > 1 else ""
     smoothed = f"{over}held-out accuracy as measured, all else interquartile means of up to {WIDTH} steps"
     figure.suptitle(smoothed, fontsize=9)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
-def learning(logs: Mapping[str, Mapping[int, Rows]], samples: int, path: pathlib.Path) -> None:
+def learning(logs: Mapping[str, Mapping[int, Rows]], samples: int, path: Path) -> None:
     """Mean reward over completions and over wall time: a colour a side, a thin line a seed, a thick one their mean.
 
     Means over the last steps, up to `WIDTH`. `samples`: completions a step. Over time the mean goes as far as the
@@ -142,10 +151,10 @@ def learning(logs: Mapping[str, Mapping[int, Rows]], samples: int, path: pathlib
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
-def reliability(bins: Sequence[Bin], path: pathlib.Path) -> None:
+def reliability(bins: Sequence[Bin], path: Path) -> None:
     """How often a reward model is right, beside how sure it is; how many pairs each point stands for is its size."""
     figure = Figure(figsize=(4.6, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -160,10 +169,10 @@ def reliability(bins: Sequence[Bin], path: pathlib.Path) -> None:
     axis.set(xlabel="confidence, sigmoid of the difference", ylabel="accuracy", xlim=(0.48, 1.02), ylim=(-0.02, 1.05))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
-def optimization(arms: Mapping[str, Sequence[Rows]], path: pathlib.Path) -> None:
+def optimization(arms: Mapping[str, Sequence[Rows]], path: Path) -> None:
     """Proxy and true reward over the square root of the KL to the start: a colour an arm, a thin line a seed.
 
     As in arXiv 2210.10760, figure 1, and with what the proxy says of the start as its 0. Means over the last steps, up
@@ -185,4 +194,4 @@ def optimization(arms: Mapping[str, Sequence[Rows]], path: pathlib.Path) -> None
         axis.set(xlabel="sqrt(KL to the warm start), nats a completion")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)

@@ -33,6 +33,7 @@ from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
 from grpo_jax.preferences import Pair, PairEvaluator, PairExperience, as_rows, encode_pairs, pair_record
 from grpo_jax.rewards.model import Scorer
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 
@@ -142,7 +143,7 @@ flags.adopt_module_key_flags(sections)  # so that --help shows them
 class Experiment:
     """The pieces of one configuration, without the parameters."""
 
-    def __init__(self, directory: pathlib.Path, config: dict[str, Any]):
+    def __init__(self, directory: Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, train = config, config["train"]
         self.mesh = sharding.make_mesh(config["mesh"])
@@ -198,7 +199,7 @@ class Experiment:
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the reward model."""
-    workdir, given = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    workdir, given = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     try:
         runs.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from experiments import phases, runs
 from experiments.flags import check_debugging
 from experiments.rlhf_task import PROMPT_TOKENS, TOKENIZER, demonstration, prefers_first, prompt, rule
-from grpo_jax import hosts, objectives, reward_model, sharding, training
+from grpo_jax import hosts, objectives, reward_model, sharding, storage, training
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
 from grpo_jax.demonstrations import Demonstrations
@@ -27,6 +26,7 @@ from grpo_jax.rewards.model import ModelReward, Scorer
 from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import Journal, completion_texts
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError, read_jsonl, write_atomically
 from grpo_jax.types import PyTree, SamplingParams, TrainState
 
@@ -203,7 +203,7 @@ class Experiment:
             max_skipped=self.config["optimizer"].max_skipped,
         )  # fmt: skip
 
-    def warm_start(self, workdir: pathlib.Path) -> PyTree:
+    def warm_start(self, workdir: Path) -> PyTree:
         """The policy before anything was preferred."""
         config: SupervisedConfig = self.config["warm_start"]
         experience = Demonstrations(
@@ -231,7 +231,7 @@ class Experiment:
             for i in range(min(size, groups - start)):
                 yield asked[i], tokens[i * group : (i + 1) * group], texts[i * group : (i + 1) * group]
 
-    def preferences(self, params: PyTree, path: pathlib.Path, iteration: int) -> list[dict[str, Any]]:
+    def preferences(self, params: PyTree, path: Path, iteration: int) -> list[dict[str, Any]]:
         """Pairs of a policy's texts, as the labeller has them: those for training, then those held out."""
         config: PreferenceConfig = self.config["preferences"]
         count, each = config.pairs + config.held_out, self.sampler.group_size // 2
@@ -251,14 +251,14 @@ class Experiment:
         rows = rows[:count]
 
         def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(path.parent)
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
         hosts.first_does(write, kind=WorkdirError)
         return rows
 
     def learn_rewards(
-        self, params: PyTree, rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], workdir: pathlib.Path
+        self, params: PyTree, rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], workdir: Path
     ) -> tuple[PyTree, dict[str, float]]:
         """A reward model from `params`, on new preferences and some old ones; what is said of it on those held out."""
         config: RewardModelConfig = self.config["reward_model"]
@@ -290,7 +290,7 @@ class Experiment:
         return self._steps[name]
 
     def optimize(
-        self, params: PyTree, judge: PyTree, start: PyTree, kl_coef: float, iteration: int, workdir: pathlib.Path,
+        self, params: PyTree, judge: PyTree, start: PyTree, kl_coef: float, iteration: int, workdir: Path,
         title: str,
     ) -> tuple[PyTree, list[dict[str, Any]]]:  # fmt: skip
         """GRPO from `params`, which are the reference too, against a reward model."""
@@ -344,7 +344,7 @@ class Experiment:
 
         return measured
 
-    def run(self, workdir: pathlib.Path, iterations: int) -> dict[str, Any]:
+    def run(self, workdir: Path, iterations: int) -> dict[str, Any]:
         """Everything, or what is left of it: by arm the metrics of all steps; and what the reward models are worth."""
         start = self.warm_start(workdir / "warm_start")
         shapes = abstract_params(self.scored)[0]

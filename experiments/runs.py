@@ -7,7 +7,6 @@ import os
 import pathlib
 import platform
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from grpo_jax import hosts, objectives, training  # noqa: E402
+from grpo_jax import hosts, objectives, storage, training  # noqa: E402
 from grpo_jax.checkpoints import Checkpoints  # noqa: E402
 from grpo_jax.guard import NotFiniteError  # noqa: E402
 from grpo_jax.models import peft, pretrained  # noqa: E402
@@ -34,6 +33,7 @@ from grpo_jax.models.lora import LoraConfig  # noqa: E402
 from grpo_jax.models.transformer import TransformerConfig  # noqa: E402
 from grpo_jax.optimizers import HOST  # noqa: E402
 from grpo_jax.rewards import RewardError  # noqa: E402
+from grpo_jax.storage import Path  # noqa: E402
 from grpo_jax.telemetry import WorkdirError, write_atomically  # noqa: E402
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "keep_description",
     "make_deterministic",
     "peak_rss",
+    "place_of",
     "remarks",
     "resident",
     "said_of_deterministic",
@@ -119,7 +120,7 @@ def cache_compilations(asked: str | None, platform: str | None = None, environ: 
     return f"compilation cache: {place}"
 
 
-def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] = os.environ) -> None:
+def make_deterministic(workdir: Path, environ: MutableMapping[str, str] = os.environ) -> None:
     """Has the compiler for GPUs use kernels that give the same bits every time, and the same ones in every process.
 
     To be called before anything starts JAX's backend, for the compiler reads its flags once. It leaves out kernels that
@@ -131,17 +132,20 @@ def make_deterministic(workdir: pathlib.Path, environ: MutableMapping[str, str] 
       workdir: of the run; nothing is written there before the compiler does.
       environ: whose XLA_FLAGS it adds to; where a flag is there twice, the last one counts.
     """
-    place = workdir.absolute() / "xla" / f"jaxlib-{_version('jaxlib')}"  # what one version chose is not for another
+    directory = workdir if storage.is_remote(workdir) else workdir.absolute()
+    place = directory / "xla" / f"jaxlib-{_version('jaxlib')}"  # what one version chose is not for another
     ours = f'--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_per_fusion_autotune_cache_dir="{place}"'
     environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ours}".strip()
     # JAX itself would name a place beside its compiled programs, which may be gone tomorrow.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def said_of_deterministic() -> str:
+def said_of_deterministic(workdir: Path) -> str:
     """A line for the screen; it starts JAX's backend, after `make_deterministic`."""
     if (platform := jax.default_backend()) != "gpu":
         return f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
+    if storage.is_remote(workdir):
+        raise ValueError(f"--deterministic: the compiler keeps its choices on disk alone, and --workdir is {workdir}.")
     return "deterministic kernels, the same in every process"
 
 
@@ -209,13 +213,13 @@ def peak_rss() -> int:
     return resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def complete(workdir: pathlib.Path) -> bool:
+def complete(workdir: Path) -> bool:
     """Whether a run has come to its end, and all that it leaves is there."""
     return (workdir / "summary.json").exists()
 
 
 def summary(
-    workdir: pathlib.Path, rows: list[dict[str, Any]], seed: int, parameters: int, started: float = _STARTED
+    workdir: Path, rows: list[dict[str, Any]], seed: int, parameters: int, started: float = _STARTED
 ) -> dict[str, Any]:
     """`summary.json`: what came out, and what it took; a run that was complete before keeps what it took then.
 
@@ -246,7 +250,7 @@ def summary(
     }
 
 
-def finish(workdir: pathlib.Path, rows: list[dict[str, Any]], summarized: Mapping[str, Any], title: str) -> None:
+def finish(workdir: Path, rows: list[dict[str, Any]], summarized: Mapping[str, Any], title: str) -> None:
     """Writes `curve.png` and `summary.json`."""
     from experiments import plots  # imports matplotlib: half a second
 
@@ -264,8 +268,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def directory_of(argv: list[str], flag: flags.FlagHolder) -> pathlib.Path:
-    """What a flag names, as a path, once the command line is what it should be."""
+def directory_of(argv: list[str], flag: flags.FlagHolder) -> Path:
+    """`place_of` a flag, once the command line is what it should be."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
     if not flags.FLAGS["verbosity"].present:
@@ -273,7 +277,17 @@ def directory_of(argv: list[str], flag: flags.FlagHolder) -> pathlib.Path:
         logging_of_python.getLogger("grpo_jax").setLevel("INFO")  # how well programs are isolated
     if not flag.value.strip():
         raise app.UsageError(f"--{flag.name} is empty: name a directory.")
-    return pathlib.Path(flag.value)
+    return place_of(flag)
+
+
+def place_of(flag: flags.FlagHolder) -> Path:
+    """What a flag names, on disk or in a store; ends with a line where it is in one that cannot be read."""
+    try:
+        place = storage.path(flag.value)
+        storage.check(place)
+    except ValueError as error:
+        sys.exit(f"error: --{flag.name}: {error}")
+    return place
 
 
 def configured(makers: Mapping[str, Callable[..., Any]], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -285,7 +299,7 @@ def configured(makers: Mapping[str, Callable[..., Any]], saved: Mapping[str, Any
     return {name: make(**(saved or {}).get(name, {})) for name, make in makers.items()}
 
 
-def saved_configuration(workdir: pathlib.Path) -> dict[str, Any]:
+def saved_configuration(workdir: Path) -> dict[str, Any]:
     """`config.json` of a workdir.
 
     Raises:
@@ -303,7 +317,7 @@ def as_json(config: Mapping[str, Any], deterministic: bool = False) -> dict[str,
     return {**said, **{name: dataclasses.asdict(section) for name, section in config.items()}}
 
 
-def saved_step(workdir: pathlib.Path) -> int | None:
+def saved_step(workdir: Path) -> int | None:
     """Of the newest checkpoint; None: there is none to go on from. Of several processes, all must ask."""
     place = workdir / "checkpoints"
     steps = Checkpoints(place, read_only=True).steps if hosts.is_first() and place.is_dir() else []
@@ -311,21 +325,21 @@ def saved_step(workdir: pathlib.Path) -> int | None:
     return None if newest < 0 else newest
 
 
-def begun(workdir: pathlib.Path) -> bool:
+def begun(workdir: Path) -> bool:
     """Whether there is a checkpoint to go on from."""
     return saved_step(workdir) is not None
 
 
-def description(model: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+def description(model: Path, workdir: Path) -> Path:
     """Where a run reads all but the weights: once it has begun what it kept, else the model's own directory."""
     return workdir / "model" if begun(workdir) and saved_configuration(workdir)["model"] == str(model) else model
 
 
-def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
+def keep_description(model: Path, workdir: Path) -> None:
     """Copies all but the weights of a Hugging Face directory into the workdir, for what comes after the start."""
 
     def keep() -> None:
-        shutil.rmtree(workdir / "model", ignore_errors=True)
+        storage.remove_tree(workdir / "model")
         pretrained.copy_description(model, workdir / "model")
 
     if not begun(workdir):  # what a start that failed has left may be of other files
@@ -333,9 +347,9 @@ def keep_description(model: pathlib.Path, workdir: pathlib.Path) -> None:
 
 
 def export(
-    workdir: pathlib.Path, params: Any, config: TransformerConfig, extra: Mapping[str, Any] | None = None,
+    workdir: Path, params: Any, config: TransformerConfig, extra: Mapping[str, Any] | None = None,
     lora: LoraConfig = LoraConfig(),
-) -> pathlib.Path:  # fmt: skip
+) -> Path:  # fmt: skip
     """Writes parameters as a Hugging Face directory into the workdir, as the model that they came from was saved.
 
     Of a model with adapters the sum, and into `adapter/` those alone, in PEFT's format.
@@ -343,10 +357,14 @@ def export(
     `extra`: entries of config.json.
     """
     place, source = workdir / "export", workdir / "model"
-    if hosts.agreed(hosts.is_first() and not place.exists()):  # a finished run that is started again has it
+    # A finished run that is started again has it. In a store config.json is written last: without it there is a rest.
+    whole = place / "config.json" if storage.is_remote(place) else place
+    if hosts.agreed(hosts.is_first() and not whole.exists()):
+        if hosts.is_first() and storage.is_remote(place):
+            storage.remove_tree(place)
         if lora.rank:
             if hosts.is_first():
-                shutil.rmtree(workdir / "adapter", ignore_errors=True)  # of a start that was killed behind it
+                storage.remove_tree(workdir / "adapter")  # of a start that was killed behind it
             peft.save(workdir / "adapter", params, config, lora, base=saved_configuration(workdir)["model"])
         pretrained.save(place, params, config, source=source, dtype=pretrained.saved_dtype(source), extra=extra)
     return place

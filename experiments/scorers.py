@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from jax.sharding import Mesh
 
 from experiments import footprint, phases, runs
-from grpo_jax import hosts, objectives, sharding
+from grpo_jax import hosts, objectives, sharding, storage
 from grpo_jax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from grpo_jax.memory import least_memory
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import abstract_params, make_policy
 from grpo_jax.rewards import Reward
 from grpo_jax.rewards.model import ModelReward, Scorer, same_tokens
+from grpo_jax.storage import Path
 
 __all__ = ["OpenedScorer", "RewardModelConfig", "padding"]
 
@@ -28,7 +28,7 @@ class RewardModelConfig:
     compute_dtype: str = "bfloat16"  # of activations and products: bfloat16 or float32
 
 
-def padding(directory: pathlib.Path, tokenizer: PretrainedTokenizer) -> int | None:
+def padding(directory: Path, tokenizer: PretrainedTokenizer) -> int | None:
     """Which id is passed over when the last token of a text is looked for, as `transformers` does it.
 
     Of a reward model, config.json's `pad_token_id`; of a language model, from which one is to be made, the tokenizer's.
@@ -43,7 +43,7 @@ class OpenedScorer:
 
     def __init__(self, config: RewardModelConfig, mesh: Mesh):
         """Raises ValueError where there is none that fits. Of several processes each holds one: `hosts.own_mesh`."""
-        self._config, self._all, given = config, mesh, pathlib.Path(config.directory)
+        self._config, self._all, given = config, mesh, storage.path(config.directory)
         self._mesh = hosts.own_mesh(mesh)
         self._workdir = given if (given / "checkpoints").is_dir() else None
         place = given if self._workdir is None else given / "model"

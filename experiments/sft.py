@@ -7,7 +7,6 @@ experiments.gsm8k, so that both put problems to the model in the same words.
 """
 
 import dataclasses
-import pathlib
 import sys
 from typing import Any
 
@@ -22,6 +21,7 @@ from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.models import lora, pretrained
+from grpo_jax.storage import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ flags.adopt_module_key_flags(sections)  # so that --help shows them
 class Experiment(tasks.Opened):
     """The pieces of one configuration, without the parameters."""
 
-    def __init__(self, model: pathlib.Path, config: dict[str, Any]):
+    def __init__(self, model: Path, config: dict[str, Any]):
         """Raises ValueError, before anything expensive starts, where the pieces do not fit together."""
         self.config, train = config, config["train"]
         super().__init__(model, config)
@@ -106,7 +106,7 @@ class Experiment(tasks.Opened):
 
 def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the model."""
-    workdir, model = runs.directory_of(argv, WORKDIR), pathlib.Path(MODEL.value)
+    workdir, model = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     if DETERMINISTIC.value:
         runs.make_deterministic(workdir)
     try:
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.said_of_deterministic(), flush=True)
+            print(runs.said_of_deterministic(workdir), flush=True)
         print(runs.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         sections.check_debugging(DEBUG_NANS.value, experiment.mesh)

@@ -34,6 +34,7 @@ from grpo_jax.rewards.answers import (
     gsm8k_strict,
 )
 from grpo_jax.rewards.style import repetition, soft_overlong, think_answer_format
+from grpo_jax.storage import Path
 from grpo_jax.types import Policy
 
 __all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "Opened", "RewardConfig", "Task"]
@@ -128,7 +129,7 @@ _DATASETS: dict[str, Callable[[os.PathLike[str]], Sequence[Record]]] = {
 class Opened:
     """A Hugging Face directory and the problems that its model is to solve, without the parameters."""
 
-    def __init__(self, directory: pathlib.Path, config: Mapping[str, Any]):
+    def __init__(self, directory: Path, config: Mapping[str, Any]):
         """Raises ValueError where sections `mesh`, `policy` and `data` do not fit the model, or the devices."""
         self.mesh = sharding.make_mesh(config["mesh"])
         hosts.check_mesh(self.mesh)

@@ -27,6 +27,7 @@ from grpo_jax.data.sources import json_records
 from grpo_jax.data.templates import qa
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import TransformerConfig, init_params
+from grpo_jax.storage import Path
 
 OUTPUT = flags.DEFINE_string("output", None, "Where it is written; must not hold a model yet.", required=True)
 TRAIN = flags.DEFINE_integer("train", 20_000, "Training problems.", lower_bound=1)
@@ -93,7 +94,7 @@ def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def write_model(directory: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> TransformerConfig:
+def write_model(directory: Path, tokenizer: tokenizers.Tokenizer) -> TransformerConfig:
     """An untrained Qwen2 and its tokenizer, where there is nothing yet."""
     config = TransformerConfig(
         vocab_size=tokenizer.get_vocab_size(), layers=4, width=192, heads=6, kv_heads=2, head_width=32,

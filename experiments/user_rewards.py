@@ -18,6 +18,7 @@ from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.scoring import interruptibly, score_completions
+from grpo_jax.storage import Path
 
 __all__ = ["UserRewards", "check", "check_rewards", "named", "said_of_changes"]
 
@@ -60,7 +61,7 @@ def named(functions: Sequence[str]) -> dict[str, Any]:
 
 
 def check_rewards(
-    workdir: pathlib.Path, config: Mapping[str, Any], rewards: Sequence[Reward],
+    workdir: Path, config: Mapping[str, Any], rewards: Sequence[Reward],
     samples: Callable[[], Sequence[tuple[Prompt, str]]], tokenizer: Tokenizer, end_id: int,
 ) -> str:  # fmt: skip
     """What is said of rewards before training, where some are the user's own or a model: `check`, `said_of_changes`.
@@ -114,7 +115,7 @@ def check(rewards: Sequence[Reward], samples: Sequence[tuple[Prompt, str]], toke
     return "\n".join(lines)
 
 
-def said_of_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> str:
+def said_of_changes(workdir: Path, config: Mapping[str, Any]) -> str:
     """A line for each file that is another than when the run in the workdir was started last; nothing where none is.
 
     Such a run goes on, for a function that raised is mended and the run continued; steps that are replayed read what

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import pathlib
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from grpo_jax import hosts
+from grpo_jax import hosts, storage
 from grpo_jax.fingerprints import fingerprints
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError
 from grpo_jax.types import TrainState
 
@@ -50,7 +50,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: Path,
         config: CheckpointConfig = CheckpointConfig(),
         *,
         read_only: bool = False,
@@ -73,7 +73,7 @@ class Checkpoints:
             kept.append(
                 policies.BestN(get_metric_fn=_metric, n=config.keep_best, keep_checkpoints_without_metrics=False)
             )
-        self._directory, self._say = directory.absolute(), say
+        self._directory, self._say = directory if storage.is_remote(directory) else directory.absolute(), say
         self._checkpointer: Any = None  # where nothing is written; it would read metrics, which may be bad
         if read_only:
             return
@@ -97,7 +97,7 @@ class Checkpoints:
         hosts.first_does(mend, kind=WorkdirError)
 
     def _mend(self) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(self._directory)
         for path in self._directory.glob("*/metrics/metrics"):
             try:
                 json.loads(path.read_text())
@@ -105,19 +105,22 @@ class Checkpoints:
                 where = self._set_aside(path.parent, f"{path.parent.parent.name}.metrics")
                 self._say(f"the metric of checkpoint {path.parent.parent.name} is lost ({error}): set aside in {where}")
 
-    def _set_aside(self, what: pathlib.Path, name: str) -> pathlib.Path:
+    def _set_aside(self, what: Path, name: str) -> Path:
         place = self._directory.with_name(f"{self._directory.name}_bad")
-        place.mkdir(exist_ok=True)
+        storage.make_directory(place)
         names = (name if i == 0 else f"{name}.{i}" for i in range(10**6))
         target = next(place / name for name in names if not (place / name).exists())
-        what.rename(target)
+        storage.move(what, target)
         return target
 
     @property
     def steps(self) -> list[int]:
         """The steps there are, in order."""
         if self._checkpointer is None:
-            return sorted(int(path.name) for path in self._directory.glob("*/") if path.name.isdecimal())
+            # Where nothing can be renamed, Orbax writes a file last, which says that all is there.
+            whole = "*/commit_success.txt" if storage.is_remote(self._directory) else "*/"
+            found = (path.relative_to(self._directory).parts[0] for path in self._directory.glob(whole))
+            return sorted(int(name) for name in found if name.isdecimal())
         return sorted(c.step for c in self._checkpointer.checkpoints)
 
     @property
@@ -145,7 +148,10 @@ class Checkpoints:
             return
         metrics = {} if metric is None else {"metric": metric}
         described = _sealed({"shapes": _shapes(state), "fingerprints": fingerprints(state)})
-        with self._explained():
+        # Where Orbax cannot make its directories in the background, threads wait for them for 20 minutes, and with them
+        # the end of the process.
+        at_once = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+        with self._explained(), at_once:
             self._checkpointer.save_checkpointables_async(
                 step, {"state": state}, metrics=metrics, custom_metadata=described, force=True
             )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from grpo_jax import hosts
 from grpo_jax.guard import NotFiniteError
 from grpo_jax.rollouts import Experience
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import write_atomically
 from grpo_jax.types import TrainBatch
 
@@ -39,7 +39,7 @@ def seen(step: int, cursor: int, metrics: Mapping[str, float], experienced: Expe
     }
 
 
-def stopped(workdir: pathlib.Path, sightings: Sequence[Mapping[str, Any]], newest: int | None) -> NotFiniteError:
+def stopped(workdir: Path, sightings: Sequence[Mapping[str, Any]], newest: int | None) -> NotFiniteError:
     """Writes `not_finite.json`, and returns what to raise.
 
     Args:

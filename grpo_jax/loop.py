@@ -8,10 +8,8 @@ started again goes on from the newest checkpoint, with its logs cut back to it, 
 import contextlib
 import dataclasses
 import json
-import pathlib
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -21,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from grpo_jax import hosts, incidents
+from grpo_jax import hosts, incidents, storage
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
@@ -29,6 +27,7 @@ from grpo_jax.rewards import RewardError
 from grpo_jax.rollouts import Experience
 from grpo_jax.scoring import Journal
 from grpo_jax.screen import Screen, say
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
 from grpo_jax.types import PyTree, TrainState
 
@@ -101,7 +100,7 @@ class StopSignals:
 _FREE = ("mesh", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
 
 
-def open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
+def open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
     """Makes the workdir and writes `config.json`, or checks that the one there is the same.
 
     From here on the workdir is this process's, of several the first's, until it ends.
@@ -123,7 +122,7 @@ def _as_text(configuration: Mapping[str, Any]) -> str:
     return json.dumps(configuration, indent=2, sort_keys=True) + "\n"
 
 
-def _check_shared(workdir: pathlib.Path, configuration: Mapping[str, Any]) -> None:
+def _check_shared(workdir: Path, configuration: Mapping[str, Any]) -> None:
     """Raises WorkdirError unless this process sees what the first wrote; a network's file system may take a while."""
     path, until = workdir / "config.json", time.monotonic() + 60
     while not (path.exists() and path.read_text() == _as_text(configuration)):
@@ -138,17 +137,17 @@ def _check_shared(workdir: pathlib.Path, configuration: Mapping[str, Any]) -> No
 _OF_A_START = (".lock", "config.json", "model", "xla")
 
 
-def _open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
+def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
     path, text = workdir / "config.json", _as_text(configuration)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _probe(workdir)
+        storage.make_directory(workdir)
+        storage.probe(workdir)
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
     lock(workdir)
     try:
         if (workdir / "checkpoints").exists():  # which may be on another disk, or another user's
-            _probe(workdir / "checkpoints")
+            storage.probe(workdir / "checkpoints")
     except OSError as error:
         raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
     # What a start that failed has left binds nobody.
@@ -171,12 +170,6 @@ def _open_workdir(workdir: pathlib.Path, configuration: Mapping[str, Any], free:
     write_atomically(path, text)
 
 
-def _probe(directory: pathlib.Path) -> None:
-    """Raises OSError where no file can be made there."""
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable-"):
-        pass
-
-
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
@@ -190,7 +183,7 @@ def train(
     train_step: Callable[[TrainState, PyTree], tuple[TrainState, Mapping[str, jax.Array]]],
     experience: Callable[[TrainState, Journal, Callable[[], None]], Experience],
     steps: int,
-    workdir: pathlib.Path,
+    workdir: Path,
     learning_rate: optax.Schedule | None = None,
     evaluator: Evaluation | None = None,
     evaluate_every: int = 50,
@@ -249,6 +242,7 @@ def train(
         try:
             if hosts.agreed(first and not log.rows):
                 log.write(0, {"time/elapsed_seconds": 0.0, **_evaluation(evaluate.full, state.params, stop.check)})
+                log.save()
                 screen.evaluation(log.rows[-1])
             elapsed, ended = log.rows[-1]["time/elapsed_seconds"] if first else 0.0, time.perf_counter()
             while step < steps:
@@ -285,13 +279,15 @@ def train(
                         screen.step(log.rows, shown)
                     if step == steps or step % checkpoints.every == 0 or "eval/accuracy" in metrics:
                         with _annotated("checkpoint"):
+                            log.save()
                             store.save(state, metrics.get("eval/accuracy"))
         except Stopped:
+            log.save()
             store.save(state)
         except (RewardError, WorkdirError) as error:
             # All save or none: what the first process alone cannot write, after the experience, no other hears of.
             if step > begun and (isinstance(error, RewardError) or experienced is None):
-                _save_last(store, state, title)
+                _save_last(store, log, state, title)
             raise
         finally:  # whatever happened: what was being saved is saved, and every file is closed
             with contextlib.ExitStack() as closing:
@@ -320,9 +316,10 @@ def _optimizer_count(state: TrainState) -> jax.Array | int:
     return counts[0] if counts else 0
 
 
-def _save_last(store: Checkpoints, state: TrainState, title: str) -> None:
+def _save_last(store: Checkpoints, log: RunLog, state: TrainState, title: str) -> None:
     """As far as that is possible: what has ended the run may be a full disk, and is what it ends with."""
     try:
+        log.save()
         store.save(state)
         store.wait()
     except WorkdirError as error:

@@ -3,10 +3,13 @@
 import contextlib
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
 
+from grpo_jax import storage
+from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError
 
 __all__ = ["Profiler", "check_steps", "steps_of"]
@@ -42,9 +45,10 @@ def _words(chosen: range) -> str:
 class Profiler:
     """Traces a range of steps with `jax.profiler`, in one trace, which is written when the last of them has ended."""
 
-    def __init__(self, directory: pathlib.Path, chosen: range, done: int, say: Callable[[str], None] = print):
+    def __init__(self, directory: Path, chosen: range, done: int, say: Callable[[str], None] = print):
         """`done`: steps before this start of the run; of those chosen, only what comes after them is traced."""
         self._directory, self._say = directory, say
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None  # for a store: JAX writes on disk
         self._chosen = range(max(done + 1, chosen.start), chosen.stop)
         self._traced = range(0)  # steps in the trace that is open
         if chosen and not self._chosen:
@@ -65,7 +69,10 @@ class Profiler:
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # every call of Python would drown the rest, and slow it
-        jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)
+        if storage.is_remote(self._directory):
+            self._scratch = tempfile.TemporaryDirectory(prefix="grpo_jax_profile_")
+        place = self._scratch.name if self._scratch else self._directory
+        jax.profiler.start_trace(place, create_perfetto_trace=True, profiler_options=options)
 
     def close(self) -> None:
         """Writes the trace, if one is open.
@@ -78,6 +85,9 @@ class Profiler:
             return
         try:
             jax.profiler.stop_trace()
+            if self._scratch:
+                storage.upload(pathlib.Path(self._scratch.name), self._directory)
+                self._scratch.cleanup()
         except (OSError, jax.errors.JaxRuntimeError) as error:
             raise WorkdirError(f"cannot write the profile of {_words(traced)} to {self._directory}: {error}") from error
         self._say(

@@ -14,12 +14,16 @@ the function says so (`rewards.Judged`), else its whole call. A step whose rewar
 `time/elapsed_seconds` is the sum of all steps so far; `time/evaluation_seconds` stands where there was one.
 """
 
-import json
-import os
+import contextlib
 import pathlib
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from grpo_jax import storage
+from grpo_jax.jsonl import JsonLines, open_lines, read_jsonl
+from grpo_jax.storage import Path
 
 __all__ = ["RewardJournal", "RunLog", "WorkdirError", "read_jsonl", "write_atomically"]
 
@@ -30,71 +34,48 @@ class WorkdirError(RuntimeError):
     """The workdir cannot be used: unwritable, full, or of another configuration."""
 
 
-def _explained(path: pathlib.Path, error: OSError) -> WorkdirError:
-    return WorkdirError(
-        f"cannot write {path}: {error.strerror or error}. Checkpoints already saved are intact: mend this (free "
-        "space, permissions) and run the same command again to continue, or choose another --workdir."
-    )
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write {path}: {error.strerror or error}. Checkpoints already saved are intact: mend this (free "
+            "space, permissions) and run the same command again to continue, or choose another --workdir."
+        ) from error
 
 
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a whole file or none of it.
 
     Raises:
       WorkdirError: it cannot be written.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise _explained(path, error) from error
+    with _explained(path):
+        storage.write(path, content.encode() if isinstance(content, str) else content)
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; a last line that was cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().split("\n")[:-1]:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+class _Lines:
+    """JSON lines of a workdir, whose errors say what is safe."""
 
-
-class _JsonLines:
-    """An append-only file of JSON lines with a `step`, which can be cut back to a step."""
-
-    def __init__(self, path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]):
-        """Opens the file and drops the lines for which `keep` is false."""
-        self.path = path
-        self.rows = [row for row in read_jsonl(path) if keep(row)]
-        try:
-            if path.exists():
-                write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-            self._file = path.open("a")
-        except OSError as error:
-            raise _explained(path, error) from error
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]):
+        """Opens them, and drops those for which `keep` is false."""
+        self._path = path
+        with _explained(path):
+            self._lines: JsonLines = open_lines(path, keep)
+        self.rows = self._lines.rows
 
     def append(self, row: Mapping[str, Any], durable: bool = False) -> None:
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-            if durable:
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _explained(self.path, error) from error
+        with _explained(self._path):
+            self._lines.append(row, durable)
+
+    def flush(self) -> None:
+        with _explained(self._path):
+            self._lines.flush()
 
     def close(self) -> None:
-        try:
-            self._file.close()  # flushes again what a full disk has refused
-        except OSError as error:
-            raise _explained(self.path, error) from error
+        with _explained(self._path):
+            self._lines.close()
 
 
 class RewardJournal:
@@ -106,10 +87,10 @@ class RewardJournal:
     completions: all but the first in `rewards.PROCESS.jsonl`.
     """
 
-    def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print, process: int = 0):
+    def __init__(self, workdir: Path, say: Callable[[str], None] = print, process: int = 0):
         """`process`: of several, whose completions these are, from 0."""
         name = f"rewards.{process}.jsonl" if process else "rewards.jsonl"
-        self._lines = _JsonLines(workdir / name, keep=lambda row: True)
+        self._lines = _Lines(workdir / name, keep=lambda row: True)
         self._recorded = {(row["step"], row.get("wave", 0)): row for row in self._lines.rows}
         self._say = say
 
@@ -137,18 +118,29 @@ class RewardJournal:
 
 
 class _Board:
-    """A TensorBoard event file, written when it is told to.
+    """A TensorBoard event file, written when it is told to; for a store, on disk until `save`.
 
     tensorboardX's own SummaryWriter leaves that to a thread that waits by the wall clock: after a jump back it writes
     nothing for as long as that. The times in the file count on from the start, whatever the clock does.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: Path):
+        """In place of all event files that are there."""
         from tensorboardX import event_file_writer, summary  # imports protobuf: half a second
         from tensorboardX.proto import event_pb2
 
+        stale = list(directory.glob("events.out.tfevents.*"))
+        self._target: Path | None = None
+        if storage.is_remote(directory):
+            storage.remove(stale)
+            self._target, self._scratch = directory, tempfile.TemporaryDirectory(prefix="grpo_jax_tensorboard_")
+            directory = pathlib.Path(self._scratch.name)
+        else:
+            for file in stale:
+                file.unlink()
+            directory.mkdir(exist_ok=True)
         generated: Any = event_pb2  # protobuf makes its names at run time
-        self._summary, self._event = summary, generated.Event
+        self._directory, self._summary, self._event = pathlib.Path(directory), summary, generated.Event
         self._file = event_file_writer.EventsWriter(str(directory / "events"))
         self._began = time.time() - time.perf_counter()
 
@@ -162,14 +154,20 @@ class _Board:
     def flush(self) -> None:
         self._file.flush()
 
+    def save(self) -> None:
+        """Copies the whole file, as it was flushed, into the store, if it is to be there."""
+        if self._target is not None:
+            storage.upload(self._directory, self._target)
+
     def close(self) -> None:
         self._file.close()
+        self.save()
 
 
 class RunLog:
     """`metrics.jsonl`, `samples.jsonl` and TensorBoard event files of one run, cut back to a step."""
 
-    def __init__(self, workdir: pathlib.Path, step: int, *, write: bool = True):
+    def __init__(self, workdir: Path, step: int, *, write: bool = True):
         """Opens the logs and drops everything after `step`, which is where the run goes on from.
 
         `write`: false where another process writes them, and this one only keeps `rows`.
@@ -178,16 +176,11 @@ class RunLog:
         if not write:
             self._rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["step"] <= step]
             return
-        self._metrics = _JsonLines(workdir / "metrics.jsonl", keep=lambda row: row["step"] <= step)
-        self._samples = _JsonLines(workdir / "samples.jsonl", keep=lambda row: row["step"] <= step)
-        directory = workdir / "tensorboard"
-        try:
-            for stale in directory.glob("events.out.tfevents.*"):
-                stale.unlink()
-            directory.mkdir(exist_ok=True)
-            self._board = _Board(directory)
-        except OSError as error:
-            raise _explained(directory, error) from error
+        self._metrics = _Lines(workdir / "metrics.jsonl", keep=lambda row: row["step"] <= step)
+        self._samples = _Lines(workdir / "samples.jsonl", keep=lambda row: row["step"] <= step)
+        self._place = workdir / "tensorboard"
+        with _explained(self._place):
+            self._board = _Board(self._place)
         self._rows = self._metrics.rows
         for row in self._rows:
             self._board.write(row)
@@ -199,7 +192,7 @@ class RunLog:
         return self._rows
 
     def write(self, step: int, metrics: Metrics, samples: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Appends a step; when this returns, a kill of the process loses nothing of it."""
+        """Appends a step; when this returns, a kill of the process loses nothing of it. In a store, after `save`."""
         row = {"step": step, **{name: metrics[name] for name in sorted(metrics)}}
         self._rows.append(row)
         if not self._writes:
@@ -210,10 +203,20 @@ class RunLog:
         self._board.write(row)
         self._board.flush()
 
-    def close(self) -> None:
-        """Flushes and closes the files."""
+    def save(self) -> None:
+        """To be called before a checkpoint is: what was written is in the workdir when this returns."""
         if not self._writes:
             return
-        self._metrics.close()
-        self._samples.close()
-        self._board.close()
+        self._samples.flush()
+        self._metrics.flush()
+        with _explained(self._place):
+            self._board.save()
+
+    def close(self) -> None:
+        """Saves and closes the files."""
+        if not self._writes:
+            return
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(_explained(self._place))
+            for thing in (self._board, self._samples, self._metrics):
+                closing.callback(thing.close)

@@ -10,7 +10,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 
 import jax
@@ -20,7 +19,7 @@ from jax._src import compiler, distributed
 from jax.sharding import Mesh
 
 from experiments import runs
-from grpo_jax import hosts, loop, objectives, rollouts, sharding, training
+from grpo_jax import hosts, loop, objectives, rollouts, sharding, storage, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
@@ -82,7 +81,7 @@ class Greedy(Evaluator):
 
 def main(asked: dict) -> None:
     """Trains, or goes on with, the run in a workdir."""
-    workdir, (dies_on, dies_at, how) = pathlib.Path(asked["workdir"]), asked.get("die", (-1, -1, ""))
+    workdir, (dies_on, dies_at, how) = storage.path(asked["workdir"]), asked.get("die", (-1, -1, ""))
     logging.set_verbosity(logging.WARNING)
     keep_what_all_compile()
     hosts.initialize(asked["distributed"], heartbeat=10)
@@ -135,7 +134,8 @@ def main(asked: dict) -> None:
     named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(hosts.fetched(state))}
 
     def write() -> None:
-        np.savez(workdir / "state.npz", greedy=greedy, **named)
+        with storage.written(workdir / "state.npz") as file:
+            np.savez(file, greedy=greedy, **named)
 
     hosts.first_does(write)
 

@@ -12,8 +12,9 @@ import os
 import signal
 
 from experiments import runs
-from grpo_jax import checkpoints, rollouts, telemetry
+from grpo_jax import checkpoints, leases, rollouts, telemetry
 
+leases.RENEWAL, leases.PATIENCE = 0.5, 2.0  # who is killed in a store is started again at once
 MOMENT, _, STEP = os.environ.get("KILL_AT", "").partition(":")
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpo_jax import hosts, sharding
+from grpo_jax import hosts, sharding, storage
+from grpo_jax.jsonl import read_jsonl
 from grpo_jax.models import pretrained
 from grpo_jax.models.transformer import init_params
 from grpo_jax.rewards import Reward, Scores
 from grpo_jax.scoring import score_completions, scores_of_all
-from tests import host_run, processes
+from tests import host_run, object_store, processes
 
 DEVICES = 4  # in all
 FILE = 24 * 2**20  # bytes, of `tests.pretrained_memory`: of what is exported there
@@ -57,7 +58,7 @@ def place(tmp_path_factory):
 
 
 def run(
-    place: pathlib.Path, name: str, count: int, *die, status: int | None = 0, judged: bool = False
+    place: storage.Path, name: str, count: int, *die, status: int | None = 0, judged: bool = False
 ) -> list[tuple[int, str, str]]:
     asked = {"workdir": str(place / name), "model": str(place / "model"), "die": die or [-1, -1, ""]}
     asked |= {"judge": str(place / "judge")} if judged else {}
@@ -116,6 +117,23 @@ def test_a_process_that_dies_or_hears_a_signal_ends_all_and_the_next_start_ends_
         assert {len(row["scores"]["often"]) for row in rows} == {8}
     assert max(row["wave"] for row in rows) == 1
     assert sum(row.get("dynamic_sampling/surplus_groups", 0) for row in untimed(straight / "metrics.jsonl")) > 0
+
+
+def test_two_processes_in_a_store_do_as_on_disk(place, straight):
+    pytest.importorskip("gcsfs")
+    with object_store.opened() as (store, bucket):
+        storage.upload(place / "model", bucket / "model")
+        run(bucket, "run", 2)
+        for name in ("metrics.jsonl", "samples.jsonl", "rewards.jsonl", "rewards.1.jsonl"):
+            assert untimed(straight / name) == [
+                {key: value for key, value in row.items() if not key.startswith("time/")}
+                for row in read_jsonl(bucket / "run" / name)
+            ], name
+        with storage.fetched(bucket / "run" / "state.npz") as file, np.load(file) as ours:
+            theirs = arrays(straight)
+            assert {name: ours[name].tobytes() for name in ours.files} == {n: x.tobytes() for n, x in theirs.items()}
+        assert store.files("bucket", "run/export/") == {f.name: f.read_bytes() for f in (straight / "export").iterdir()}
+        assert ".lock" not in store.files("bucket", "run/")
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -21,13 +21,14 @@ from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.evaluation import EvaluationConfig, Evaluator
+from grpo_jax.jsonl import JsonLines
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rollouts import Experience, GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.scoring import interruptibly, journaled_scores, score_rollout
-from grpo_jax.telemetry import WorkdirError, _JsonLines, read_jsonl
+from grpo_jax.telemetry import WorkdirError, read_jsonl
 from grpo_jax.types import TrainState
 from tests.compilations import Compilations
 from tests.silent import silent_rollout
@@ -140,14 +141,14 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path):
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(tmp_path, monkeypatch):
     run(tmp_path, 3)
-    original = _JsonLines.append
+    original = JsonLines.append
 
     def full(self, row, durable=False):
         if row["step"] == 6:
             self._file = pathlib.Path("/dev/full").open("a")  # noqa: SIM115
         original(self, row, durable)
 
-    monkeypatch.setattr(_JsonLines, "append", full)
+    monkeypatch.setattr(JsonLines, "append", full)
     with pytest.raises(WorkdirError, match=r"metrics\.jsonl.*No space left.*already saved are intact"):
         run(tmp_path, 9)
     monkeypatch.undo()

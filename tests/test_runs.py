@@ -74,7 +74,7 @@ def test_what_is_said_of_deterministic_kernels(cache, monkeypatch, tmp_path, pla
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     environ, place = {"XLA_FLAGS": "--theirs=1"}, f"{tmp_path}/xla/jaxlib-{JAXLIB}"
     runs.make_deterministic(tmp_path, environ)
-    said = runs.said_of_deterministic()
+    said = runs.said_of_deterministic(tmp_path)
     if platform == "gpu":
         assert said == "deterministic kernels, the same in every process"
     else:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-import pathlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders
 
+from grpo_jax import storage
 from grpo_jax.data.chat import render_chat
 from grpo_jax.data.token_bytes import byte_writer, fallback_byte
 
@@ -93,7 +94,7 @@ class PretrainedTokenizer:
     model_vocab_size: int | None  # ids of the model, which may have fewer than the tokenizer, or more; None: unknown
 
     @classmethod
-    def load(cls, directory: str | pathlib.Path, model_vocab_size: int | None = None) -> "PretrainedTokenizer":
+    def load(cls, directory: str | os.PathLike[str], model_vocab_size: int | None = None) -> "PretrainedTokenizer":
         """Reads a directory as transformers saves it.
 
         `tokenizer.json`, and as far as they are there: `tokenizer_config.json`, `special_tokens_map.json`,
@@ -110,7 +111,7 @@ class PretrainedTokenizer:
           ValueError: a file is not what it should be, nothing ends a completion, or an id is not in the vocabulary,
             the tokenizer's or the model's.
         """
-        directory = pathlib.Path(directory)
+        directory = storage.path(directory)
         if not (directory / "tokenizer.json").exists():
             raise FileNotFoundError(_no_tokenizer(directory))
         description = _read_json(directory / "tokenizer.json")
@@ -274,7 +275,7 @@ class DecodeStream:
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: storage.Path) -> dict[str, Any]:
     """A file's object; empty where there is no such file."""
     if not path.exists():
         return {}
@@ -289,7 +290,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _no_tokenizer(directory: pathlib.Path) -> str:
+def _no_tokenizer(directory: storage.Path) -> str:
     message = f"{directory / 'tokenizer.json'} does not exist"
     if (directory / "tokenizer.model").exists():
         return (
@@ -305,7 +306,7 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: token["content"] if isinstance(token, Mapping) else token for name, token in tokens.items()}
 
 
-def _backend(description: dict[str, Any], named: Mapping[str, str], directory: pathlib.Path) -> tokenizers.Tokenizer:
+def _backend(description: dict[str, Any], named: Mapping[str, str], directory: storage.Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
     except Exception as error:  # the library raises nothing narrower
@@ -332,7 +333,7 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _ends_and_padding(
-    directory: pathlib.Path, backend: tokenizers.Tokenizer, named: Mapping[str, str]
+    directory: storage.Path, backend: tokenizers.Tokenizer, named: Mapping[str, str]
 ) -> tuple[tuple[int, ...], int]:
     vocabulary = frozenset(backend.get_vocab().values())
 
@@ -366,7 +367,7 @@ def _ends_and_padding(
     return eos_ids, (token("pad_token") or configured("pad_token_id") or eos_ids)[0]
 
 
-def _chat_template(directory: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
+def _chat_template(directory: storage.Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")

@@ -8,8 +8,6 @@ What a configuration says that this library does not do is refused: leaving it o
 
 import json
 import os
-import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -19,7 +17,8 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grpo_jax import hosts, sharding
+from grpo_jax import hosts, sharding, storage
+from grpo_jax.models.directories import check_new, made
 from grpo_jax.models.families import PretrainedError
 from grpo_jax.models.layout import Tensor, layout
 from grpo_jax.models.leaves import MATRICES, Adapted
@@ -57,7 +56,7 @@ def read_config(directory: Path) -> LoraConfig:
       PretrainedError: there is none, or it does what this library does not: anything but plain LoRA of a decoder's
         own projections, of one rank in all layers.
     """
-    path = pathlib.Path(directory) / _CONFIG
+    path = storage.path(directory) / _CONFIG
     try:
         raw = json.loads(path.read_text())
         kind, rank, alpha, targets = (raw[name] for name in ("peft_type", "r", "lora_alpha", "target_modules"))
@@ -123,11 +122,11 @@ def load(directory: Path, model: TransformerConfig, config: LoraConfig, mesh: Me
       PretrainedError: it is of another rank, alpha or targets, of another model, or does what `read_config` refuses.
     """
     _check(directory, config)
-    path = pathlib.Path(directory) / _WEIGHTS
+    path = storage.path(directory) / _WEIGHTS
     shapes, axes = abstract_adapters(model, config)
     tree, _, _ = layout(model)
     try:
-        with safe_open(path, "flax") as file:  # NumPy has no bfloat16
+        with storage.fetched(path) as here, safe_open(here, "flax") as file:  # NumPy has no bfloat16
             found = {name: np.asarray(file.get_tensor(name).astype(jnp.float32)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise PretrainedError(f"cannot read {path}: {error}. Save it again with PEFT, as safetensors.") from error
@@ -189,26 +188,17 @@ def save(directory: Path, params: PyTree, model: TransformerConfig, config: Lora
     Raises:
       PretrainedError: the directory is in use, or cannot be written.
     """
-    directory, tensors = pathlib.Path(directory), dict(_tensors(params, model))
+    directory, tensors = storage.path(directory), dict(_tensors(params, model))
     if not hosts.is_first():  # it has handed its parts over
         return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
+    check_new(directory)
     described = {
         "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "lora_alpha": config.alpha, "lora_dropout": 0.0, "peft_type": "LORA",
         "r": config.rank, "target_modules": [_PROJECTIONS[name] for name in config.targets],
         "task_type": "SEQ_CLS" if model.score else "CAUSAL_LM", "use_dora": False, "use_rslora": False,
     }  # fmt: skip
-    part = directory.with_name(directory.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
-        (part / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        shutil.copymode(part / _CONFIG, part / _WEIGHTS)  # safetensors writes for its owner alone
-        part.replace(directory)  # an empty directory gives way
-    except (OSError, SafetensorError) as error:
-        raise PretrainedError(f"cannot write {directory}: {error}. Nothing of it is left.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with made(directory) as part:
+        with storage.written(part / _WEIGHTS) as file:
+            save_file(tensors, file, metadata={"format": "pt"})
+        storage.write(part / _CONFIG, (json.dumps(described, indent=2, sort_keys=True) + "\n").encode())

@@ -5,16 +5,15 @@
     save("out", params, config, source="Qwen2.5-0.5B")
 
 `families.py` says which configurations there are, `layout.py` which tensor is which parameter. Nothing is rounded on
-the way but by `dtype`.
+the way but by `dtype`. A directory may be `gs://...` in an object store (`storage`): its weights are read by ranges of
+bytes, and written a file at a time.
 """
 
 import dataclasses
 import functools
 import json
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,10 +24,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grpo_jax import hosts, sharding
+from grpo_jax import hosts, sharding, storage
+from grpo_jax.models.directories import check_new, made
 from grpo_jax.models.families import PretrainedError, as_score, differences, parse_config, write_config
 from grpo_jax.models.layout import EMBEDDING, HEAD, Tensor, flat, layout
 from grpo_jax.models.leaves import Adapted, bare, merged
+from grpo_jax.models.ranges import RangedFile
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
 from grpo_jax.types import PyTree
 
@@ -44,7 +45,7 @@ _CARRIED = (
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: storage.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -70,7 +71,7 @@ def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
     Raises:
       PretrainedError: there is no such file, or it describes something that this decoder is not.
     """
-    path = pathlib.Path(directory) / "config.json"
+    path = storage.path(directory) / "config.json"
     raw = _read_json(path)
     try:
         config = parse_config(raw)
@@ -81,7 +82,7 @@ def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
 
 def saved_dtype(directory: Path) -> str:
     """In what a checkpoint says that it is saved (`dtype`, formerly `torch_dtype`): float32 where it does not say."""
-    raw = _read_json(pathlib.Path(directory) / "config.json")
+    raw = _read_json(storage.path(directory) / "config.json")
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
@@ -97,7 +98,7 @@ class _Files:
     A file is opened for each tensor anew: what stays open stays mapped, and counts as the host's memory once read.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: storage.Path):
         self.directory = directory
         index = directory / "model.safetensors.index.json"
         single, weight_map = sorted(directory.glob("*.safetensors")), {}
@@ -125,6 +126,7 @@ class _Files:
                 + "Download or convert the weights as safetensors."
             )
         self.names = names
+        self._opened: dict[str, Any] = {}  # headers of a store's files, which hold nothing mapped
         held = {name: set(self._open(directory / name).keys()) for name in names}
         self.file_of = {tensor: name for name, tensors in held.items() for tensor in tensors} | weight_map
         for tensor, name in weight_map.items():
@@ -135,16 +137,21 @@ class _Files:
                 )
 
     @staticmethod
-    def _open(path: pathlib.Path) -> Any:
+    def _open(path: storage.Path) -> Any:
         if not path.exists():
             raise PretrainedError(f"{path} is missing, though model.safetensors.index.json names it: download it.")
         try:
-            return safe_open(path, "numpy")
+            return RangedFile(path) if storage.is_remote(path) else safe_open(path, "numpy")
         except (SafetensorError, OSError) as error:
             raise PretrainedError(f"{path} is truncated or corrupt ({error}): download it again.") from error
 
     def __getitem__(self, name: str) -> Any:
-        return self._open(self.directory / self.file_of[name]).get_slice(name)
+        file = self.directory / self.file_of[name]
+        if not storage.is_remote(file):
+            return self._open(file).get_slice(name)
+        if file.name not in self._opened:
+            self._opened[file.name] = self._open(file)
+        return self._opened[file.name].get_slice(name)
 
     def where(self, name: str) -> str:
         return f"tensor {name} of {self.directory / self.file_of[name]}"
@@ -212,7 +219,7 @@ def load(
       PretrainedError: an architecture we do not have, a tensor missing, unexpected or of another shape, a
         corrupt file, a head that is tied and yet another: naming file and tensor, before anything is loaded.
     """
-    directory = pathlib.Path(directory)
+    directory = storage.path(directory)
     config, to = read_config(directory), _dtype(dtype or saved_dtype(directory))
     begins, config = score and not config.score, dataclasses.replace(config, score=score or config.score)
     files, (tree, shapes, axes) = _Files(directory), layout(config)
@@ -294,7 +301,8 @@ def save(
 ) -> None:
     """Writes a Hugging Face directory that `transformers` and all that reads such directories can load.
 
-    All of it or nothing: it is written beside its place and then renamed. Of several processes, each of which must call
+    All of it or nothing: it is written beside its place and then renamed; in a store each file is written on disk and
+    copied, config.json last, without which it is no model. Of several processes, each of which must call
     it, the first writes; what is split over hosts comes to it a layer's matrix at a time.
 
     Args:
@@ -311,13 +319,12 @@ def save(
       PretrainedError: the directory is in use, `source` is not there or of another model, no family of Hugging
         Face's describes this one, `params` are not of `config`, or the disk is full.
     """
-    directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
+    directory, source = storage.path(directory), None if source is None else storage.path(source)
     if not hosts.is_first():  # its part in handing them over
         for _, x in _leaves(params, config):
             jax.block_until_ready(hosts.on_all(x))
         return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
+    check_new(directory)
     _check_params(bare(params), config)
     raw = _config_of(config, source)
     written = _dtype(dtype or str(jax.tree.leaves(params)[0].dtype))
@@ -325,23 +332,11 @@ def save(
     raw |= extra or {}
     if differ := differences(config, parse_config(raw)):
         raise PretrainedError(f"`extra` would make config.json that of another model: {'; '.join(differ)}.")
-    part = directory.with_name(directory.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with made(directory) as part:
         _write_weights(part, _named(params, config, dtype), shard_bytes)
         if source is not None:
             _carry(source, part)
-        (part / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-        for path in part.iterdir():
-            shutil.copymode(part / "config.json", path)  # safetensors writes for its owner alone
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        part.replace(directory)  # an empty directory gives way
-    except (OSError, SafetensorError) as error:
-        raise PretrainedError(f"cannot write {directory}: {error}. Nothing of it is left.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        storage.write(part / "config.json", (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode())
 
 
 def copy_description(source: Path, directory: Path) -> None:
@@ -350,24 +345,18 @@ def copy_description(source: Path, directory: Path) -> None:
     Raises:
       PretrainedError: there is no config.json, or the disk is full.
     """
-    source, directory = pathlib.Path(source), pathlib.Path(directory)
+    source, directory = storage.path(source), storage.path(directory)
     _read_json(source / "config.json")
-    part = directory.with_name(directory.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        shutil.copyfile(source / "config.json", part / "config.json")
+    with made(directory) as part:
         _carry(source, part)
-        part.replace(directory)
-    except OSError as error:
-        raise PretrainedError(f"cannot copy {source} to {directory}: {error}.") from error
+        storage.copy(source / "config.json", part / "config.json")
 
 
-def _carry(source: pathlib.Path, directory: pathlib.Path) -> None:
+def _carry(source: storage.Path, directory: storage.Path) -> None:
     for pattern in _CARRIED:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
-                shutil.copyfile(path, directory / path.name)
+                storage.copy(path, directory / path.name)
 
 
 def _check_params(params: PyTree, config: TransformerConfig) -> None:
@@ -380,7 +369,7 @@ def _check_params(params: PyTree, config: TransformerConfig) -> None:
             )
 
 
-def _config_of(config: TransformerConfig, source: pathlib.Path | None) -> dict[str, Any]:
+def _config_of(config: TransformerConfig, source: storage.Path | None) -> dict[str, Any]:
     """config.json: the source's own where it has one, which must describe this model; else written anew."""
     if source is not None and not source.is_dir():
         raise PretrainedError(f"source {source} is not a directory: expected one with a tokenizer to carry along.")
@@ -423,14 +412,15 @@ def _leaves(params: PyTree, config: TransformerConfig) -> Iterator[tuple[Tensor,
 _merged = jax.jit(merged)  # a weight at a time: nobody holds a second model
 
 
-def _write_weights(part: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+def _write_weights(part: storage.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = parameters = 0
 
     def flush():
         if held:
-            save_file(held, part / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            with storage.written(part / f"{len(shards)}.safetensors") as file:
+                save_file(held, file, metadata={"format": "pt"})
             shards.append(list(held))
             held.clear()
 
@@ -441,12 +431,13 @@ def _write_weights(part: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]
         total, parameters = total + tensor.nbytes, parameters + tensor.size
     flush()
     if len(shards) == 1:
-        (part / "0.safetensors").rename(part / "model.safetensors")
+        storage.move(part / "0.safetensors", part / "model.safetensors")
         return
     weight_map = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (part / f"{i}.safetensors").rename(part / file)
+        storage.move(part / f"{i}.safetensors", part / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map}
-    (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    described = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    storage.write(part / "model.safetensors.index.json", described.encode())

@@ -1,0 +1,130 @@
+"""JSON lines that grow: a file that is appended to; in a store, which has no appending, an object and others beside it.
+
+There `NAME` is the beginning, and `NAME.parts/000000123` holds the rows from number 123 on, as they came: to append
+costs what is appended, and it is there when that returns. Opened or closed, all are made one object again. At whatever
+moment that is cut off, what is read is the rows that stay, and of those to be dropped none or some first ones:
+
+1. parts from the first dropped row on are removed: none is taken for a row that comes later;
+2. the object is written, with all rows that stay: parts that begin before its end are passed over from here on;
+3. these are removed.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from grpo_jax import storage
+from grpo_jax.storage import Path
+
+__all__ = ["JsonLines", "open_lines", "read_jsonl"]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; a last line that was cut short by a kill is left out."""
+    if storage.is_remote(path):
+        return _Parts(path).rows
+    return _rows(path.read_text()) if path.exists() else []
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    rows = []
+    for line in text.split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _text(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class JsonLines:
+    """Lines in a file on disk."""
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]):
+        """Opens the file and drops the lines for which `keep` is false; OSError where it cannot be written."""
+        self.rows = [row for row in read_jsonl(path) if keep(row)]  # as it was opened
+        if path.exists():
+            storage.write(path, _text(self.rows).encode())
+        self._file: Any = path.open("a")
+
+    def append(self, row: Mapping[str, Any], durable: bool = False) -> None:
+        """Adds a row, which no kill of the process takes back, and if `durable` no end of the machine."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def flush(self) -> None:
+        """Returns when what was appended is in the file."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()  # flushes again what a full disk has refused
+
+
+class _ObjectLines(JsonLines):
+    """Lines in a store."""
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]):
+        """The rows that stay must come before those that do not."""
+        self._path, found = path, _Parts(path)
+        self.rows = list(itertools.takewhile(keep, found.rows))
+        self._count, self._waiting = len(self.rows), ""
+        found.make_one(self.rows)
+
+    def append(self, row: Mapping[str, Any], durable: bool = False) -> None:
+        """If not `durable`, it waits for `flush`."""
+        self._waiting += json.dumps(row) + "\n"
+        if durable:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._waiting:
+            storage.write(_parts(self._path) / f"{self._count:09d}", self._waiting.encode())
+            self._count += self._waiting.count("\n")
+            self._waiting = ""
+
+    def close(self) -> None:
+        self.flush()
+        found = _Parts(self._path)
+        found.make_one(found.rows)
+
+
+def open_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> JsonLines:
+    """The lines of a file, on disk or in a store, without those from the first on for which `keep` is false."""
+    return (_ObjectLines if storage.is_remote(path) else JsonLines)(path, keep)
+
+
+def _parts(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
+
+
+class _Parts:
+    """What there is of lines in a store, as it is read once."""
+
+    def __init__(self, path: Path):
+        self._path, parts = path, []
+        with contextlib.suppress(FileNotFoundError):
+            parts = sorted(_parts(path).iterdir())
+        # The list first: whatever becomes one with the rest meanwhile is then in what is read.
+        (base,), contents = storage.read_all([path]), storage.read_all(parts)
+        self._base, self._begins = base, {int(part.name): part for part in parts}
+        self.rows = _rows((base or b"").decode())
+        for begin, content in zip(self._begins, contents, strict=True):
+            if begin > len(self.rows) or content is None:  # some in between are gone: so is what they were to be of
+                break
+            if begin == len(self.rows):
+                self.rows += _rows(content.decode())
+
+    def make_one(self, rows: list[dict[str, Any]]) -> None:
+        """Leaves one object with these, the first of the rows."""
+        storage.remove(part for begin, part in self._begins.items() if begin >= len(rows))
+        if (self._base or b"") != (content := _text(rows).encode()):
+            storage.write(self._path, content)
+        storage.remove(part for begin, part in self._begins.items() if begin < len(rows))
