@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import Mesh
 
-from grpo_jax import objectives, sharding, training
+from grpo_jax import objectives, optimizers, sharding, training
 from grpo_jax.logprobs import CHUNK
 from grpo_jax.memory import device_memory
 from grpo_jax.models import lora
@@ -61,7 +61,7 @@ def batch_arithmetic(rollout: RolloutConfig, update: training.UpdateConfig, mesh
 _UNSHARED = "with more --update.microbatches short ones would share rows and cost less"
 
 
-def moments(policy: Policy, params: PyTree, optimizer: training.OptimizerConfig) -> float:
+def moments(policy: Policy, params: PyTree, optimizer: optimizers.OptimizerConfig) -> float:
     """How many times a policy's parameters the optimizer's state is, on a device: 2 of Adam's where all of them train.
 
     0 where it lies on the host. `params`: shapes will do.
@@ -69,12 +69,12 @@ def moments(policy: Policy, params: PyTree, optimizer: training.OptimizerConfig)
     if optimizer.offload:
         return 0.0
     trained, _ = policy.split.parts(params)
-    state = jax.eval_shape(training.make_optimizer(optimizer, 1)[0].init, trained)
+    state = jax.eval_shape(optimizers.make_optimizer(optimizer, 1)[0].init, trained)
     return _bytes([x for x in jax.tree.leaves(state) if x.ndim]) / _bytes(params)
 
 
 def copies_held(
-    policy: Policy, params: PyTree, optimizer: training.OptimizerConfig, loss: objectives.LossConfig | None = None
+    policy: Policy, params: PyTree, optimizer: optimizers.OptimizerConfig, loss: objectives.LossConfig | None = None
 ) -> float:
     """How many times a training run holds a policy's parameters: themselves, the optimizer's state, and a reference.
 
@@ -86,7 +86,7 @@ def copies_held(
 
 def estimate(
     config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
-    update: training.UpdateConfig, optimizer: training.OptimizerConfig, loss: objectives.LossConfig,
+    update: training.UpdateConfig, optimizer: optimizers.OptimizerConfig, loss: objectives.LossConfig,
     adapters: lora.LoraConfig = lora.LoraConfig(),
 ) -> dict[str, int]:  # fmt: skip
     """Bytes a device needs, estimated from shapes: `state` all the time, beside it `update` or `rollout`.

@@ -12,7 +12,7 @@ from absl import flags
 
 from experiments import flags as experiment_flags
 from experiments import footprint, phases, runs, user_rewards
-from grpo_jax import objectives, sharding, training
+from grpo_jax import objectives, optimizers, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.sources import Source
 from grpo_jax.data.tokenizer import ByteTokenizer
@@ -70,7 +70,7 @@ class LossConfig(objectives.LossConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(training.OptimizerConfig):
+class OptimizerConfig(optimizers.OptimizerConfig):
     """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 5e-4
@@ -276,9 +276,9 @@ def demonstrations(task: Task, batch: int) -> Demonstrations:
     )  # fmt: skip
 
 
-def supervised_optimizer(config: Mapping[str, Any], decay: str) -> training.OptimizerConfig:
+def supervised_optimizer(config: Mapping[str, Any], decay: str) -> optimizers.OptimizerConfig:
     """Of a warm start, from the sections; it gives up where GRPO's does."""
-    return training.OptimizerConfig(
+    return optimizers.OptimizerConfig(
         learning_rate=config["warm_start"].learning_rate, warmup_steps=100, decay=decay,
         max_skipped=config["optimizer"].max_skipped,
     )  # fmt: skip

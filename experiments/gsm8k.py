@@ -25,7 +25,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, runs, scorers, tasks, user_rewards
 from experiments.flags import section
-from grpo_jax import loop, objectives, outcomes, profiling, rollouts, sharding, training
+from grpo_jax import loop, objectives, optimizers, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import lora, pretrained
@@ -53,7 +53,7 @@ class LossConfig(objectives.LossConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(training.OptimizerConfig):
+class OptimizerConfig(optimizers.OptimizerConfig):
     """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 5e-7  # at its peak

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from experiments import runs
-from grpo_jax import loop, objectives, training
+from grpo_jax import loop, objectives, optimizers, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.compiling import Lowering, compile_all
 from grpo_jax.debugging import naming_nans
@@ -27,7 +27,7 @@ __all__ = ["optimizer_of", "phase", "restored"]
 def phase(
     params: Callable[[], Any], *, policy: Policy, model: TransformerConfig, mesh: Mesh, key: jax.Array,
     objective: objectives.Objective, experience: Any, workdir: Path, title: str,
-    optimizer: training.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
+    optimizer: optimizers.OptimizerConfig, update: training.UpdateConfig, steps: int, checkpoints: CheckpointConfig,
     surplus: Surplus | None = None, make_step: Callable[..., Any] | None = None, lora: LoraConfig = LoraConfig(),
     debug_nans: bool = False,
     **options: Any,
@@ -39,7 +39,7 @@ def phase(
     Where there is a checkpoint to go on from, nobody asks for the parameters: a model's directory may be gone.
     `lora`: adapters that train beside them; `policy` is `lora.adapted_policy`'s then.
     """
-    transformation, schedule = training.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
+    transformation, schedule = optimizers.make_optimizer(optimizer, steps * update.epochs * update.minibatches)
     saved = runs.saved_step(workdir)
     if saved is not None:
         shapes, _ = lora_lib.abstract(model, lora)
@@ -85,14 +85,14 @@ def _lowerings(state: TrainState, step: Any, experience: Any, evaluator: Any) ->
     return of_evaluation + (experience.lowerings(state, step) if known else [])
 
 
-def optimizer_of(saved: Mapping[str, Any]) -> training.OptimizerConfig:
+def optimizer_of(saved: Mapping[str, Any]) -> optimizers.OptimizerConfig:
     """What says how the state of a saved configuration's optimizer looks, and no more: each experiment has defaults."""
-    return training.OptimizerConfig(kind=saved["optimizer"].get("kind", "adamw"))
+    return optimizers.OptimizerConfig(kind=saved["optimizer"].get("kind", "adamw"))
 
 
 def restored(
     workdir: Path, step: int | None, *, policy: Policy, model: TransformerConfig, mesh: Mesh,
-    optimizer: training.OptimizerConfig, objective: objectives.Objective, surplus: Surplus | None = None,
+    optimizer: optimizers.OptimizerConfig, objective: objectives.Objective, surplus: Surplus | None = None,
     lora: LoraConfig = LoraConfig(),
 ) -> TrainState:  # fmt: skip
     """The state of a checkpoint, the latest where no step is named; whoever writes there is left alone.
@@ -102,7 +102,7 @@ def restored(
     Raises:
       ValueError: there is no such checkpoint, or it is of another model, optimizer or objective.
     """
-    transformation, _ = training.make_optimizer(optimizer, 1)
+    transformation, _ = optimizers.make_optimizer(optimizer, 1)
     shapes, _ = lora_lib.abstract(model, lora)
     like = training.abstract_train_state(policy, shapes, transformation, objective, mesh, surplus)
     return Checkpoints(workdir / "checkpoints", read_only=True).restore(like, step)

@@ -27,7 +27,7 @@ from absl import flags
 from experiments import chips, collectives, footprint, runs, tasks
 from experiments import flags as sections
 from experiments.flags import section
-from grpo_jax import floors, objectives, rollouts, sampling, sharding, training
+from grpo_jax import floors, objectives, optimizers, rollouts, sampling, sharding, training
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models import lora, pretrained
@@ -78,7 +78,7 @@ SECTIONS: dict[str, type[Any]] = {
     "lora": lora.LoraConfig,
     "rollout": RolloutConfig,
     "loss": LossConfig,
-    "optimizer": training.OptimizerConfig,
+    "optimizer": optimizers.OptimizerConfig,
     "update": UpdateConfig,
     "mesh": sharding.MeshConfig,
 }
@@ -116,7 +116,7 @@ class Planned:
         self.completions = rollout.prompts * rollout.group_size
         training.check_divides(self.completions, update, self.mesh)
         runs.check_multiples(self.mesh, {"rollout.prompts": rollout.prompts})
-        self.optimizer, _ = training.make_optimizer(config["optimizer"], 100)
+        self.optimizer, _ = optimizers.make_optimizer(config["optimizer"], 100)
         sizes = {"max_tokens": rollout.max_tokens, "max_prompt_tokens": rollout.max_prompt_tokens}
         self.state = training.abstract_train_state(
             self.policy, lora.abstract(model, config["lora"])[0], self.optimizer, self.objective, self.mesh,

@@ -23,7 +23,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, runs, scorers
 from experiments.flags import section
-from grpo_jax import hosts, loop, objectives, profiling, reward_model, sharding, training
+from grpo_jax import hosts, loop, objectives, optimizers, profiling, reward_model, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.templates import make_template
@@ -83,7 +83,7 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(training.OptimizerConfig):
+class OptimizerConfig(optimizers.OptimizerConfig):
     """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 1e-5  # at its peak

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from experiments import phases, runs
 from experiments.flags import check_debugging
 from experiments.rlhf_task import PROMPT_TOKENS, TOKENIZER, demonstration, prefers_first, prompt, rule
-from grpo_jax import hosts, objectives, reward_model, sharding, storage, training
+from grpo_jax import hosts, objectives, optimizers, reward_model, sharding, storage, training
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
 from grpo_jax.demonstrations import Demonstrations
@@ -125,7 +125,7 @@ class LossConfig(objectives.LossConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(training.OptimizerConfig):
+class OptimizerConfig(optimizers.OptimizerConfig):
     """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 1e-3  # at its peak
@@ -196,9 +196,9 @@ class Experiment:
         }  # fmt: skip
         return phases.phase(lambda: params, **{**shared, **options})
 
-    def _optimizer(self, learning_rate: float) -> training.OptimizerConfig:
+    def _optimizer(self, learning_rate: float) -> optimizers.OptimizerConfig:
         """Of what is supervised; it gives up where GRPO's does."""
-        return training.OptimizerConfig(
+        return optimizers.OptimizerConfig(
             learning_rate=learning_rate, warmup_steps=20, decay="cosine",
             max_skipped=self.config["optimizer"].max_skipped,
         )  # fmt: skip

@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from grpo_jax import hosts, objectives, storage, training  # noqa: E402
+from grpo_jax import hosts, objectives, optimizers, storage, training  # noqa: E402
 from grpo_jax.checkpoints import Checkpoints  # noqa: E402
 from grpo_jax.guard import NotFiniteError  # noqa: E402
 from grpo_jax.models import peft, pretrained  # noqa: E402
@@ -158,7 +158,7 @@ def check_attention(config: TransformerConfig) -> None:
         raise ValueError(f"--policy.attention=cudnn computes in bfloat16, not {config.compute_dtype}: use xla.")
 
 
-def check_offload(optimizer: training.OptimizerConfig, mesh: Mesh) -> None:
+def check_offload(optimizer: optimizers.OptimizerConfig, mesh: Mesh) -> None:
     """Raises ValueError where the optimizer's state is to lie in the host's memory, and the devices have none such."""
     device = mesh.local_devices[0]
     if not optimizer.offload:

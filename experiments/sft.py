@@ -16,7 +16,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, runs, tasks
 from experiments.flags import section
-from grpo_jax import loop, objectives, profiling, sharding, training
+from grpo_jax import loop, objectives, optimizers, profiling, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.demonstrations import Demonstrations
@@ -25,7 +25,7 @@ from grpo_jax.storage import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(training.OptimizerConfig):
+class OptimizerConfig(optimizers.OptimizerConfig):
     """An optimizer with warm-up, a schedule, and clipping by global norm."""
 
     learning_rate: float = 1e-5  # at its peak

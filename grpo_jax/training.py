@@ -20,19 +20,17 @@ from grpo_jax.guard import guarded_update, skip_metrics
 from grpo_jax.logprobs import row_logprobs
 from grpo_jax.microbatches import Microbatches, frozen_logprobs, over_data, pack_microbatches
 from grpo_jax.objectives import Objective
-from grpo_jax.optimizers import HOST, OptimizerConfig, make_optimizer
+from grpo_jax.optimizers import HOST
 from grpo_jax.packing import Rows
 from grpo_jax.sharding import per_device
 from grpo_jax.types import Array, Policy, PyTree, Rollout, Surplus, TrainBatch, TrainState, record
 
 __all__ = [
-    "OptimizerConfig",
     "UpdateConfig",
     "abstract_train_state",
     "check_divides",
     "check_reference",
     "init_train_state",
-    "make_optimizer",
     "make_reference_logprobs",
     "make_train_step",
     "state_shardings",

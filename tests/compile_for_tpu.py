@@ -10,8 +10,8 @@ import sys
 
 from experiments import chips, plan, tasks
 from grpo_jax.models.lora import LoraConfig
+from grpo_jax.optimizers import OptimizerConfig
 from grpo_jax.sharding import MeshConfig
-from grpo_jax.training import OptimizerConfig
 
 PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 128, 256, 512  # of a step on GSM8K, in groups of 8
 SLOTS = 256  # of a device, where completions pass through them

@@ -10,8 +10,8 @@ import sys
 from experiments import chips, plan
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.transformer import TransformerConfig
+from grpo_jax.optimizers import OptimizerConfig
 from grpo_jax.sharding import MeshConfig, between_slices
-from grpo_jax.training import OptimizerConfig
 
 WIDTH, MLP_WIDTH, MICROBATCHES = 1024, 2048, 2  # a device's part of the width is of whole tiles
 

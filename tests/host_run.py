@@ -19,7 +19,7 @@ from jax._src import compiler, distributed
 from jax.sharding import Mesh
 
 from experiments import runs
-from grpo_jax import hosts, loop, objectives, rollouts, sharding, storage, training
+from grpo_jax import hosts, loop, objectives, optimizers, rollouts, sharding, storage, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
@@ -103,7 +103,7 @@ def main(asked: dict) -> None:
     objective = objectives.make_objective(objectives.LossConfig(kl_coef=0.1))
     update = training.UpdateConfig()
     config = rollouts.RolloutConfig(prompts=4, group_size=4, max_waves=2)
-    optimizer, schedule = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), STEPS)
+    optimizer, schedule = optimizers.make_optimizer(optimizers.OptimizerConfig(learning_rate=1e-2), STEPS)
     sizes = {"max_tokens": 8, "max_prompt_tokens": 2}
     surplus = rollouts.surplus_of(config, objective, **sizes)
     prompts = [Prompt(text=a + b, columns={"letter": b}) for a in "abcd" for b in "abcd"]

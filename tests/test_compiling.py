@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import phases
-from grpo_jax import objectives, sharding, training
+from grpo_jax import objectives, optimizers, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.compiling import compile_all
 from grpo_jax.data.sources import Prompt
@@ -65,7 +65,7 @@ def phase(workdir, mesh, loss, supervised=False, debug_nans=False):
         try:
             phases.phase(
                 lambda: init_params(MODEL, KEY), policy=policy, model=MODEL, mesh=mesh, key=KEY, objective=objective,
-                experience=experience, workdir=workdir, title="test", optimizer=training.OptimizerConfig(),
+                experience=experience, workdir=workdir, title="test", optimizer=optimizers.OptimizerConfig(),
                 update=update, steps=2, checkpoints=CheckpointConfig(), evaluator=evaluator,
                 debug_nans=debug_nans,
             )  # fmt: skip

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import loop, objectives, sharding, training
+from grpo_jax import loop, objectives, optimizers, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
@@ -44,8 +44,8 @@ def pieces(**axes: int) -> Pieces:
     policy, update = make_policy(config, mesh), training.UpdateConfig(minibatches=2)
     objective = objectives.make_objective(objectives.LossConfig(kl_coef=0.1))
     # Adam would make a whole step of the rounding of a gradient of nothing: with this epsilon it is one of nothing.
-    adam = training.OptimizerConfig(learning_rate=2e-2, warmup_steps=0, epsilon=1e-3)
-    optimizer, _ = training.make_optimizer(adam, 2 * STEPS)
+    adam = optimizers.OptimizerConfig(learning_rate=2e-2, warmup_steps=0, epsilon=1e-3)
+    optimizer, _ = optimizers.make_optimizer(adam, 2 * STEPS)
     fresh = lambda: training.init_train_state(policy, init_params(config, KEY), optimizer, objective, mesh)
     rewards = [Reward(name="a", function=lambda completions, **_: [text.count("a") / 6 for text in completions])]
     experience = GroupRollouts(

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from experiments import countdown, games, phases
-from grpo_jax import loop, objectives, rollouts, sharding, training
+from grpo_jax import loop, objectives, optimizers, rollouts, sharding, training
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.corrections import top_entropies
 from grpo_jax.data.countdown import Countdown
@@ -139,7 +139,7 @@ def loss_of(config):
 
 
 def observe_optimizer(config, tmp_path):
-    optimizer, schedule = training.make_optimizer(config["optimizer"], 6)
+    optimizer, schedule = optimizers.make_optimizer(config["optimizer"], 6)
     experiment = countdown.Experiment(config)
     lies = training.abstract_train_state(
         experiment.policy, fresh_params(config), optimizer, experiment.objective, experiment.mesh,
@@ -238,7 +238,7 @@ def fresh_params(config):
 
 
 def experiment_step(experiment):
-    optimizer, _ = training.make_optimizer(training.OptimizerConfig(), 1)
+    optimizer, _ = optimizers.make_optimizer(optimizers.OptimizerConfig(), 1)
     objective = objectives.grpo()
     state = training.init_train_state(
         experiment.policy, fresh_params(experiment.config), optimizer, objective, experiment.mesh

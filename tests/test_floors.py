@@ -15,7 +15,8 @@ from grpo_jax import floors, sharding
 from grpo_jax.models import lora
 from grpo_jax.models.transformer import TransformerConfig, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
-from grpo_jax.training import OptimizerConfig, UpdateConfig, abstract_train_state, make_optimizer, make_train_step
+from grpo_jax.optimizers import OptimizerConfig, make_optimizer
+from grpo_jax.training import UpdateConfig, abstract_train_state, make_train_step
 from grpo_jax.types import TrainBatch
 
 MODEL = floors.Model(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import loop, objectives, sharding, training
+from grpo_jax import loop, objectives, optimizers, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
@@ -332,7 +332,7 @@ def compiled_by_step(workdir, steps, change=lambda batch, step: batch):
         objectives.make_objective(objectives.LossConfig(kl_coef=0.1)),
         training.UpdateConfig(minibatches=2, microbatches=2),
     )
-    optimizer, schedule = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), 2 * steps)
+    optimizer, schedule = optimizers.make_optimizer(optimizers.OptimizerConfig(learning_rate=1e-2), 2 * steps)
     state = training.init_train_state(policy, init_params(config, key), optimizer, objective, mesh)
     rollouts = GroupRollouts(
         sampler=Sampler(policy, mesh, tokenizer, group_size=4, key=key, chunk=4, slots=5, **sizes), source=source,

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import loop, sharding, training
+from grpo_jax import loop, optimizers, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.debugging import naming_nans
 from grpo_jax.guard import NotFiniteError, guarded_update, skip_metrics
@@ -19,7 +19,7 @@ from grpo_jax.rollouts import Experience
 from grpo_jax.telemetry import read_jsonl
 from grpo_jax.types import TrainBatch, TrainState
 
-OPTIMIZER, _ = training.make_optimizer(training.OptimizerConfig(learning_rate=0.1, weight_decay=0.1), 10)
+OPTIMIZER, _ = optimizers.make_optimizer(optimizers.OptimizerConfig(learning_rate=0.1, weight_decay=0.1), 10)
 NAN, INF = float("nan"), float("inf")
 
 

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from experiments import chips, plan, plan_report, tasks
-from grpo_jax import sharding, training
+from grpo_jax import optimizers, sharding
 from grpo_jax.models import lora, pretrained
 from grpo_jax.models.shapes import shape
 from grpo_jax.models.transformer import TransformerConfig
@@ -27,7 +27,7 @@ def config(**changes):
     values = {
         "rollout": plan.RolloutConfig(prompts=8, group_size=4, max_tokens=16, max_prompt_tokens=8),
         "lora": lora.LoraConfig(), "loss": plan.LossConfig(), "update": plan.UpdateConfig(microbatches=2),
-        "optimizer": training.OptimizerConfig(), "mesh": sharding.MeshConfig(data=2, fsdp=2),
+        "optimizer": optimizers.OptimizerConfig(), "mesh": sharding.MeshConfig(data=2, fsdp=2),
     }  # fmt: skip
     return values | changes
 

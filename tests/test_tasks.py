@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from experiments import footprint, runs, tasks
-from grpo_jax import objectives, rollouts, sharding, training
+from grpo_jax import objectives, optimizers, rollouts, sharding, training
 from grpo_jax.data.tokenizer import ByteTokenizer, PretrainedTokenizer
 from grpo_jax.logprobs import CHUNK
 from grpo_jax.models import lora, pretrained
@@ -319,7 +319,7 @@ def test_what_does_not_do_what_it_seems_to_is_said():
 
 def memory(
     config=TINY, mesh=sharding.MeshConfig(), microbatches=2, prompts=2, needs_reference=False, max_prompt_tokens=6,
-    slots=0, adapters=lora.LoraConfig(), optimizer=training.OptimizerConfig(),
+    slots=0, adapters=lora.LoraConfig(), optimizer=optimizers.OptimizerConfig(),
 ):  # fmt: skip
     made = sharding.make_mesh(mesh)
     policy = lora.adapted_policy(make_policy(config, made), config, adapters)
@@ -385,7 +385,7 @@ def test_memory_by_hand():
 def test_memory_of_optimizers():
     wide = dataclasses.replace(TINY, vocab_size=256, width=128, head_width=128, mlp_width=192)
     given = {"adamw": {}, "adafactor": {"kind": "adafactor"}, "offloaded": {"offload": True}}
-    needs = {name: memory(wide, optimizer=training.OptimizerConfig(**options)) for name, options in given.items()}
+    needs = {name: memory(wide, optimizer=optimizers.OptimizerConfig(**options)) for name, options in given.items()}
     # Embedding 256 x 128; query and output 128 x 2 x 128, key and value 128 x 1 x 128, of the MLP 128 x 192; norms.
     params = 4 * (256 * 128 + 2 * 2 * 128**2 + 2 * 128**2 + 3 * 128 * 192 + 3 * 128)
     # Two of three lengths are left of a leaf, its longest or its second longest being summed up, and 1 element of what
@@ -398,7 +398,7 @@ def test_memory_of_optimizers():
     assert needs["adamw"]["update"] == needs["adafactor"]["update"] < 4 * params
     assert len({bytes_of["rollout"] for bytes_of in needs.values()}) == 1
     policy, shapes = make_policy(wide), abstract_params(wide)[0]
-    copies = lambda loss, **options: footprint.copies_held(policy, shapes, training.OptimizerConfig(**options), loss)
+    copies = lambda loss, **options: footprint.copies_held(policy, shapes, optimizers.OptimizerConfig(**options), loss)
     assert copies(None) == copies(objectives.LossConfig(kl_coef=0.0)) == 3
     assert copies(objectives.LossConfig(kl_coef=0.1), offload=True) == 2
 
@@ -452,8 +452,8 @@ def test_attention_that_these_devices_do_not_have():
 
 
 def test_a_state_that_these_devices_cannot_leave_to_the_host():
-    offload, mesh = training.OptimizerConfig(offload=True), sharding.make_mesh()
-    runs.check_offload(training.OptimizerConfig(), mesh)
+    offload, mesh = optimizers.OptimizerConfig(offload=True), sharding.make_mesh()
+    runs.check_offload(optimizers.OptimizerConfig(), mesh)
     with pytest.raises(ValueError, match=r"--optimizer.offload: this is a cpu, whose memory is the host's"):
         runs.check_offload(offload, mesh)
     memories = lambda *kinds: lambda: [types.SimpleNamespace(kind=kind) for kind in kinds]

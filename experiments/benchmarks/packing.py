@@ -15,8 +15,9 @@ import numpy as np
 from experiments.benchmarks import measure
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import grpo
+from grpo_jax.optimizers import OptimizerConfig, make_optimizer
 from grpo_jax.sharding import make_mesh
-from grpo_jax.training import OptimizerConfig, UpdateConfig, init_train_state, make_optimizer, make_train_step
+from grpo_jax.training import UpdateConfig, init_train_state, make_train_step
 from grpo_jax.types import TrainBatch
 
 

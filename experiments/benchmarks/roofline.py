@@ -21,14 +21,8 @@ from experiments.benchmarks import measure
 from experiments.benchmarks.workload import Ours, Workload
 from grpo_jax import floors
 from grpo_jax.objectives import LossConfig, make_objective
-from grpo_jax.training import (
-    OptimizerConfig,
-    UpdateConfig,
-    init_train_state,
-    make_optimizer,
-    make_train_step,
-    train_batch,
-)
+from grpo_jax.optimizers import OptimizerConfig, make_optimizer
+from grpo_jax.training import UpdateConfig, init_train_state, make_train_step, train_batch
 
 REPEATS = 8  # of a copy or a product inside a program, so that starting it does not count
 

@@ -16,19 +16,13 @@ from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models.pretrained import load, read_config
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
+from grpo_jax.optimizers import OptimizerConfig, make_optimizer
 from grpo_jax.rewards import Reward
 from grpo_jax.rollouts import GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
 from grpo_jax.sharding import make_mesh
 from grpo_jax.telemetry import RewardJournal
-from grpo_jax.training import (
-    OptimizerConfig,
-    UpdateConfig,
-    init_train_state,
-    make_optimizer,
-    make_reference_logprobs,
-    make_train_step,
-)
+from grpo_jax.training import UpdateConfig, init_train_state, make_reference_logprobs, make_train_step
 from grpo_jax.types import Rollout, SamplingParams
 
 __all__ = ["EOS", "PAD", "SIZES", "Ours", "Workload", "completion_reward"]
