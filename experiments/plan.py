@@ -280,7 +280,9 @@ def _sent(program: Any, planned: Planned) -> tuple[float, float]:
     update, rollout, mesh = planned.config["update"], planned.config["rollout"], planned.mesh.shape
     parts = update.microbatches * update.minibatches * mesh["data"] * mesh["fsdp"]
     tokens = planned.completions * rollout.max_tokens // parts
-    at_once = max(1, 2**24 // (min(planned.model.vocab_size, 4096) * mesh["fsdp"]))  # `logprobs._Spec.tokens_of`
+    ids, shards = planned.model.vocab_size, mesh["fsdp"] * mesh["tensor"]
+    ids, meet = (ids // shards, mesh["fsdp"]) if ids % shards == 0 else (ids // mesh["tensor"], 1)
+    at_once = max(1, 2**24 // (min(ids, 4096) * meet))  # as `logprobs` cuts the tokens that come to a part of the head
     outer = [update.microbatches] if update.microbatches > 1 else []
     found = collectives.sent(program.as_text(), [*outer, max(1, -(-tokens // at_once)), 1, 1, 1])
     slow = sum(one.bytes for one in found if one.kind == collectives.SLICES)

@@ -98,12 +98,17 @@ def test_what_is_no_topology(topology):
         chips.chip_of(topology)
 
 
+def test_gpus_have_no_slices():
+    with pytest.raises(ValueError, match="slices=2 of h100:8 must be 1 or more, and of GPUs 1: say hosts x GPUs"):
+        chips.devices_of("h100:8", slices=2)
+
+
 def test_chips_are_what_their_makers_say():
     for chip in chips.CHIPS.values():
         assert chip.source.startswith("https://")
         assert 8 <= chip.memory / 1e9 <= 200
         # Bytes of memory are dearer than FLOP, and bytes over links dearer still.
-        assert chip.rates.flop > 50 * chip.rates.memory > 100 * chip.rates.interconnect
+        assert chip.rates.flop > 50 * chip.rates.memory > 100 * chip.rates.interconnect > 1000 * chip.rates.network
     assert "core_count: 132" in chips.CHIPS["h100"].target
 
 
