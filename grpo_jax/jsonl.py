@@ -1,12 +1,11 @@
 """JSON lines that grow: a file that is appended to; in a store, which has no appending, an object and others beside it.
 
 There `NAME` is the beginning, and `NAME.parts/000000123` holds the rows from number 123 on, as they came: to append
-costs what is appended, and it is there when that returns. Opened or closed, all are made one object again. At whatever
-moment that is cut off, what is read is the rows that stay, and of those to be dropped none or some first ones:
-
-1. parts from the first dropped row on are removed: none is taken for a row that comes later;
-2. the object is written, with all rows that stay: parts that begin before its end are passed over from here on;
-3. these are removed.
+costs what is appended, and it is there when that returns. Opened or closed, all are made one object again: it is
+written, and then the parts are removed, before anything is appended. Read are the object, and of the parts those that
+begin where the rows before them end: one that begins earlier is in the object already, and behind a gap nothing counts.
+So at whatever moment that is cut off, what is read is the rows that stay, and of those to be dropped none or some first
+ones, which the next start drops.
 """
 
 import contextlib
@@ -124,7 +123,6 @@ class _Parts:
 
     def make_one(self, rows: list[dict[str, Any]]) -> None:
         """Leaves one object with these, the first of the rows."""
-        storage.remove(part for begin, part in self._begins.items() if begin >= len(rows))
         if (self._base or b"") != (content := _text(rows).encode()):
             storage.write(self._path, content)
-        storage.remove(part for begin, part in self._begins.items() if begin < len(rows))
+        storage.remove(self._begins.values())
