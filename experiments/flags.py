@@ -77,7 +77,7 @@ def deterministic() -> "flags.FlagHolder[bool]":
     """Defines `--deterministic`, of experiments that train; `runs.make_deterministic` does what it says."""
     return flags.DEFINE_bool(
         "deterministic", False, "On GPUs, only kernels that give the same bits every time, and the same ones in every "
-        "process of the run: which were fastest is kept in WORKDIR/xla. It costs speed (docs/performance.md), and "
+        "process of the run. It costs speed (docs/performance.md), and "
         "changes nothing elsewhere, where runs repeat anyway.",
     )  # fmt: skip
 

@@ -124,8 +124,9 @@ def make_deterministic(workdir: Path, environ: MutableMapping[str, str] = os.env
     """Has the compiler for GPUs use kernels that give the same bits every time, and the same ones in every process.
 
     To be called before anything starts JAX's backend, for the compiler reads its flags once. It leaves out kernels that
-    add in any order (`--xla_gpu_exclude_nondeterministic_ops`), and keeps in the workdir which of the others were the
-    fastest, for another process would measure again and might choose others.
+    add in any order (`--xla_gpu_exclude_nondeterministic_ops`), and takes the others without measuring them (jaxlib
+    0.11.2); a version that does measure keeps in the workdir which were the fastest, for another process would measure
+    again and might choose others.
 
     Args:
       workdir: of the run; nothing is written there before the compiler does.
@@ -140,12 +141,16 @@ def make_deterministic(workdir: Path, environ: MutableMapping[str, str] = os.env
 
 
 def said_of_deterministic(workdir: Path) -> str:
-    """A line for the screen; it starts JAX's backend, after `make_deterministic`."""
+    """A line for the screen; it starts JAX's backend, after `make_deterministic`.
+
+    Raises:
+      ValueError: a GPU's compiler may have choices to keep, which it does on disk alone, and the workdir is in a store.
+    """
     if (platform := jax.default_backend()) != "gpu":
         return f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
     if storage.is_remote(workdir):
         raise ValueError(f"--deterministic: the compiler keeps its choices on disk alone, and --workdir is {workdir}.")
-    return f"deterministic kernels, the same in every process: {workdir / 'xla'} keeps which"
+    return "deterministic kernels, the same in every process"
 
 
 def check_attention(config: TransformerConfig) -> None:
