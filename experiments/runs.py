@@ -141,7 +141,11 @@ def make_deterministic(workdir: Path, environ: MutableMapping[str, str] = os.env
 
 
 def said_of_deterministic(workdir: Path) -> str:
-    """A line for the screen; it starts JAX's backend, after `make_deterministic`."""
+    """A line for the screen; it starts JAX's backend, after `make_deterministic`.
+
+    Raises:
+      ValueError: a GPU's compiler may have choices to keep, which it does on disk alone, and the workdir is in a store.
+    """
     if (platform := jax.default_backend()) != "gpu":
         return f"--deterministic changes nothing on a {platform}, where runs repeat anyway"
     if storage.is_remote(workdir):

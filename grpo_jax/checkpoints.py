@@ -98,12 +98,29 @@ class Checkpoints:
 
     def _mend(self) -> None:
         storage.make_directory(self._directory)
+        if storage.is_remote(self._directory):
+            self._remove_rests()
         for path in self._directory.glob("*/metrics/metrics"):
             try:
                 json.loads(path.read_text())
             except ValueError as error:
                 where = self._set_aside(path.parent, f"{path.parent.parent.name}.metrics")
                 self._say(f"the metric of checkpoint {path.parent.parent.name} is lost ({error}): set aside in {where}")
+
+    def _remove_rests(self) -> None:
+        """What a kill left of a checkpoint in a store: Orbax would do it beside us, who may write that step anew."""
+        whole = self._whole()
+        with contextlib.suppress(FileNotFoundError):
+            for path in list(self._directory.iterdir()):
+                if path.name.isdecimal() and int(path.name) not in whole:
+                    storage.remove_tree(path)
+
+    def _whole(self) -> list[int]:
+        """The steps that are there, as files say it."""
+        # Where nothing can be renamed, Orbax writes a file last, which says that all is there.
+        pattern = "*/commit_success.txt" if storage.is_remote(self._directory) else "*/"
+        found = (path.relative_to(self._directory).parts[0] for path in self._directory.glob(pattern))
+        return sorted(int(name) for name in found if name.isdecimal())
 
     def _set_aside(self, what: Path, name: str) -> Path:
         place = self._directory.with_name(f"{self._directory.name}_bad")
@@ -117,10 +134,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps there are, in order."""
         if self._checkpointer is None:
-            # Where nothing can be renamed, Orbax writes a file last, which says that all is there.
-            whole = "*/commit_success.txt" if storage.is_remote(self._directory) else "*/"
-            found = (path.relative_to(self._directory).parts[0] for path in self._directory.glob(whole))
-            return sorted(int(name) for name in found if name.isdecimal())
+            return self._whole()
         return sorted(c.step for c in self._checkpointer.checkpoints)
 
     @property
@@ -150,7 +164,8 @@ class Checkpoints:
         described = _sealed({"shapes": _shapes(state), "fingerprints": fingerprints(state)})
         # Where Orbax cannot make its directories in the background, threads wait for them for 20 minutes, and with them
         # the end of the process.
-        at_once = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+        at_once = ocp.Context()
+        at_once.asynchronous.create_directories_asynchronously = False
         with self._explained(), at_once:
             self._checkpointer.save_checkpointables_async(
                 step, {"state": state}, metrics=metrics, custom_metadata=described, force=True
