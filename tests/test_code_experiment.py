@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import types
 
 import jax
@@ -139,7 +140,7 @@ def test_demonstrations_teach(strong):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(code.games.Experiment, "run", lambda self, params, **options: (Taken(params), options))
             leaves.append(
-                [np.asarray(x) for x in jax.tree.leaves(code.games.warmed(experiment, code.pathlib.Path("unused")))]
+                [np.asarray(x) for x in jax.tree.leaves(code.games.warmed(experiment, pathlib.Path("unused")))]
             )
         experiment.judge.close()
     assert any(not np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
