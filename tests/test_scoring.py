@@ -186,7 +186,7 @@ def said(journal, step, name="r"):
 def full():
     made = RewardJournal(workdir / f"full_{process}", process=process)
     if process == 0:
-        made._lines._file = types.SimpleNamespace(write=refused)
+        made._lines._lines._file = types.SimpleNamespace(write=refused)
     return made
 
 def refused(text):
