@@ -246,7 +246,7 @@ def written(page: str, name: str, text: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Does what is not known, or what is named, and writes the page after each case."""
+    """Does what is not known by its command, or what is named, and writes the page."""
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
     page, kept, every = (
@@ -257,7 +257,8 @@ def main(argv: list[str]) -> None:
     known = json.loads(kept.read_text()) if kept.exists() else {}
     if unknown := {*NAMED.value} - {*every}:
         sys.exit(f"error: --cases={','.join(sorted(unknown))} must be among {'; '.join(every)}.")
-    for name in NAMED.value or [name for name in every if name not in known]:
+    done = {name: result["command"] for name, result in known.items()}
+    for name in NAMED.value or [name for name, case in every.items() if done.get(name) != case.command]:
         print(f"{name}: {' '.join(every[name].command)}", flush=True)
         known[name] = planned(every[name], LIMIT.value)
         kept.write_text(json.dumps({name: known[name] for name in every if name in known}, indent=1) + "\n")
@@ -269,6 +270,8 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     PAGE = flags.DEFINE_string("page", str(_ROOT / "docs/scaling.md"), "The page; results are kept beside it, as JSON.")
-    NAMED = flags.DEFINE_list("cases", [], "Cases that are done, again where they are known; empty: all that are not.")
+    NAMED = flags.DEFINE_list(
+        "cases", [], "Cases that are done, again where they are known; empty: all that are not, as they are now."
+    )
     LIMIT = flags.DEFINE_float("limit", 600.0, "Seconds that a case may take.")
     runs.command(main)

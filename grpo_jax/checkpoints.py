@@ -137,26 +137,19 @@ class Checkpoints:
             return self._whole()
         return sorted(c.step for c in self._checkpointer.checkpoints)
 
-    @property
-    def best(self) -> int | None:
-        """The step with the highest metric, of those on disk; None where none was measured."""
-        metrics = {step: self._metric_of(step) for step in self.steps}
-        measured = {step: metric for step, metric in metrics.items() if metric is not None}
-        return max(measured, key=lambda step: (measured[step], step), default=None)
-
-    def _metric_of(self, step: int) -> float | None:
-        """As Orbax has written it; None where there is none, or it cannot be read."""
-        try:
-            return json.loads((self._directory / str(step) / "metrics" / "metrics").read_text())["metric"]
-        except (OSError, ValueError, KeyError):
-            return None
-
     def prepare(self, state: TrainState) -> None:
         """Compiles what `save` asks of a state, so that no checkpoint waits for it."""
         fingerprints(state)
 
-    def save(self, state: TrainState, metric: float | None = None) -> None:
-        """Copies the state off the devices and writes it in the background; a step there already is left alone."""
+    def save(self, state: TrainState, metric: float | None = None, patience: int = 1200) -> None:
+        """Copies the state off the devices and writes it in the background; a step there already is left alone.
+
+        Args:
+          state: to be saved.
+          metric: held-out accuracy, by which the best are kept; None: not measured.
+          patience: seconds that it may take. Where one of several processes cannot write its part, all hear of it when
+            they are over.
+        """
         step = int(state.step)
         if step in self.steps:
             return
@@ -166,6 +159,7 @@ class Checkpoints:
         # the end of the process.
         at_once = ocp.Context()
         at_once.asynchronous.create_directories_asynchronously = False
+        at_once.asynchronous.timeout_secs = patience
         with self._explained(), at_once:
             self._checkpointer.save_checkpointables_async(
                 step, {"state": state}, metrics=metrics, custom_metadata=described, force=True

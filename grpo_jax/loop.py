@@ -285,9 +285,10 @@ def train(
             log.save()
             store.save(state)
         except (RewardError, WorkdirError) as error:
-            # All save or none: what the first process alone cannot write, after the experience, no other hears of.
-            if step > begun and (isinstance(error, RewardError) or experienced is None):
-                _save_last(store, log, state, title)
+            # While experience is gathered: all processes hear of it then, and the step before is in the log. What comes
+            # after an update is done again.
+            if step > begun and experienced is None:
+                _save_last(store, log, state, title, error)
             raise
         finally:  # whatever happened: what was being saved is saved, and every file is closed
             with contextlib.ExitStack() as closing:
@@ -316,14 +317,15 @@ def _optimizer_count(state: TrainState) -> jax.Array | int:
     return counts[0] if counts else 0
 
 
-def _save_last(store: Checkpoints, log: RunLog, state: TrainState, title: str) -> None:
+def _save_last(store: Checkpoints, log: RunLog, state: TrainState, title: str, error: Exception) -> None:
     """As far as that is possible: what has ended the run may be a full disk, and is what it ends with."""
     try:
         log.save()
-        store.save(state)
+        # On several hosts who can write waits for who cannot.
+        store.save(state, **({"patience": 120} if isinstance(error, WorkdirError) else {}))
         store.wait()
-    except WorkdirError as error:
-        say(f"{title}: step {int(state.step)} cannot be saved either: {error}")
+    except WorkdirError as refused:
+        say(f"{title}: step {int(state.step)} cannot be saved either: {refused}")
     else:
         say(f"{title}: step {int(state.step)} is saved. Mend what is wrong, and the same command goes on.")
 

@@ -46,8 +46,13 @@ def test_written_as_on_disk_and_read_onto_meshes(bucket, tmp_path, family, dtype
         expected = load(tmp_path / family, mesh)
         assert_same(got, expected)
         assert [x.sharding for x in jax.tree.leaves(got)] == [x.sharding for x in jax.tree.leaves(expected)]
-    with pytest.raises(PretrainedError, match=rf"gs://bucket/{family} is there already"):
-        save(place / family, params, config)
+    for write in (
+        lambda: save(place / family, params, config),
+        lambda: copy_description(tmp_path / family, place / family),
+    ):
+        with pytest.raises(PretrainedError, match=rf"gs://bucket/{family} is there already"):
+            write()
+    assert store.files("bucket", f"{family}/") == on_disk(tmp_path / family)
 
 
 def test_what_is_cut_off_or_missing_is_said_by_file(bucket):
@@ -85,8 +90,16 @@ def test_an_export_is_whole_or_nothing_and_made_anew_where_a_kill_left_a_rest(bu
         PretrainedError, match=r"cannot write gs://bucket/exported/export: .*quota.*Nothing of it is left"
     ):
         runs.export(workdir, params, config)
-    monkeypatch.undo()
     assert store.files("bucket", "exported/export/") == {}
+
+    def gone(method, name):
+        if method == "DELETE" or name.endswith("config.json"):
+            raise object_store.Refused(403, "quota")
+
+    monkeypatch.setattr(store, "before", gone)
+    with pytest.raises(PretrainedError, match=r"What is left in gs://bucket/left could not be removed"):
+        save(place / "left", params, config)
+    monkeypatch.undo()
     store.put("bucket", "exported/export/7.safetensors", b"rest", {})  # as a kill leaves it
     runs.export(workdir, params, config)
     assert set(store.files("bucket", "exported/export/")) == {"config.json", "model.safetensors"}

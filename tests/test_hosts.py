@@ -263,6 +263,15 @@ def test_experiments_on_two_processes(tiny, tmp_path):
     assert metrics["reward"] == pytest.approx(metrics["rewards/flexible/mean"] + np.mean(said), abs=1e-5)
 
 
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_checkpoint_that_one_cannot_write_is_said_by_all(tmp_path, full):
+    begun = time.monotonic()
+    ended = started(2, lambda address: ("-m", "tests.one_full_disk", address, str(tmp_path / "checkpoints"), str(full)))
+    assert time.monotonic() - begun < LIMIT / 3  # Orbax by itself waits 20 minutes
+    for _, _, err in ended:
+        assert "HEARD cannot write a checkpoint in" in err, err
+
+
 def test_no_process_holds_a_model_that_lies_on_two(tmp_path):
     """Loading costs a process its own part and little more, exporting the file that is filled and little more."""
     program, megabyte = "tests.pretrained_memory", 1e6

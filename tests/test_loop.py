@@ -166,7 +166,7 @@ def test_rewards_that_cannot_be_written_end_the_run_and_the_last_step_is_saved(t
         if int(state.step) == 5:
             if everything:  # stands in for the disk: no file may grow beyond this
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-            journal._lines._file = pathlib.Path("/dev/full").open("a")  # noqa: SIM115
+            journal._lines._lines._file = pathlib.Path("/dev/full").open("a")  # noqa: SIM115
             journal.write(5, 0, "digest", {})
         return experience(state, journal, interrupt)
 
@@ -202,6 +202,29 @@ def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path, capsys):
         assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 5
         assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
     assert capsys.readouterr().out.count("step 5 is saved. Mend what is wrong, and the same command goes on.") == 1
+
+
+@pytest.mark.parametrize("fails_at", [6, 9])
+def test_a_reward_that_fails_in_an_evaluation_leaves_the_step_to_be_done_again(tmp_path, fails_at):
+    """It has no line in the log yet, so it must not have a checkpoint either."""
+
+    class Evaluator:
+        steps = iter((0, 3, 6, 9, 9))  # after the failure at least that one again
+
+        def greedy(self, params, interrupt=None):
+            if next(self.steps) == fails_at:
+                raise RewardError("reward function 'r' returned nan for completion 1")
+            return {"eval/accuracy": 0.5}
+
+        full = greedy
+
+    with pytest.raises(RewardError, match="returned nan"):
+        run(tmp_path, 9, evaluator=Evaluator(), evaluate_every=3)
+    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == {6: 4, 9: 8}[fails_at]
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(fails_at)]
+    fails_at = None
+    _, rows = run(tmp_path, 9, evaluator=Evaluator(), evaluate_every=3)
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 3, 6, 9]
 
 
 def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_path):

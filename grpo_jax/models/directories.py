@@ -11,10 +11,10 @@ from grpo_jax import storage
 from grpo_jax.models.families import PretrainedError
 from grpo_jax.storage import Path
 
-__all__ = ["check_new", "made"]
+__all__ = ["made"]
 
 
-def check_new(directory: Path) -> None:
+def _check_new(directory: Path) -> None:
     """Raises PretrainedError where there is something already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PretrainedError(f"{directory} is there already: name a new directory, or move the old one away.")
@@ -25,11 +25,12 @@ def made(directory: Path) -> Iterator[Path]:
     """Where to write the files of a directory: all of them, durable, are in their place at the end, or none is.
 
     On disk they are written beside it and then renamed. In a store nothing is renamed: they are written in their place,
-    which must be empty, and the one without which the others are nothing must come last.
+    and the one without which the others are nothing must come last.
 
     Raises:
-      PretrainedError: they cannot be written.
+      PretrainedError: there is something already, or they cannot be written.
     """
+    _check_new(directory)
     remote = storage.is_remote(directory)
     part = directory if remote else directory.with_name(directory.name + ".part")
     try:
@@ -45,9 +46,12 @@ def made(directory: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
             part.replace(directory)  # an empty directory gives way
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
+        try:
             storage.remove_tree(part)
-        raise PretrainedError(f"cannot write {directory}: {error}. Nothing of it is left.") from error
+            left = "Nothing of it is left."
+        except OSError:
+            left = f"What is left in {part} could not be removed: remove it before you write there again."
+        raise PretrainedError(f"cannot write {directory}: {error}. {left}") from error
     finally:
         if not remote:
             storage.remove_tree(part)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax import hosts, sharding, storage
-from grpo_jax.models.directories import check_new, made
+from grpo_jax.models.directories import made
 from grpo_jax.models.families import PretrainedError
 from grpo_jax.models.layout import Tensor, layout
 from grpo_jax.models.leaves import MATRICES, Adapted
@@ -191,7 +191,6 @@ def save(directory: Path, params: PyTree, model: TransformerConfig, config: Lora
     directory, tensors = storage.path(directory), dict(_tensors(params, model))
     if not hosts.is_first():  # it has handed its parts over
         return
-    check_new(directory)
     described = {
         "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "lora_alpha": config.alpha, "lora_dropout": 0.0, "peft_type": "LORA",

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax import hosts, sharding, storage
-from grpo_jax.models.directories import check_new, made
+from grpo_jax.models.directories import made
 from grpo_jax.models.families import PretrainedError, as_score, differences, parse_config, write_config
 from grpo_jax.models.layout import EMBEDDING, HEAD, Tensor, flat, layout
 from grpo_jax.models.leaves import Adapted, bare, merged
@@ -324,7 +324,6 @@ def save(
         for _, x in _leaves(params, config):
             jax.block_until_ready(hosts.on_all(x))
         return
-    check_new(directory)
     _check_params(bare(params), config)
     raw = _config_of(config, source)
     written = _dtype(dtype or str(jax.tree.leaves(params)[0].dtype))

@@ -259,8 +259,9 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     layer_cache = cache_axes(platform, config.kv_heads)
     tiled = platform == "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
-    # (Where data has one part, XLA multiplies and sums in rings, which a gradient that is turned would keep it from.)
-    scatters = mesh is not None and min(mesh.shape["data"], mesh.shape["fsdp"]) > 1
+    # For libtpu; on CPUs it is tested. (Where data has one part, XLA multiplies and sums in rings, which a gradient
+    # that is turned would keep it from.)
+    scatters = mesh is not None and min(mesh.shape["data"], mesh.shape["fsdp"]) > 1 and platform != "gpu"
     block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
     int8, sampler_dtype = config.sampler_dtype == "int8", jnp.dtype(config.decoding_dtype)
     shapes, param_axes = abstract_params(config)
