@@ -128,13 +128,14 @@ class _Parts:
 
     def __init__(self, path: Path):
         self._path = path
-        contents: list[bytes | None] = [None]
-        while None in contents:  # a part is gone: it has become one with the rest meanwhile, which is to be read then
+        while True:
             self.found: list[Path] = []
             with contextlib.suppress(FileNotFoundError):
                 self.found = sorted(_parts(path).iterdir())
             base, self.stamp = storage.stamped(path)
             contents = storage.read_all(self.found)
+            if None not in contents:  # else they have become one with the rest meanwhile, which is to be read then
+                break
         self.rows = _rows((base or b"").decode())
         for part, content in zip(self.found, contents, strict=True):
             if (begin := int(part.name)) > len(self.rows):  # some in between are gone: so is what they were to be of
