@@ -410,6 +410,8 @@ def command(main: Callable[[list[str]], None]) -> None:
         told = str(error).startswith("process ")  # to all, by `hosts.together`
         sys.exit(f"error: {'' if told else _whose()}{error}")
     except Exception as error:
+        if said := storage.said(error):
+            sys.exit(f"error: {_whose()}{said}")
         if whose := _whose():  # before the others' words of it
             print(f"error: {whose}{type(error).__name__}: {error!s:.500}\nAll will end.", file=sys.stderr, flush=True)
         raise

@@ -44,6 +44,7 @@ class OpenedScorer:
     def __init__(self, config: RewardModelConfig, mesh: Mesh):
         """Raises ValueError where there is none that fits. Of several processes each holds one: `hosts.own_mesh`."""
         self._config, self._all, given = config, mesh, storage.path(config.directory)
+        storage.check(given)
         self._mesh = hosts.own_mesh(mesh)
         self._workdir = given if (given / "checkpoints").is_dir() else None
         place = given if self._workdir is None else given / "model"

@@ -6,6 +6,10 @@ written, and then the parts are removed, before anything is appended. Read are t
 begin where the rows before them end: one that begins earlier is in the object already, and behind a gap nothing counts.
 So at whatever moment that is cut off, what is read is the rows that stay, and of those to be dropped none or some first
 ones, which the next start drops.
+
+Whoever opens them writes the object anew, and where there is a part nobody writes another. So a process that was frozen
+for so long that another has taken over its workdir (`leases`) finds that the object is no longer its own, or its next
+part there already, and ends; of two that write at once, one does. It overwrites nothing that the other has written.
 """
 
 import contextlib
@@ -18,7 +22,17 @@ from typing import Any
 from grpo_jax import storage
 from grpo_jax.storage import Path
 
-__all__ = ["JsonLines", "open_lines", "read_jsonl"]
+__all__ = ["JsonLines", "OtherRunError", "open_lines", "read_jsonl"]
+
+
+class OtherRunError(OSError):
+    """Another run has written what only this one should."""
+
+    def __init__(self, path: Path):
+        super().__init__(
+            f"another run has written {path}, while this process stood still, or since someone removed .lock: it ends "
+            "here, and leaves the workdir to the other."
+        )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -75,7 +89,7 @@ class _ObjectLines(JsonLines):
         self._path, found = path, _Parts(path)
         self.rows = list(itertools.takewhile(keep, found.rows))
         self._count, self._waiting = len(self.rows), ""
-        found.make_one(self.rows)
+        self._stamp = found.make_one(_text(self.rows))
 
     def append(self, row: Mapping[str, Any], durable: bool = False) -> None:
         """If not `durable`, it waits for `flush`."""
@@ -85,14 +99,19 @@ class _ObjectLines(JsonLines):
 
     def flush(self) -> None:
         if self._waiting:
-            storage.write(_parts(self._path) / f"{self._count:09d}", self._waiting.encode())
+            part = _parts(self._path) / f"{self._count:09d}"
+            if not storage.is_still(self._path, self._stamp) or not storage.create(part, self._waiting.encode()):
+                raise OtherRunError(self._path)
             self._count += self._waiting.count("\n")
             self._waiting = ""
 
     def close(self) -> None:
-        self.flush()
         found = _Parts(self._path)
-        found.make_one(found.rows)
+        if found.stamp != self._stamp:
+            raise OtherRunError(self._path)
+        if found.found or self._waiting:
+            found.make_one(_text(found.rows) + self._waiting)
+            self._waiting = ""
 
 
 def open_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> JsonLines:
@@ -108,21 +127,25 @@ class _Parts:
     """What there is of lines in a store, as it is read once."""
 
     def __init__(self, path: Path):
-        self._path, parts = path, []
-        with contextlib.suppress(FileNotFoundError):
-            parts = sorted(_parts(path).iterdir())
-        # The list first: whatever becomes one with the rest meanwhile is then in what is read.
-        (base,), contents = storage.read_all([path]), storage.read_all(parts)
-        self._base, self._begins = base, {int(part.name): part for part in parts}
+        self._path = path
+        while True:
+            self.found: list[Path] = []
+            with contextlib.suppress(FileNotFoundError):
+                self.found = sorted(_parts(path).iterdir())
+            base, self.stamp = storage.stamped(path)
+            contents = storage.read_all(self.found)
+            if None not in contents:  # else they have become one with the rest meanwhile, which is to be read then
+                break
         self.rows = _rows((base or b"").decode())
-        for begin, content in zip(self._begins, contents, strict=True):
-            if begin > len(self.rows) or content is None:  # some in between are gone: so is what they were to be of
+        for part, content in zip(self.found, contents, strict=True):
+            if (begin := int(part.name)) > len(self.rows):  # some in between are gone: so is what they were to be of
                 break
             if begin == len(self.rows):
-                self.rows += _rows(content.decode())
+                self.rows += _rows((content or b"").decode())
 
-    def make_one(self, rows: list[dict[str, Any]]) -> None:
-        """Leaves one object with these, the first of the rows."""
-        if (self._base or b"") != (content := _text(rows).encode()):
-            storage.write(self._path, content)
-        storage.remove(self._begins.values())
+    def make_one(self, text: str) -> bytes:
+        """Leaves one object with this text, and says which it is."""
+        if (stamp := storage.overwrite(self._path, text.encode(), self.stamp)) is None:
+            raise OtherRunError(self._path)
+        storage.remove(self.found)
+        return stamp

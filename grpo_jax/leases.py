@@ -8,6 +8,7 @@ is ended at once: what it would still write would be into the other's run.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import secrets
@@ -24,6 +25,8 @@ __all__ = ["PATIENCE", "RENEWAL", "InUse", "Lease"]
 
 RENEWAL = 15.0  # seconds from one writing of the object to the next
 PATIENCE = 45.0  # seconds without a change after which its holder counts as gone
+_ANSWER = 20.0  # seconds that a renewal waits for an answer: TensorStore by itself asks again for many minutes
+_GOODBYE = 5.0  # and that the end of the process waits for one, twice at most
 
 
 class InUse(Exception):
@@ -54,6 +57,7 @@ class Lease:
 
         Raises:
           InUse: it changes, or another was faster.
+          TimeoutError: the store does not answer.
           ValueError: of TensorStore, why it cannot be read or written.
         """
         self._renewal, patience = renewal or RENEWAL, patience or PATIENCE
@@ -75,12 +79,12 @@ class Lease:
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def _read(self) -> Any:
-        return self._store.read(self._path.name).result()
+        return self._store.read(self._path.name).result(timeout=_ANSWER)
 
     def _write(self) -> bool:
-        """Whether the object was still as we know it, and is now what we say."""
+        """Whether the object was still as we know it, and is now what we say; what was late may be repeated."""
         said = json.dumps({**self._about, "beat": self._beat}) + "\n"
-        written = self._store.write(self._path.name, said.encode(), if_equal=self._generation).result()
+        written = self._store.write(self._path.name, said.encode(), if_equal=self._generation).result(timeout=_ANSWER)
         if not written.generation:  # it is another; or ours, where an answer was lost and TensorStore asked again
             read = self._read()
             if read.state != "value" or read.value != said.encode():
@@ -100,7 +104,9 @@ class Lease:
                     continue
             if not held:
                 self._ended.set()
-                who = owner(self._read().value)
+                who = owner(b"")
+                with contextlib.suppress(Exception):  # only to say it: who has it is not why it ends
+                    who = owner(self._read().value)
                 self._lost(f"{self._path} has been taken over by {who}, while this process stood still: it ends here.")
                 return
 
@@ -110,16 +116,22 @@ class Lease:
         return not self._ended.is_set()
 
     def release(self) -> None:
-        """Removes the object, if it is ours still."""
-        with self._lock:
-            if self._ended.is_set() or os.getpid() != self._process:  # a child that was forked
-                return
-            self._ended.set()
-            try:
-                self._store.write(self._path.name, None, if_equal=self._generation).result()
-            except Exception as error:  # it will stand still
-                print(f"{self._path} could not be removed: {error!s:.300}", file=sys.stderr, flush=True)
+        """Removes the object, if it is ours still, and the store answers within seconds; else it will stand still."""
+        if os.getpid() != self._process or self._ended.is_set():  # a child that was forked, maybe while it was locked
+            return
+        self._ended.set()
         atexit.unregister(self.release)
+        locked = self._lock.acquire(timeout=_GOODBYE)  # a renewal is being written
+        try:
+            if not locked:
+                raise TimeoutError
+            self._store.write(self._path.name, None, if_equal=self._generation).result(timeout=_GOODBYE)
+        except Exception as error:
+            why = f"{error!s:.300}" or f"the store has not answered within {_GOODBYE:g} s"
+            print(f"{self._path} could not be removed: {why}", file=sys.stderr, flush=True)
+        finally:
+            if locked:
+                self._lock.release()
 
 
 def owner(content: bytes) -> str:

@@ -61,8 +61,9 @@ def _lease(workdir: Path, path: Path) -> None:
         _LEASES[str(path)] = Lease(path, _said(), say=lambda line: print(line, flush=True))
     except InUse as error:
         raise _in_use(workdir, str(error)) from error
-    except ValueError as error:  # TensorStore's
-        raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
+    except (ValueError, TimeoutError) as error:  # TensorStore's
+        why = f"{error}" or "the store does not answer"
+        raise WorkdirError(f"cannot write to workdir {workdir}: {why}. Choose another --workdir.") from error
 
 
 def _said() -> dict[str, Any]:

@@ -3,9 +3,10 @@
 `path(name)` is a `pathlib.Path` where it is local, to which nothing here does anything new; of a store it is an
 `etils.epath.Path`, which Orbax uses too and which has the same methods. What a store does otherwise is here: objects
 are whole or not there, so that to write one is atomic; nothing is appended to, renamed or locked, no directory made.
-Whatever goes wrong in a store is an OSError, as on disk.
+Whatever goes wrong in a store is an OSError, as on disk, where a function of this module is asked; what a path's own
+methods (`exists`, `read_text`, `iterdir`) let through of gcsfs and what that asks is what `said` tells in a line.
 
-Through gcsfs (`pip install 'grpo_jax[gcs]'`), but for checkpoints and leases, for which TensorStore has a driver of its
+Through gcsfs (`pip install -e '.[gcs]'`), but for checkpoints and leases, for which TensorStore has a driver of its
 own; both find credentials as Google's libraries do.
 """
 
@@ -26,18 +27,23 @@ __all__ = [
     "Path",
     "check",
     "copy",
+    "create",
     "fetched",
     "is_remote",
+    "is_still",
     "kvstore",
     "make_directory",
     "move",
+    "overwrite",
     "path",
     "probe",
     "read_all",
     "read_range",
     "remove",
     "remove_tree",
+    "said",
     "size",
+    "stamped",
     "upload",
     "write",
     "written",
@@ -46,16 +52,19 @@ __all__ = [
 Path: TypeAlias = pathlib.Path | epath.Path
 
 _SCHEME = "gs://"
+_ANSWER = 120.0  # seconds that TensorStore may take, which asks again where it gets no answer
 
 
 def path(name: str | os.PathLike[str]) -> Path:
     """What a name, as users write it, stands for; nothing is asked of a store yet.
 
     Raises:
-      ValueError: it is an address, and not of Google Cloud Storage.
+      ValueError: it is an address, and not of Google Cloud Storage; or has a character that stands for others there.
     """
     text = os.fspath(name)
     if text.startswith(_SCHEME):
+        if found := {*text} & {*"*?["}:  # gcsfs would read, and remove, whatever matches
+            raise ValueError(f"{text}: names in a store must be without {' '.join(sorted(found))}: choose another.")
         _filesystem()
         return epath.Path(text)
     if "://" in text:
@@ -81,7 +90,7 @@ def _filesystem() -> Any:
     try:
         fsspec.get_filesystem_class("gcs")
     except ImportError as error:
-        raise ValueError(f"{_SCHEME}... needs gcsfs: pip install 'grpo_jax[gcs]' ({error}).") from error
+        raise ValueError(f"{_SCHEME}... needs gcsfs: pip install -e '.[gcs]' ({error}).") from error
     conf.setdefault("gcs", {})["use_listings_cache"] = False  # for etils' own instance as well
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would say with a traceback what it raises
     return fsspec.filesystem("gcs")
@@ -97,8 +106,18 @@ def _explained() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise OSError(f"{kind}{' '.join(str(error).split()):.300}") from error
+        raise OSError(_line(error)) from error
+
+
+def _line(error: Exception) -> str:
+    kind = "" if isinstance(error, OSError) and str(error) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split()):.300}"
+
+
+def said(error: Exception) -> str | None:
+    """An error of gcsfs, aiohttp, requests or google-auth in a line; None of all others."""
+    package = type(error).__module__.partition(".")[0]
+    return f"Google Cloud Storage: {_line(error)}" if package in ("gcsfs", "aiohttp", "requests", "google") else None
 
 
 def kvstore(directory: Path) -> Any:
@@ -158,6 +177,48 @@ def write(file: Path, content: bytes) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     part.replace(file)
+
+
+def create(file: Path, content: bytes) -> bool:
+    """A whole file of a store, where there is none; whether that is what is there now. OSError: it cannot be."""
+    with _explained():
+        try:
+            _filesystem().pipe_file(os.fspath(file), content, mode="create")
+        except FileExistsError:  # which may be ours, where an answer was lost and gcsfs asked again
+            return read_all([file]) == [content]
+    return True
+
+
+def stamped(file: Path) -> tuple[bytes | None, bytes]:
+    """Content of a file in a store, None where there is none, and the stamp of it: each writing gives it another.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with _explained():
+        found = kvstore(file.parent).read(file.name).result(timeout=_ANSWER)
+    return found.value if found.state == "value" else None, found.stamp.generation
+
+
+def is_still(file: Path, stamp: bytes) -> bool:
+    """Whether what is there of a file in a store has this stamp, without reading it; OSError where that is not said."""
+    with _explained():
+        found = kvstore(file.parent).read(file.name, if_not_equal=stamp).result(timeout=_ANSWER)
+    return found.state == "unspecified"
+
+
+def overwrite(file: Path, content: bytes, stamp: bytes) -> bytes | None:
+    """A whole file of a store, in place of what has this stamp, and its own; None: something else is there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with _explained():
+        written = kvstore(file.parent).write(file.name, content, if_equal=stamp).result(timeout=_ANSWER)
+    if written.generation:
+        return written.generation
+    found, now = stamped(file)  # which may be ours, where an answer was lost and TensorStore asked again
+    return now if found == content else None
 
 
 def read_all(files: Iterable[Path]) -> list[bytes | None]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_jax import storage
-from grpo_jax.jsonl import JsonLines, open_lines, read_jsonl
+from grpo_jax.jsonl import JsonLines, OtherRunError, open_lines, read_jsonl
 from grpo_jax.storage import Path
 
 __all__ = ["RewardJournal", "RunLog", "WorkdirError", "read_jsonl", "write_atomically"]
@@ -31,13 +31,15 @@ Metrics = Mapping[str, float]
 
 
 class WorkdirError(RuntimeError):
-    """The workdir cannot be used: unwritable, full, or of another configuration."""
+    """The workdir cannot be used: unwritable, full, another run's, or of another configuration."""
 
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
+    except OtherRunError as error:
+        raise WorkdirError(str(error)) from error
     except OSError as error:
         raise WorkdirError(
             f"cannot write {path}: {error.strerror or error}. Checkpoints already saved are intact: mend this (free "

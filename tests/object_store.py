@@ -252,7 +252,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = content[: content.rindex(line + mark)].partition(line * 2)[2]
             name = json.loads(about.partition(line * 2)[2])["name"]
             self.store.before("PUT", name)
-            return self._answer(200, self.store.put(bucket, name, content, query))
+            made = self.store.put(bucket, name, content, query)
+            self.store.after("PUT", name)
+            return self._answer(200, made)
         if kind == "resumable":
             name = name or json.loads(body)["name"]
             self.store.before("PUT", name)

@@ -1,5 +1,6 @@
 """The lock of a workdir in a store: of two processes one has it, and it outlives its holder by a moment alone."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ HOLDER = """
 import sys
 from grpo_jax import leases, storage
 from grpo_jax.locks import lock
-leases.RENEWAL, leases.PATIENCE = 0.2, 1.0
+leases.RENEWAL, leases.PATIENCE, leases._GOODBYE = 0.2, 1.0, 0.5
 lock(storage.path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
@@ -95,6 +96,48 @@ def test_one_that_was_taken_over_is_told_so_and_leaves_the_other_alone(bucket):
     assert store.files("bucket", "told/")[".lock"].startswith(b'{"pid": 7')
 
 
+def test_it_is_lost_also_where_nobody_can_say_to_whom(bucket, monkeypatch):
+    store, place = bucket
+    lost, told, reads = [], threading.Event(), itertools.count()
+    ours = lease(place / "whose", lost=lambda why: (lost.append(why), told.set()))
+    store.put("bucket", "whose/.lock", b'{"pid": 7, "host": "there", "since": "then"}', {})
+
+    def once(method, name):
+        if (method, name) == ("GET", "whose/.lock") and next(reads):
+            raise object_store.Refused(403, "no rights")
+
+    monkeypatch.setattr(store, "before", once)
+    assert told.wait(5)
+    assert "has been taken over by another process" in lost[0]
+    assert not ours.held
+
+
+def test_a_store_that_does_not_answer_keeps_no_process_from_its_end(bucket, monkeypatch):
+    store, place = bucket
+    holder = holding(place / "silent")
+
+    def outage(method, name):
+        raise object_store.Refused(503)
+
+    monkeypatch.setattr(store, "before", outage)
+    started = time.monotonic()
+    _, said = holder.communicate("", timeout=30)
+    assert time.monotonic() - started < 10
+    assert holder.returncode == 0
+    assert "silent/.lock could not be removed: the store has not answered within 0.5 s" in said
+    monkeypatch.undo()
+    # Nor does a child wait that was forked while a renewal was under way: of its lock nobody would let go.
+    ours = lease(place / "forked")
+    with ours._lock, monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: -1)
+        started = time.monotonic()
+        ours.release()
+        assert time.monotonic() - started < 1
+    assert ours.held
+    ours.release()
+    assert store.files("bucket", "forked/") == {}
+
+
 def test_of_two_that_would_take_it_over_one_does(bucket):
     store, place = bucket
     store.put("bucket", "both/.lock", b"{}", {})
@@ -124,15 +167,18 @@ def test_an_outage_and_an_answer_that_is_lost_take_it_from_nobody(bucket, monkey
             raise object_store.Refused(503)
 
     def outage(method, name):
-        raise object_store.Refused(403, "no rights")
+        raise object_store.Refused(next(statuses))
+
+    statuses = itertools.cycle([503, 403])  # one that TensorStore asks again after, and one that it does not
+    monkeypatch.setattr(leases, "_ANSWER", 0.5)
 
     ours = lease(place / "outage", lost=lost.append)
     beat = lambda: json.loads(store.files("bucket", "outage/")[".lock"])["beat"]
     monkeypatch.setattr(store, "after", answer)
     until(lambda: beat() >= 3)
     monkeypatch.setattr(store, "before", outage)
-    time.sleep(1.2)
-    monkeypatch.undo()
+    time.sleep(2.0)
+    monkeypatch.setattr(store, "before", lambda method, name: None)
     before = beat()
     until(lambda: beat() > before)
     assert ours.held

@@ -4,14 +4,15 @@ import contextlib
 import itertools
 import json
 import pathlib
+import re
 
 import fsspec
 import jax
 import numpy as np
 import pytest
 
-from experiments import runs
-from grpo_jax import loop, storage
+from experiments import runs, scorers
+from grpo_jax import loop, sharding, storage
 from grpo_jax.checkpoints import CheckpointConfig, CheckpointError, Checkpoints
 from grpo_jax.telemetry import RewardJournal, WorkdirError, read_jsonl
 from tests import object_store, processes
@@ -32,6 +33,9 @@ def test_what_is_no_place_for_a_run_is_one_line(bucket, monkeypatch):
     store, place = bucket
     with pytest.raises(ValueError, match=r"s3://there/a: expected a directory on disk, or gs://BUCKET"):
         storage.path("s3://there/a")
+    for sign in "*?[":
+        with pytest.raises(ValueError, match=rf"gs://bucket/a{re.escape(sign)}b: names in a store must be without"):
+            storage.path(f"gs://bucket/a{sign}b")
     with pytest.raises(ValueError, match=r"gs://nowhere/a cannot be used: the bucket 'nowhere' is not there") as error:
         storage.check(storage.path("gs://nowhere/a"))
     assert "\n" not in str(error.value)
@@ -56,8 +60,31 @@ def test_what_is_no_place_for_a_run_is_one_line(bucket, monkeypatch):
 
     storage._filesystem.cache_clear()
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    with pytest.raises(ValueError, match=r"needs gcsfs: pip install 'grpo_jax\[gcs\]'"):
+    with pytest.raises(ValueError, match=r"needs gcsfs: pip install -e '\.\[gcs\]'"):
         storage.path("gs://bucket/a")
+
+
+def test_what_a_paths_own_methods_raise_is_one_line(bucket, monkeypatch):
+    store, place = bucket
+
+    def ill(method, name):
+        raise object_store.Refused(409, "not\nnow")
+
+    monkeypatch.setattr(store, "before", ill)
+    monkeypatch.setattr(runs, "interruptible", lambda main: main([]))
+    with pytest.raises(SystemExit, match=r"^error: Google Cloud Storage: HttpError: not now, 409$"):
+        runs.command(lambda argv: runs.saved_configuration(place / "a"))
+
+    def bug(argv):
+        raise KeyError("a")
+
+    with pytest.raises(KeyError):
+        runs.command(bug)
+
+
+def test_a_reward_model_is_looked_for_before_anything_begins(bucket):
+    with pytest.raises(ValueError, match=r"gs://nobucket/rm cannot be used: the bucket 'nobucket' is not there"):
+        scorers.OpenedScorer(scorers.RewardModelConfig(directory="gs://nobucket/rm"), sharding.make_mesh())
 
 
 def test_files_and_directories_from_anywhere_to_anywhere(bucket, tmp_path):
@@ -183,6 +210,20 @@ def test_wherever_it_is_cut_off_the_next_start_ends_as_the_journal_says(bucket, 
 
 def untimed_rows(rows):
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def test_a_journal_that_another_run_has_taken_over_ends_this_one_and_nothing_that_was_used_is_lost(bucket):
+    _, place = bucket
+    frozen = RewardJournal(place / "taken")
+    frozen.write(0, 0, "digest", {"scores": {"r": [1.0]}})
+    other = RewardJournal(place / "taken")
+    other.write(1, 0, "digest", {"scores": {"r": [2.0]}})
+    with pytest.raises(WorkdirError, match=r"^another run has written gs://bucket/taken/rewards\.jsonl"):
+        frozen.write(1, 0, "digest", {"scores": {"r": [3.0]}})
+    with pytest.raises(WorkdirError, match="another run has written"):
+        frozen.close()
+    other.close()
+    assert [row["scores"]["r"] for row in read_jsonl(place / "taken" / "rewards.jsonl")] == [[1.0], [2.0]]
 
 
 def countdown(workdir, at="", status=0):
