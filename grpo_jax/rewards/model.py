@@ -48,7 +48,7 @@ class Scorer:
           vocab_size: ids that the model has.
           pad_id: see `reward_model.scored_tokens`.
           held: bytes of a device that are taken: parameters and optimizer state, of this model and of others.
-          memory: bytes of a device; None: what it says, of several processes the least.
+          memory: bytes of a device; None: what it says, of several processes the least, each of which makes a Scorer.
         """
         memory = least_memory() if memory is None else memory
         room = float("inf") if memory is None else 0.9 * memory - held
