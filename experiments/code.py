@@ -120,7 +120,7 @@ def run(experiment: Experiment, workdir: Path, profile: range = range(0)) -> Non
     """A warm start, GRPO, and what came of it."""
     config = experiment.config
     params = games.warmed(experiment, workdir)
-    print(description(experiment, workdir), end="", flush=True)
+    print(description(experiment), end="", flush=True)
     rows = experiment.train(params, workdir, config["loss"].objective, profile)
     summary = runs.summary(workdir, rows, config["train"].seed, footprint.parameters(config["model"]))
     runs.finish(workdir, rows, summary, "Programming puzzles")
@@ -130,13 +130,13 @@ def run(experiment: Experiment, workdir: Path, profile: range = range(0)) -> Non
     )
 
 
-def description(experiment: Experiment, workdir: Path) -> str:
+def description(experiment: Experiment) -> str:
     """What runs, in lines."""
     config = experiment.config
     return (
         f"{runs.devices()}; {footprint.parameters(config['model']):,} parameters\n"
         f"{footprint.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
-        f"{runs.remarks(config['loss'], config['update'])}{games.compiling(workdir)}"
+        f"{runs.remarks(config['loss'], config['update'])}"
     )
 
 

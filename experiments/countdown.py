@@ -189,8 +189,7 @@ def main(argv: list[str]) -> None:
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {parameters:,} parameters; "
         f"{task.numbers} numbers from 1 to {task.max_number}, targets to {task.max_target}\n"
         f"{footprint.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
-        f"{runs.remarks(config['loss'], config['update'])}"
-        f"{games.compiling(workdir)}",
+        f"{runs.remarks(config['loss'], config['update'])}",
         end="",
         flush=True,
     )

@@ -129,6 +129,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     storage.make_directory(output)
+    print("compiling, half a minute or more, and sampling", flush=True)
     records = [record for sampled in (False, True) for record in evaluator.records(params, sampled=sampled)]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(output / "completions.jsonl", lines)

@@ -35,7 +35,6 @@ __all__ = [
     "Task",
     "UpdateConfig",
     "WarmStartConfig",
-    "compiling",
     "configuration",
     "define_flags",
     "demonstrations",
@@ -294,13 +293,6 @@ def warmed(experiment: Experiment, workdir: Path) -> Any:
         update=training.UpdateConfig(), steps=config.steps, checkpoints=CheckpointConfig(every=1000),
     )  # fmt: skip
     return state.params
-
-
-def compiling(workdir: Path) -> str:
-    """A line about what comes before the first step; nothing where the run is complete, and no step comes."""
-    if runs.complete(workdir):
-        return ""
-    return "compiling, once: it takes some 20 seconds until the first step, and until then Ctrl-C waits\n"
 
 
 def evaluate_only(experiment: Experiment, workdir: Path, step: int | None) -> None:

@@ -18,6 +18,7 @@ from grpo_jax.models import peft
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.rollouts import GroupRollouts
+from grpo_jax.screen import say
 from grpo_jax.storage import Path
 from grpo_jax.types import Policy, Surplus, TrainState
 
@@ -58,6 +59,7 @@ def phase(
     step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
     step = naming_nans(step) if debug_nans else step
     if (saved or 0) < steps:  # else nothing is left to run
+        say(f"{title}: compiling, half a minute or more until the first step; until then Ctrl-C waits")
         compile_all(_lowerings(state, step, experience, options.get("evaluator")))
     return loop.train(
         state, train_step=step, experience=experience, steps=steps,

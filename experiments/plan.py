@@ -311,6 +311,7 @@ def report(
         "programs": {},
     }  # fmt: skip
     keep(result)
+    print(f"compiling {', '.join(programs)}: minutes for a large model", flush=True)
     for name, said, program in compiled(planned, programs):
         if program is not None:
             total = sum(said[part] for part in ("arguments", "temporaries", "outputs", "code")) + _beside(name, planned)
@@ -392,6 +393,11 @@ def main(argv: list[str]) -> None:
             )
         devices = chips.devices_of(values.topology, values.slices)
         planned = Planned(model_of(values.model, config["policy"]), config, devices, chip.memory)
+        if planned.mesh.size != len(devices):
+            raise ValueError(
+                f"the mesh has {planned.mesh.size} devices, and --topology={values.topology} has {len(devices)}: make "
+                "--mesh.data x --mesh.fsdp x --mesh.tensor as many."
+            )
 
         def keep(result: dict[str, Any]) -> None:
             if not result["programs"]:

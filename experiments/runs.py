@@ -74,6 +74,12 @@ def devices() -> str:
 
 def join_hosts(asked: str | None) -> None:
     """`hosts.initialize`, as `--distributed` says, before JAX is asked for anything."""
+    if asked != "off":  # on the standard error, which each process has
+        print(
+            f"--distributed={asked}: waiting for the other processes, for 5 minutes at most",
+            file=sys.stderr,
+            flush=True,
+        )
     if said := hosts.initialize(asked):
         print(said, flush=True)
 

@@ -47,6 +47,8 @@ class OpenedScorer:
         storage.check(given)
         self._mesh = hosts.own_mesh(mesh)
         self._workdir = given if (given / "checkpoints").is_dir() else None
+        if not given.is_dir():
+            raise ValueError(f"--reward_model.directory={given} is no directory: experiments.reward_model makes one.")
         place = given if self._workdir is None else given / "model"
         model = pretrained.read_config(place, compute_dtype=config.compute_dtype)
         if self._workdir is None and not model.score:

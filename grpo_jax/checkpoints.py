@@ -74,6 +74,7 @@ class Checkpoints:
                 policies.BestN(get_metric_fn=_metric, n=config.keep_best, keep_checkpoints_without_metrics=False)
             )
         self._directory, self._say = directory if storage.is_remote(directory) else directory.absolute(), say
+        self._failed = False  # something could not be written
         self._checkpointer: Any = None  # where nothing is written; it would read metrics, which may be bad
         if read_only:
             return
@@ -175,7 +176,7 @@ class Checkpoints:
         """
         if not self.steps or (step is not None and step not in self.steps):
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise CheckpointError(f"{which} in {self._directory}; there are {self.steps}.")
+            raise CheckpointError(f"{which} in {self._directory}; there are {self.steps or 'none'}.")
         bad: dict[int, _Bad] = {}
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
@@ -259,8 +260,13 @@ class Checkpoints:
             self._checkpointer.wait()
 
     def close(self) -> None:
-        """Waits as `wait` does, and lets go of the directory."""
-        with self._explained():
+        """Waits as `wait` does, and lets go of the directory; what a failed save leaves is not said again.
+
+        Raises:
+          WorkdirError: as `wait`, unless something has raised that before.
+        """
+        said = [WorkdirError] if self._failed else []  # or it would stand in the place of what has ended the run
+        with contextlib.suppress(*said), self._explained():
             self._checkpointer.close()
 
     @contextlib.contextmanager
@@ -268,6 +274,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk is an OSError here and a ValueError there, from a thread of Orbax
+            self._failed = True
             raise WorkdirError(
                 f"cannot write a checkpoint in {self._directory}: {error}\nThose already saved, of steps "
                 f"{self.steps}, are intact: mend this and run the same command again to continue."

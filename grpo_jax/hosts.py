@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -84,6 +85,7 @@ def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
                 f"--distributed={asked or ''} must be off, auto or HOST:PORT,PROCESS,COUNT with PROCESS from 0 to "
                 "COUNT - 1, as 10.0.0.1:8476,0,2 and 10.0.0.1:8476,1,2."
             )
+        _check_address(match[1])
         options |= {"coordinator_address": match[1], "process_id": int(match[2]), "num_processes": int(match[3])}
         options["cluster_detection_method"] = "deactivate"
     # It would take SIGTERM for itself; `loop.StopSignals` agrees on it between steps, and between tokens.
@@ -103,6 +105,17 @@ def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
         sys.stdout = pathlib.Path(os.devnull).open("w")  # noqa: SIM115, for as long as the process runs
     devices = f"{jax.device_count()} devices, {jax.local_device_count()} of them here"
     return f"{jax.process_count()} processes, of which this is number {jax.process_index()}; {devices}"
+
+
+def _check_address(address: str) -> None:
+    """Raises ValueError where nobody can be reached there, which JAX would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        if not 0 < int(port) < 2**16:
+            raise ValueError(f"--distributed={address},...: a port is a number from 1 to 65535.")
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise ValueError(f"--distributed={address},...: there is no machine {host!r} ({error}).") from error
 
 
 def is_first() -> bool:

@@ -233,6 +233,8 @@ def train(
     first = hosts.is_first()  # it alone writes, but for the rewards: all have their own
     files = lambda: (RunLog(workdir, step, write=first), RewardJournal(workdir, say, jax.process_index()))
     log, journal = hosts.together(files, kind=WorkdirError)
+    if not begun and log.rows:
+        say(f"{title}: no whole checkpoint is in {workdir}: beginning again, with the rewards that are in the journal")
     screen = Screen(title, steps, step)
     profiler = Profiler(workdir / "profile", profile if first else range(0), step, say)
     evaluate = evaluator or _NoEvaluation()

@@ -63,11 +63,13 @@ def path(name: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(name)
     if text.startswith(_SCHEME):
+        if not text.removeprefix(_SCHEME).strip("/"):
+            raise ValueError(f"{text} names no bucket: expected gs://BUCKET/...")
         if found := {*text} & {*"*?["}:  # gcsfs would read, and remove, whatever matches
             raise ValueError(f"{text}: names in a store must be without {' '.join(sorted(found))}: choose another.")
         _filesystem()
         return epath.Path(text)
-    if "://" in text:
+    if "://" in text or text.startswith("gs:"):
         raise ValueError(f"{text}: expected a directory on disk, or gs://BUCKET/... in Google Cloud Storage.")
     return pathlib.Path(text)
 
@@ -133,6 +135,7 @@ def check(place: Path) -> None:
     if not is_remote(place):
         return
     bucket, _, inside = os.fspath(place / ".lock").removeprefix(_SCHEME).partition("/")
+    print(f"{place}: asking the store, which takes up to a minute where it cannot be reached", flush=True)
     try:
         with _explained():
             _filesystem().find(bucket, prefix=inside)  # of a bucket that is not there an error, of an empty one none

@@ -49,6 +49,10 @@ def _read_json(path: storage.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
+        if (path.parent / "adapter_config.json").exists():
+            raise PretrainedError(
+                f"{path.parent} is an adapter and no model: name export/ beside it, or its run's workdir."
+            ) from None
         raise PretrainedError(
             f"there is no {path.name} in {path.parent}: expected a directory as downloaded from the Hugging Face hub "
             "(`hf download NAME --local-dir=DIR` makes one)."
