@@ -323,6 +323,12 @@ def test_what_is_no_address_of_a_process_is_refused(asked):
         hosts.initialize(asked)
 
 
+@pytest.mark.parametrize(("asked", "why"), [("localhost:99999,0,2", "a port"), ("no.invalid:80,0,2", "no machine")])
+def test_where_nobody_can_be_reached_is_refused_at_once(asked, why):
+    with pytest.raises(ValueError, match=rf"--distributed={asked.partition(',')[0]},.*{why}"):
+        hosts.initialize(asked)
+
+
 def test_what_a_process_computes_alone_is_on_its_own_devices(monkeypatch):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2))
     assert hosts.own_mesh(mesh) is mesh

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import tempfile
 import threading
@@ -69,6 +70,14 @@ def test_straight_and_in_two_halves(tmp_path):
     assert int(halves.cursor) == 21
     assert [row["step"] for row in again] == list(range(8))
     assert [row.get("loss") for row in rows] == [row.get("loss") for row in again]
+
+
+def test_where_no_checkpoint_is_whole_it_is_said_that_all_begins_again(tmp_path, capsys):
+    run(tmp_path, 3)
+    assert "no whole checkpoint" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoints")
+    run(tmp_path, 3)
+    assert "train: no whole checkpoint is in" in capsys.readouterr().out
 
 
 def test_a_complete_run_is_left_alone(tmp_path):

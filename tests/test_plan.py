@@ -115,6 +115,16 @@ def test_chips_are_what_their_makers_say():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+def test_a_mesh_of_fewer_devices_than_there_are_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.plan", "--model=qwen2.5-0.5b", "--topology=v5e:2x2", "--mesh.fsdp=2"],
+        cwd=ROOT, env=TPU_COMPILER, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: the mesh has 2 devices, and --topology=v5e:2x2 has 4: make --mesh.data x" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
 @pytest.mark.parametrize(("prompts", "max_tokens"), [(4, 256), (4096, 2048)])
 def test_the_command_plans_for_chips_that_are_not_here(prompts, max_tokens, tmp_path):
     """A small model on four v5e fits, and a step that is too large for them is a result and no crash."""

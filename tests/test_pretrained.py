@@ -174,6 +174,8 @@ def test_no_directory(tmp_path):
     fails(tmp_path / "none", "there is no config.json in", tmp_path / "none", "Hugging Face hub")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "there is no config.json in", tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_config.json").touch()
+    fails(tmp_path / "empty", "is an adapter and no model", "export/")
 
 
 @pytest.mark.parametrize(

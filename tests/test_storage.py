@@ -33,6 +33,10 @@ def test_what_is_no_place_for_a_run_is_one_line(bucket, monkeypatch):
     store, place = bucket
     with pytest.raises(ValueError, match=r"s3://there/a: expected a directory on disk, or gs://BUCKET"):
         storage.path("s3://there/a")
+    with pytest.raises(ValueError, match=r"gs:/there/a: expected a directory on disk, or gs://BUCKET"):
+        storage.path("gs:/there/a")
+    with pytest.raises(ValueError, match=r"gs:// names no bucket"):
+        storage.path("gs://")
     for sign in "*?[":
         with pytest.raises(ValueError, match=rf"gs://bucket/a{re.escape(sign)}b: names in a store must be without"):
             storage.path(f"gs://bucket/a{sign}b")
