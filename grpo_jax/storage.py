@@ -299,26 +299,30 @@ def move(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def written(file: Path) -> Iterator[pathlib.Path]:
-    """For those who write files by their names alone: the file, or one on disk that is copied into the store."""
+def _on_disk(file: Path) -> Iterator[pathlib.Path]:
+    """The file, or in place of one in a store a name on disk, for as long as that is needed."""
     if not is_remote(file):
         yield pathlib.Path(file)
         return
     with tempfile.TemporaryDirectory(prefix="grpo_jax_") as scratch:
-        local = pathlib.Path(scratch, file.name)
+        yield pathlib.Path(scratch, file.name)
+
+
+@contextlib.contextmanager
+def written(file: Path) -> Iterator[pathlib.Path]:
+    """For those who write files by their names alone: the file, or one on disk that is copied into the store."""
+    with _on_disk(file) as local:
         yield local
-        copy(local, file)
+        if is_remote(file):
+            copy(local, file)
 
 
 @contextlib.contextmanager
 def fetched(file: Path) -> Iterator[pathlib.Path]:
     """For those who read files by their names alone: the file, or a copy on disk of one in a store."""
-    if not is_remote(file):
-        yield pathlib.Path(file)
-        return
-    with tempfile.TemporaryDirectory(prefix="grpo_jax_") as scratch:
-        local = pathlib.Path(scratch, file.name)
-        copy(file, local)
+    with _on_disk(file) as local:
+        if is_remote(file):
+            copy(file, local)
         yield local
 
 
