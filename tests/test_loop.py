@@ -124,7 +124,9 @@ def test_a_signal_saves_the_last_step_and_says_so_in_the_exit_code(tmp_path, num
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, 9, experience=signalled)
     assert stopped.value.code == 128 + number
-    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 3  # the rollout of step 4 was cut short and is discarded
+    assert (
+        Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 3
+    )  # the rollout of step 4 was cut short and is discarded
     assert "stopped after step 3" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     resumed, _ = run(tmp_path, 9)
@@ -144,7 +146,7 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, 2, evaluator=Evaluator())
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert Checkpoints(tmp_path / "checkpoints").steps == [2]
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps == [2]
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -185,7 +187,7 @@ def test_rewards_that_cannot_be_written_end_the_run_and_the_last_step_is_saved(t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().out
-    assert (Checkpoints(tmp_path / "checkpoints").steps[-1] == 5) != everything
+    assert (Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 5) != everything
     assert ("step 5 cannot be saved either: " if everything else "step 5 is saved. Mend what is wrong") in said
     resumed, _ = run(tmp_path, 9)
     straight, _ = run(tmp_path / "straight", 9)
@@ -201,14 +203,14 @@ def test_a_failing_reward_ends_the_run_and_loses_nothing(tmp_path, capsys):
     fails = True
     with pytest.raises(RewardError, match="returned nan"):
         run(tmp_path, 9, experience=failing)
-    assert not Checkpoints(tmp_path / "checkpoints").steps  # of step 0 there is nothing to save
+    assert not Checkpoints(tmp_path / "checkpoints", read_only=True).steps  # of step 0 there is nothing to save
     fails = False
     run(tmp_path, 4, experience=failing)
     fails = True
     for _ in range(2):
         with pytest.raises(RewardError, match="returned nan"):
             run(tmp_path, 9, experience=failing)
-        assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 5
+        assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 5
         assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
     assert capsys.readouterr().out.count("step 5 is saved. Mend what is wrong, and the same command goes on.") == 1
 
@@ -229,7 +231,7 @@ def test_a_reward_that_fails_in_an_evaluation_leaves_the_step_to_be_done_again(t
 
     with pytest.raises(RewardError, match="returned nan"):
         run(tmp_path, 9, evaluator=Evaluator(), evaluate_every=3)
-    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == {6: 4, 9: 8}[fails_at]
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == {6: 4, 9: 8}[fails_at]
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(fails_at)]
     fails_at = None
     _, rows = run(tmp_path, 9, evaluator=Evaluator(), evaluate_every=3)
@@ -423,7 +425,7 @@ def test_a_signal_waits_for_no_reward(tmp_path):
         with pytest.raises(SystemExit) as stopped:
             run(tmp_path / "stopped", 6, experience=scored)
         assert stopped.value.code == 128 + signal.SIGTERM
-        assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps[-1] == 3
+        assert Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True).steps[-1] == 3
         assert [step for step, _ in journaled(tmp_path / "stopped")] == [0, 1, 2]
         (place / "go").touch()
         resumed, _ = run(tmp_path / "stopped", 6, experience=scored)

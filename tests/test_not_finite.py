@@ -170,7 +170,7 @@ def test_too_many_in_a_row_stop_the_run_with_what_was_seen(tmp_path):
     assert last["prompts"] == {"first": 50, "count": 10}
     assert last["samples"] == [{"prompt": "p5", "completion": "c", "reward": 1.0, "advantage": "nan"}]
     assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"] == 6
-    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == 5
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 5
     straight, _ = run(tmp_path / "straight", 9)
     mended, _ = run(tmp_path, 9, max_skipped=3)  # from step 5 with the machine mended, two steps were left out
     assert int(mended.step) == 9
