@@ -124,9 +124,8 @@ def test_a_signal_saves_the_last_step_and_says_so_in_the_exit_code(tmp_path, num
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, 9, experience=signalled)
     assert stopped.value.code == 128 + number
-    assert (
-        Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 3
-    )  # the rollout of step 4 was cut short and is discarded
+    # The rollout of step 4 was cut short and is discarded.
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 3
     assert "stopped after step 3" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     resumed, _ = run(tmp_path, 9)
