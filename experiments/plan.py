@@ -362,13 +362,13 @@ def head(result: dict[str, Any]) -> str:
         ms = work["milliseconds"]
         total = {kind: total[kind] + ms[kind] for kind in total}
         lines.append(
-            f"{name:<19}{work['flop'] / 1e12:>11.2f}{sum(work['memory'].values()) / _GB:>10.2f}"
-            f"{sum(work['interconnect'].values()) / _GB:>10.2f}"
-            + "".join(f"{ms[kind]:>9.1f} ms" for kind in total)
+            f"{name:<19} {work['flop'] / 1e12:>10.2f} {sum(work['memory'].values()) / _GB:>9.2f} "
+            f"{sum(work['interconnect'].values()) / _GB:>9.2f}"
+            + "".join(f" {ms[kind]:>8.1f} ms" for kind in total)
             + f"   {max(ms.values()):.1f} ms, {work['bottleneck']}"
         )
     least = sum(max(work["milliseconds"].values()) for work in result["work"].values())
-    lines.append(f"{'step':<50}" + "".join(f"{ms:>9.1f} ms" for ms in total.values()) + f"   {least:.1f} ms")
+    lines.append(f"{'step':<50}" + "".join(f" {ms:>8.1f} ms" for ms in total.values()) + f"   {least:.1f} ms")
     if slow:
         ms = sum(work["milliseconds"].get("network", 0.0) for work in result["work"].values())
         lines.append(f"{'from slice to slice':<41}{slow / _GB:>9.2f}{'':>36}{ms:>9.1f} ms over the network")

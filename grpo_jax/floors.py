@@ -149,6 +149,10 @@ class Step:
     sampler_bytes: float = 2  # of a number in the sampler's weights
     cache_bytes: int = 2  # of a number in the sampler's caches
 
+    def __post_init__(self) -> None:
+        # Of 32 bits, as arrays of JAX are, their products with sizes of a model would overflow.
+        object.__setattr__(self, "lengths", np.asarray(self.lengths, np.int64))
+
     @property
     def columns(self) -> np.ndarray:
         """[P, G]: tokens of a prompt with its completion."""

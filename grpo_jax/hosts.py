@@ -37,6 +37,7 @@ __all__ = [
     "fetched",
     "first_does",
     "gathered",
+    "held",
     "initialize",
     "is_first",
     "moved",
@@ -188,6 +189,12 @@ def put(tree: PyTree, place: Sharding) -> PyTree:
         return jax.device_put(tree, place)
     one = lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index])
     return jax.tree.map(lambda x: one(np.asarray(x)), tree)
+
+
+def held(count: int, place: Sharding) -> Sequence[int]:
+    """Which of so many rows, placed so, this process's devices hold, in order; with one process all."""
+    parts = place.addressable_devices_indices_map((count,)).values()
+    return sorted({row for part in parts for row in range(count)[part[0] if part else slice(None)]})
 
 
 def moved(tree: PyTree, places: PyTree) -> PyTree:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from grpo_jax import hosts, incidents, storage
+from grpo_jax import hosts, incidents, preemption, storage
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
@@ -53,6 +53,8 @@ class Stopped(BaseException):
 class StopSignals:
     """Turns SIGTERM and SIGINT into a flag that the loop looks at; the second one kills as usual.
 
+    A notice of preemption (`preemption.notice`) is as a SIGTERM, which may then follow, and kills nothing.
+
     Of several processes each looks at the flags of all, at the same moments, so that all stop at the same step.
 
     A handler does not run while the main thread waits inside a compiled program, which is why sampling
@@ -61,6 +63,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._notice = preemption.notice()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -85,7 +88,8 @@ class StopSignals:
 
     def heard(self) -> int | None:
         """The signal that has come, to this process or another; all must ask."""
-        if number := hosts.agreed(self.received or 0):
+        own = self.received or (signal.SIGTERM if self._notice.is_set() else 0)
+        if number := hosts.agreed(own):
             self.received = number
         return number or None
 
@@ -97,7 +101,7 @@ class StopSignals:
 
 # What changes nothing but roundings, or when a run gives up; and what files hold that a user may have to mend, which is
 # said.
-_FREE = ("mesh", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
+_FREE = ("mesh", "checkpoints", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
 
 
 def open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
@@ -114,12 +118,34 @@ def open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[st
       WorkdirError: it cannot be written, another process has it, or it belongs to another configuration; the fields
         are named.
     """
+    _check_same(configuration)
     hosts.first_does(lambda: _open_workdir(workdir, configuration, free), kind=WorkdirError)
     hosts.together(lambda: _check_shared(workdir, configuration), kind=WorkdirError)
 
 
 def _as_text(configuration: Mapping[str, Any]) -> str:
     return json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+
+
+def _check_same(configuration: Mapping[str, Any]) -> None:
+    """Raises WorkdirError where one process was given other flags than the first."""
+    first, *others = hosts.gathered(configuration)
+    for process, other in enumerate(others, 1):
+        if differ := _differences(first, other, (), ("process 0 has", f"process {process} has")):
+            raise WorkdirError("processes of one run must be given the same flags:\n  " + "\n  ".join(differ))
+
+
+def _differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[str, ...], names: tuple[str, str]
+) -> list[str]:
+    """Fields that are not the same, ten at most, as `name: there 1, now 2` with these names of the two."""
+    one, other = _flat(ours), _flat(theirs)
+    differ = [
+        f"{name}: {names[0]} {one.get(name, 'absent')!r}, {names[1]} {other.get(name, 'absent')!r}"
+        for name in sorted({**one, **other})
+        if one.get(name) != other.get(name) and not {name, name.split(".")[0]} & {*free}
+    ]
+    return differ[:10] + ([f"and {len(differ) - 10} more"] if len(differ) > 10 else [])
 
 
 def _check_shared(workdir: Path, configuration: Mapping[str, Any]) -> None:
@@ -129,7 +155,7 @@ def _check_shared(workdir: Path, configuration: Mapping[str, Any]) -> None:
         if time.monotonic() > until:
             raise WorkdirError(
                 f"{path}, which process 0 has written, is not what process {jax.process_index()} finds there: "
-                "--workdir must be on a file system that all hosts share, and all must be given the same flags."
+                "--workdir must be on a file system that all hosts share."
             )
         time.sleep(0.5)
 
@@ -152,21 +178,13 @@ def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[s
         raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
     # What a start that failed has left binds nobody.
     nothing = lambda name: name in _OF_A_START or name.startswith(".writable-") or name.endswith(".part")
-    if path.exists() and not all(nothing(item.name) for item in workdir.iterdir()):
-        ours, theirs = _flat(json.loads(text)), _flat(json.loads(path.read_text()))
-        differ = [
-            f"{name}: there {theirs.get(name, 'absent')!r}, now {ours.get(name, 'absent')!r}"
-            for name in sorted({**ours, **theirs})
-            if ours.get(name) != theirs.get(name) and not {name, name.split(".")[0]} & {*free}
-        ]
-        if differ:
-            more = [f"and {len(differ) - 10} more"] if len(differ) > 10 else []
-            raise WorkdirError(
-                f"workdir {workdir} belongs to a run with another configuration:\n  "
-                + "\n  ".join(differ[:10] + more)
-                + "\n"
-                "Give the same flags to continue it, or another --workdir to start a new run."
-            )
+    belongs = path.exists() and not all(nothing(item.name) for item in workdir.iterdir())
+    theirs = json.loads(path.read_text() if belongs else text)
+    if differ := _differences(theirs, json.loads(text), free, ("there", "now")):
+        raise WorkdirError(
+            f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"
+            "Give the same flags to continue it, or another --workdir to start a new run."
+        )
     write_atomically(path, text)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from grpo_jax import hosts, sharding
 from grpo_jax.compiling import Lowering
-from grpo_jax.data.sources import Prompt, Source
+from grpo_jax.data.sources import Mapped, Prompt, Source
 from grpo_jax.dynamic_sampling import abstract_surplus, fill
 from grpo_jax.objectives import Objective
 from grpo_jax.outcomes import AdvantageConfig, Outcome, without_signal
@@ -302,7 +302,8 @@ class GroupRollouts:
         """Groups of as many prompts as a step trains on."""
         config, step, started = self.config, int(state.step), time.perf_counter()
         first = int(state.cursor) + wave * config.prompts
-        prompts = [self.source(i) for i in range(first, first + config.prompts)]
+        # Each is read by who asks for it, once: a process samples and scores its own.
+        prompts = Mapped(functools.cache(self.source), range(first, first + config.prompts))
         with Ahead() as ahead:
             with jax.profiler.TraceAnnotation("rollout"):
                 known = journal.knows(step, wave)
@@ -344,7 +345,7 @@ class GroupRollouts:
         device. None: the journal may know these, and they are scored only if it does not.
         """
         params = state.params if self.params_of is None else self.params_of(state)
-        texts, ids = [prompt.text for prompt in prompts], range(first, first + len(prompts))
+        texts, ids = Mapped(lambda prompt: prompt.text, prompts), range(first, first + len(prompts))
         parts: list[Rollout] = []
         on_host: list[Rollout] = []
         own: list[Rollout] = []
@@ -359,9 +360,9 @@ class GroupRollouts:
         for part in self.sampler.waves(params, texts, ids, self.config.sampling, look):
             parts.append(part)
             on_host.append(hosts.fetched(part))
-            of_part = range(len(part.prompt_tokens))
-            own.append(groups_of(on_host[-1], hosts.share(of_part)))
-            mine = [prompts[begun + i] for i in hosts.share(of_part)]
+            of_part = range(begun, begun + len(part.prompt_tokens))
+            own.append(groups_of(on_host[-1], hosts.share(range(len(of_part)))))
+            mine = Mapped(prompts.__getitem__, hosts.share(of_part))
             begun += len(of_part)
             scored.append(functools.partial(self._score, mine, own[-1]))
             if ahead is not None:

@@ -212,6 +212,7 @@ class Sampler:
         """Samples a group for each prompt; `interrupt` is called between chunks and may raise.
 
         Args:
+          prompts: texts; of several processes each asks for those alone whose rows its devices hold.
           limits: [P, G] int32, where completions are cut before `max_tokens`; 0: nothing is sampled. None: nowhere.
 
         Raises:
@@ -335,6 +336,16 @@ class Sampler:
             )
         return self._compiled[plan]
 
+    def _encoded(self, prompts: Sequence[str], plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """[P, max_prompt_tokens] int32 and bool, in which each process has the rows that its devices will hold."""
+        held = hosts.held(plan.prompts, sharding.batch_sharding(self.mesh))
+        rows = [first + row for first in range(0, len(prompts), plan.prompts) for row in held]
+        encoded: list[list[int]] = [[]] * len(prompts)
+        own = hosts.together(lambda: self.encode([prompts[row] for row in rows]), kind=ValueError)
+        for row, ids in zip(rows, own, strict=True):
+            encoded[row] = ids
+        return pad(encoded, self.max_prompt_tokens)
+
     def _begin(self, params, prompts, prompt_ids, sampling_params, limits) -> Iterator[tuple[Any, ...]]:
         """For as many prompts as are sampled at a time: prefilled, state, decode, their tokens and mask."""
         if not len(prompts) or len(prompt_ids) != len(prompts):
@@ -342,7 +353,7 @@ class Sampler:
                 f"{len(prompts)} prompts with {len(prompt_ids)} ids: expected one or more, each with its id."
             )
         plan = self.plan(params, len(prompts))
-        tokens, mask = pad(self.encode(prompts), self.max_prompt_tokens)
+        tokens, mask = self._encoded(prompts, plan)
         shape = len(prompts), self.group_size
         limits = np.full(shape, self.max_tokens) if limits is None else np.asarray(limits)
         if limits.shape != shape:

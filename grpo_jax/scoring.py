@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.data.sources import Prompt
+from grpo_jax.data.sources import Mapped, Prompt
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rewards import Reward, RewardError, Scores, score
 from grpo_jax.telemetry import WorkdirError
@@ -62,7 +62,7 @@ class Journal(Protocol):
 class ScoredGroups:
     """P groups that were sampled, with all that rewards said of them; on the host."""
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Prompt]  # read when they are asked for: of several processes each reads its own
     groups: Groups
     scores: Scores
     total: np.ndarray  # [P, G] float64, the weighted sum of the rewards, not normalized; NaN where it is unknown
@@ -72,7 +72,7 @@ class ScoredGroups:
     def join(cls, parts: Sequence["ScoredGroups"]) -> "ScoredGroups":
         """All in one, in order."""
         return cls(
-            prompts=[prompt for part in parts for prompt in part.prompts],
+            prompts=Mapped(lambda at: at[0][at[1]], [(p.prompts, i) for p in parts for i in range(len(p.prompts))]),
             groups=jax.tree.map(lambda *x: np.concatenate(x), *(part.groups for part in parts)),
             scores=Scores.join([part.scores for part in parts]),
             total=np.concatenate([part.total for part in parts]),

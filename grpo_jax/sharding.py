@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -96,7 +97,7 @@ def make_mesh(
     # Over nodes of GPUs fsdp is what everybody does.
     slow = {*between_slices(mesh, slice_of)} & {"tensor", *(["fsdp"] if chosen[0].platform == "tpu" else [])}
     if slow:
-        _warn_once(
+        warn_once(
             f"mesh: {' and '.join(sorted(slow))} goes from slice to slice, where links are slow and what it sends is "
             f"much; --mesh.data={len(of_slices)}, or a multiple, keeps it within one of the {len(of_slices)}."
         )
@@ -111,7 +112,8 @@ def between_slices(mesh: Mesh, slice_of: Callable[[Any], int] = _slice_of) -> tu
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Logs a warning, unless it has been logged before."""
     logging.getLogger(__name__).warning(text)
 
 
@@ -131,7 +133,8 @@ def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rule
                 raise ValueError(f"{name}: mesh axis {mesh_axis!r} is used twice by logical axes {axes}.")
         parts = math.prod(mesh.shape[a] for a in target)
         if size % parts:
-            _warn_once(f"{name}: {axis} of size {size} does not divide over {target} ({parts} parts): replicated.")
+            alike = re.sub(r"\[\d+\]", "[i]", name)  # layers, which are many
+            warn_once(f"{alike}: {axis} of size {size} does not divide over {target} ({parts} parts): replicated.")
             target = ()
         used.update(target)
         spec.append(target if len(target) > 1 else (target[0] if target else None))

@@ -3,7 +3,8 @@
     python -m tests.host_run '{"distributed": "127.0.0.1:1234,0,2", "workdir": "runs/a", "model": "runs/model"}'
 
 `die`: `[process, step, how]`, how a process of the run ends when that step (from 0) has its rewards: `SIGKILL`,
-`SIGTERM`, or `raise` an error that no other process has; at step -1 before anything is compiled.
+`SIGTERM`, or `raise` an error that no other process has; at step -1 before anything is compiled. `notice` is one of
+preemption, before the step is sampled.
 `judge`: directory of a reward model, which scores completions behind the other reward.
 """
 
@@ -19,7 +20,7 @@ from jax._src import compiler, distributed
 from jax.sharding import Mesh
 
 from experiments import runs
-from grpo_jax import hosts, loop, objectives, optimizers, rollouts, sharding, storage, training
+from grpo_jax import hosts, loop, objectives, optimizers, preemption, rollouts, sharding, storage, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
@@ -109,13 +110,22 @@ def main(asked: dict) -> None:
     prompts = [Prompt(text=a + b, columns={"letter": b}) for a in "abcd" for b in "abcd"]
     rewards = [Reward(name="often", function=reward)]
     beside = judge(asked["judge"], mesh) if "judge" in asked else []
+    source, read, sampling = sources.shuffled(prompts, 0), [], []
+
+    def noted(cursor: int) -> Prompt:
+        if (dies_on, dies_at, how) == (jax.process_index(), sampling[-1], "notice"):
+            preemption.notice().set()
+        read.append(cursor)
+        return source(cursor)
+
     collect = rollouts.GroupRollouts(
         sampler=Sampler(policy, mesh, TOKENIZER, group_size=4, key=key, chunk=4, slots=16, **sizes),
-        source=sources.shuffled(prompts, 0), rewards=[*rewards, *beside], config=config, objective=objective,
+        source=noted, rewards=[*rewards, *beside], config=config, objective=objective,
         reference_logprobs=training.make_reference_logprobs(policy, update, mesh),
     )  # fmt: skip
 
     def experience(state, journal, interrupt):
+        sampling.append(int(state.step))
         experienced = collect(state, journal, interrupt)
         die_at(int(state.step))
         return experienced
@@ -138,6 +148,7 @@ def main(asked: dict) -> None:
             np.savez(file, greedy=greedy, **named)
 
     hosts.first_does(write)
+    hosts.together(lambda: (workdir / f"read.{jax.process_index()}.json").write_text(json.dumps(read)))
 
 
 if __name__ == "__main__":

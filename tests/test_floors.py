@@ -80,6 +80,17 @@ def test_the_sampler_token_by_token():
     assert (read(slots=2), read(waves=2), read(slots=2, waves=2), read(slots=1, waves=2)) == (8, 12, 12, 16)
 
 
+def test_no_number_overflows():
+    model = dataclasses.replace(MODEL, layers=80, width=8192, mlp_width=2**15, vocab_size=2**17)
+    assert 2 * model.parameters > 2**31
+    lengths = np.full((4, 4), 2**12, np.int32)
+    short, long = (dataclasses.replace(STEP, lengths=x, max_tokens=2**12) for x in (lengths, lengths.astype(float)))
+    assert floors.of_step(model, short, floors.Layout()) == floors.of_step(model, long, floors.Layout())
+    assert all(
+        size > 0 for work in floors.of_step(model, short, floors.Layout()).values() for size in work.memory.values()
+    )
+
+
 def test_a_pass_over_completions_token_by_token():
     tokens = flop = 0
     for n in STEP.lengths.reshape(-1):

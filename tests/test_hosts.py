@@ -103,6 +103,11 @@ def test_a_process_that_dies_or_hears_a_signal_ends_all_and_the_next_start_ends_
     assert "SIGTERM: stopped after step 3, which is saved" in out  # the update ends, then all hear of it
     assert not said_in_python(silent)
 
+    (status, out, _), (other, *_) = run(place, "ended", 2, 1, 3, "notice", status=None)
+    assert status == other == 128 + 15
+    assert "continuing at step 3" in out
+    assert "SIGTERM: stopped after step 3, which is saved" in out  # a rollout is cut short
+
     (_, out, _), _ = run(place, "ended", 2)
     assert "continuing at step 3" in out
     for name in ("metrics.jsonl", "samples.jsonl", "rewards.jsonl", "rewards.1.jsonl"):
@@ -117,6 +122,17 @@ def test_a_process_that_dies_or_hears_a_signal_ends_all_and_the_next_start_ends_
         assert {len(row["scores"]["often"]) for row in rows} == {8}
     assert max(row["wave"] for row in rows) == 1
     assert sum(row.get("dynamic_sampling/surplus_groups", 0) for row in untimed(straight / "metrics.jsonl")) > 0
+
+
+def test_a_process_reads_the_prompts_that_it_samples_and_scores_and_those_that_are_shown(straight):
+    first, second = (json.loads((straight / f"read.{i}.json").read_text()) for i in range(2))
+    waves = [row["wave"] for row in untimed(straight / "rewards.jsonl")]
+    every, shown = set(range(4 * len(waves))), waves.count(0)  # a group of each step
+    assert {*first} | {*second} == every
+    of_first = {cursor for cursor in every if cursor % 4 < 2}
+    for read, own in ((first, of_first), (second, every - of_first)):
+        assert own <= {*read}
+        assert len(read) <= len(own) + shown  # each once
 
 
 def test_two_processes_in_a_store_do_as_on_disk(place, straight):
@@ -289,6 +305,20 @@ def test_no_process_holds_a_model_that_lies_on_two(tmp_path):
         assert measured["save"] < FILE + little
         # The negative control: what is read whole is seen, and would be too much for both.
         assert measured["whole"] > max(whole / 2, FILE) + little
+
+
+def test_a_process_holds_the_rows_of_its_devices(monkeypatch):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    rows = sharding.batch_sharding(mesh)
+    assert hosts.held(8, rows) == [*range(8)]
+    for tensor in range(2):  # a row is on both, and on every process that has one of them
+        own = lambda self, shape, tensor=tensor: {
+            device: index
+            for device, index in self.devices_indices_map(shape).items()
+            if device in mesh.devices[1, :, tensor]
+        }
+        monkeypatch.setattr(type(rows), "addressable_devices_indices_map", own)
+        assert hosts.held(8, rows) == [4, 5, 6, 7]
 
 
 def test_all_places_are_shared_out_in_order(monkeypatch):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import loop, objectives, optimizers, sharding, training
+from grpo_jax import hosts, loop, objectives, optimizers, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
@@ -242,12 +242,25 @@ def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_p
     loop.open_workdir(tmp_path, {"loss": {"kl_coef": 1.0}})
     loop.open_workdir(tmp_path, config)  # nothing has been done there yet
     (tmp_path / "metrics.jsonl").touch()
-    loop.open_workdir(tmp_path, {**config, "mesh": {"data": 2}})  # a mesh may change
+    # A mesh may change, and how often there are checkpoints.
+    loop.open_workdir(tmp_path, {**config, "mesh": {"data": 2}, "checkpoints": {"every": 3}})
     with pytest.raises(WorkdirError, match=r"loss\.kl_coef: there 0\.04, now 0\.0"):
         loop.open_workdir(tmp_path, {**config, "loss": {"kl_coef": 0.0, "clip_low": 0.2}})
     assert json.loads((tmp_path / "config.json").read_text())["loss"]["kl_coef"] == 0.04
     with pytest.raises(WorkdirError, match=r"x7: there 'absent', now 7\n  and 2 more\nGive the same flags"):
         loop.open_workdir(tmp_path, {**config, **{f"x{i}": i for i in range(12)}})
+
+
+def test_flags_that_processes_do_not_share_are_said_at_once(tmp_path, monkeypatch):
+    config = {"loss": {"kl_coef": 0.04}, "mesh": {"data": 1, "fsdp": 4}}
+    others = [config, {**config, "mesh": {"data": 2, "fsdp": 2}}]
+    monkeypatch.setattr(hosts, "gathered", lambda value: [value, *others])
+    said = r"given the same flags:\n  mesh\.data: process 0 has 1, process 2 has 2\n  mesh\.fsdp: "
+    with pytest.raises(WorkdirError, match=said):
+        loop.open_workdir(tmp_path, config)
+    assert not [*tmp_path.iterdir()]
+    others.pop()
+    loop.open_workdir(tmp_path, config)
 
 
 def test_unwritable_workdir(tmp_path):

@@ -103,7 +103,7 @@ def test_optimizer_moments_lie_where_parameters_lie(config, policy, params, mesh
 
 
 def test_a_model_that_does_not_divide_still_trains(config, params, mesh, caplog):
-    sharding._warn_once.cache_clear()  # another test may have been told
+    sharding.warn_once.cache_clear()  # another test may have been told
     odd = make_policy(dataclasses.replace(config, kv_heads=1))
     (layers,) = params["layers"]
     params = {**params, "layers": [{**layers, "key": layers["key"][:, :, :1], "value": layers["key"][:, :, 1:]}]}

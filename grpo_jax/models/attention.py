@@ -9,7 +9,6 @@ none, XLA those of a block of queries. Rows are contiguous: later columns of a s
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -22,6 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+
+from grpo_jax.sharding import warn_once
 
 __all__ = ["MASKED", "Attend", "capped", "make_attention", "queries_at_a_time"]
 
@@ -196,10 +197,10 @@ def _over_mesh(attend: Attend, spec: _Spec, mesh: Mesh | None) -> Attend:
     parts = mesh.shape["tensor"]
     divides = spec.heads % parts == 0 and spec.kv_heads % parts == 0
     if not divides:
-        logging.getLogger(__name__).warning(
-            "attention: heads=%d and kv_heads=%d do not both divide over tensor=%d: each tensor shard computes all.",
-            spec.heads, spec.kv_heads, parts,
-        )  # fmt: skip
+        warn_once(
+            f"attention: heads={spec.heads} and kv_heads={spec.kv_heads} do not both divide over tensor={parts}: each "
+            "tensor shard computes all."
+        )
     heads, rows = P("fsdp", None, "tensor" if divides else None, None), P("fsdp", None)
     # Kernels do not say over which axes their outputs vary, so that jax cannot check it.
     return jax.shard_map(attend, mesh=mesh, in_specs=(heads,) * 3 + (rows,) * 2, out_specs=heads, check_vma=False)
