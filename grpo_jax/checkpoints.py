@@ -21,7 +21,9 @@ from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError
 from grpo_jax.types import TrainState
 
-__all__ = ["CheckpointConfig", "CheckpointError", "Checkpoints"]
+__all__ = ["PATIENCE", "CheckpointConfig", "CheckpointError", "Checkpoints"]
+
+PATIENCE = 1200  # seconds that a save may take
 
 
 class CheckpointError(WorkdirError, ValueError):
@@ -142,7 +144,7 @@ class Checkpoints:
         """Compiles what `save` asks of a state, so that no checkpoint waits for it."""
         fingerprints(state)
 
-    def save(self, state: TrainState, metric: float | None = None, patience: int = 1200) -> None:
+    def save(self, state: TrainState, metric: float | None = None, patience: int = PATIENCE) -> None:
         """Copies the state off the devices and writes it in the background; a step there already is left alone.
 
         Args:

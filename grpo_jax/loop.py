@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from grpo_jax import hosts, incidents, preemption, storage
-from grpo_jax.checkpoints import CheckpointConfig, Checkpoints
+from grpo_jax.checkpoints import PATIENCE, CheckpointConfig, Checkpoints
 from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
 from grpo_jax.rewards import RewardError
@@ -342,7 +342,7 @@ def _save_last(store: Checkpoints, log: RunLog, state: TrainState, title: str, e
     try:
         log.save()
         # On several hosts who can write waits for who cannot.
-        store.save(state, **({"patience": 120} if isinstance(error, WorkdirError) else {}))
+        store.save(state, patience=120 if isinstance(error, WorkdirError) else PATIENCE)
         store.wait()
     except WorkdirError as refused:
         say(f"{title}: step {int(state.step)} cannot be saved either: {refused}")
