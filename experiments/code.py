@@ -126,7 +126,7 @@ def run(experiment: Experiment, workdir: Path, profile: range = range(0)) -> Non
     runs.finish(workdir, rows, summary, "Programming puzzles")
     print(
         f"held-out greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} in "
-        f"{summary['wall_seconds']:.0f} s; everything is in {workdir}"
+        f"{summary['training_seconds']:.0f} s of training; everything is in {workdir}"
     )
 
 

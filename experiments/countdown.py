@@ -205,7 +205,7 @@ def main(argv: list[str]) -> None:
     runs.finish(workdir, rows, summary, "Countdown")
     print(
         f"held-out greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} in "
-        f"{summary['wall_seconds']:.0f} s; everything is in {workdir}"
+        f"{summary['training_seconds']:.0f} s of training; everything is in {workdir}"
     )
 
 

@@ -59,7 +59,7 @@ def phase(
     step = make_step(transformation, like=state, clip_norm=optimizer.clip_norm)
     step = naming_nans(step) if debug_nans else step
     if (saved or 0) < steps:  # else nothing is left to run
-        say(f"{title}: compiling, half a minute or more until the first step; until then Ctrl-C waits")
+        say(f"{title}: compiling, half a minute or more until the first step, for which Ctrl-C may wait")
         compile_all(_lowerings(state, step, experience, options.get("evaluator")))
     return loop.train(
         state, train_step=step, experience=experience, steps=steps,

@@ -62,6 +62,7 @@ CASES = {
     "8B on 64 v5p": _case("llama-3-8b", "v5p:4x4x4", "data=2 fsdp=32", 256, 8),
     "8B on 16 v6e": _case("llama-3-8b", "v6e:4x4", "fsdp=8 tensor=2", 64, 32),
     "8B on 8 H100": _case("llama-3-8b", "h100:8", "fsdp=8", 32, 32),
+    "8B on 8 H200": _case("llama-3-8b", "h200:8", "fsdp=8", 32, 32),
     "70B on 512 v5p": _case("llama-3-70b", "v5p:8x8x8", "fsdp=128 tensor=4", 256, 16),
     "70B on 256 v5e": _case("llama-3-70b", "v5e:16x16", "fsdp=32 tensor=8", 64, 16, "--policy.sampler_dtype=int8"),
 }

@@ -6,6 +6,7 @@ import logging as logging_of_python
 import os
 import pathlib
 import platform
+import re
 import resource
 import signal
 import sys
@@ -74,12 +75,6 @@ def devices() -> str:
 
 def join_hosts(asked: str | None) -> None:
     """`hosts.initialize`, as `--distributed` says, before JAX is asked for anything."""
-    if asked != "off":  # on the standard error, which each process has
-        print(
-            f"--distributed={asked}: waiting for the other processes, for 5 minutes at most",
-            file=sys.stderr,
-            flush=True,
-        )
     if said := hosts.initialize(asked):
         print(said, flush=True)
 
@@ -380,6 +375,10 @@ def export(
     return place
 
 
+# What collectives and JAX's coordination service say where a process does not answer.
+_LOST = re.compile("gloo|nccl|connection|unavailable|deadline_exceeded|heartbeat|coordination", re.IGNORECASE)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Python's own handler of Ctrl-C, but for where its exception would be lost.
 
@@ -401,6 +400,7 @@ def interruptible(main: Callable[[list[str]], None]) -> None:
         app.run(main)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is saved", file=sys.stderr)
+        hosts.ends_with(128 + signal.SIGINT)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -411,13 +411,20 @@ def command(main: Callable[[list[str]], None]) -> None:
     except (
         WorkdirError, RewardError, NotFiniteError, pretrained.PretrainedError, hosts.HostError, OSError,
     ) as error:  # fmt: skip
+        hosts.ends_with(1)
         if error.__cause__ is not None and isinstance(error, RewardError):
             traceback.print_exception(error.__cause__)  # where in the user's function it went wrong
         told = str(error).startswith("process ")  # to all, by `hosts.together`
         sys.exit(f"error: {'' if told else _whose()}{error}")
     except Exception as error:
+        hosts.ends_with(1)
         if said := storage.said(error):
             sys.exit(f"error: {_whose()}{said}")
+        if _whose() and isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+            sys.exit(
+                f"error: {_whose()}another process is gone, or cannot be reached ({str(error).splitlines()[0]:.300}). "
+                "Start the same command on all hosts: it goes on with what is saved."
+            )
         if whose := _whose():  # before the others' words of it
             print(f"error: {whose}{type(error).__name__}: {error!s:.500}\nAll will end.", file=sys.stderr, flush=True)
         raise

@@ -151,7 +151,7 @@ class Step:
 
     def __post_init__(self) -> None:
         # Of 32 bits, as arrays of JAX are, their products with sizes of a model would overflow.
-        object.__setattr__(self, "lengths", np.asarray(self.lengths, np.int64))
+        object.__setattr__(self, "lengths", np.asarray(self.lengths).astype(np.int64, casting="safe"))
 
     @property
     def columns(self) -> np.ndarray:

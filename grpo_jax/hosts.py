@@ -1,23 +1,27 @@
 """Several processes that run one program: the same script on every host, as JAX wants it.
 
-All of them hold the same host values and take the same decisions; what differs is only who does what: each scores a
-share of the completions, each device holds its part of the arrays, and the first process writes files and speaks.
+All of them hold the same host values and take the same decisions; what differs is only who does what: each reads its
+prompts and scores its completions, each device holds its part of the arrays, and the first process writes files and
+speaks.
 Whatever only one of them sees (a signal, an error, a file) is told to all before anybody acts on it.
 
 With one process everything here is what its name says, and costs nothing.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -34,6 +38,7 @@ __all__ = [
     "HostError",
     "agreed",
     "check_mesh",
+    "ends_with",
     "fetched",
     "first_does",
     "gathered",
@@ -52,22 +57,25 @@ _T = TypeVar("_T")
 _SAID = 1000  # bytes of an error that other processes hear of
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and all others end
 _SHUTDOWN = 10  # seconds that one which ends with an error waits for the others, before they are told
+_STILL = 30  # seconds between two lines that say that this process waits for others to come
 
 
 class HostError(RuntimeError):
     """A process could not go on, or did not come where the others waited for it."""
 
 
-def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
+def initialize(asked: str | None, heartbeat: int = HEARTBEAT, patience: int = 300) -> str:
     """Joins this process to the others of a run; to be called before JAX is asked for anything.
 
-    The standard output of all but the first goes nowhere from here on: they say the same. Errors and warnings go to
-    the standard error of each.
+    Where the others do not come, it ends the process with a line, for JAX would do so with pages. The standard output
+    of all but the first goes nowhere from here on: they say the same. Errors and warnings go to the standard error of
+    each.
 
     Args:
       asked: `off`: there are no others. `auto`: TPU pod slices, Slurm and Open MPI say who they are. Elsewhere
         `HOST:PORT,PROCESS,COUNT`: where the first process can be reached, which one this is, from 0, and how many.
       heartbeat: seconds after which a process that gives no sign of life counts as dead.
+      patience: seconds that it waits for the others.
 
     Returns:
       A line for the screen, empty where there are no others.
@@ -79,6 +87,7 @@ def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
     if asked == "off":
         return ""
     options: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": _SHUTDOWN}
+    options["initialization_timeout"] = patience + 60  # we are there before
     if asked != "auto":
         match = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", asked or "")
         if match is None or not int(match[2]) < int(match[3]):
@@ -92,7 +101,8 @@ def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
     # It would take SIGTERM for itself; `loop.StopSignals` agrees on it between steps, and between tokens.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**options)
+        with _waiting(f"--distributed={asked}", patience):
+            jax.distributed.initialize(**options)
     except ValueError as error:
         if asked != "auto":
             raise ValueError(f"--distributed={asked}: {error}") from error
@@ -102,10 +112,60 @@ def initialize(asked: str | None, heartbeat: int = HEARTBEAT) -> str:
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise HostError(f"not all processes of --distributed={asked} came: {error!s:.500}") from error
+    if options.get("num_processes") not in (None, jax.process_count()):
+        raise HostError(
+            f"--distributed={asked} says how many processes there are, and {jax.process_count()} have come."
+        )
     if not is_first():
         sys.stdout = pathlib.Path(os.devnull).open("w")  # noqa: SIM115, for as long as the process runs
     devices = f"{jax.device_count()} devices, {jax.local_device_count()} of them here"
-    return f"{jax.process_count()} processes, of which this is number {jax.process_index()}; {devices}"
+    count = f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
+    return f"{count}, of which this is number {jax.process_index()}; {devices}"
+
+
+@contextlib.contextmanager
+def _waiting(what: str, patience: int) -> Iterator[None]:
+    """While JAX waits for the other processes, where Python hears no signal: says so, and ends it when that is over.
+
+    Ctrl-C ends the process at once, without a word.
+    """
+    came = threading.Event()
+
+    def watch() -> None:
+        say = lambda text: sys.stderr.write(f"{what}: {text}\n")  # at once, for JAX writes there too
+        say(f"waiting for the other processes, for {patience} s at most")
+        until = time.monotonic() + patience
+        while not came.wait(min(_STILL, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                say(
+                    f"error: not all processes came within {patience} s. Start as many as it says, each with a number "
+                    "of its own and the address of the first."
+                )
+                os._exit(1)
+            say("still waiting for the other processes")
+
+    threading.Thread(target=watch, name="waiting", daemon=True).start()
+    handler = None
+    with contextlib.suppress(ValueError):  # not in the main thread
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        came.set()
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+def ends_with(status: int) -> None:
+    """Has this process, of several, end with a status while it may be that the others go on.
+
+    They are waited for at the end of the interpreter, that all may end well; where they do not come, JAX would end this
+    one with pages and a status of its own a second later.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        last = threading.Timer(_SHUTDOWN - 1, os._exit, (status,))
+        last.daemon = True
+        last.start()
 
 
 def _check_address(address: str) -> None:
@@ -184,7 +244,7 @@ def fetched(tree: PyTree) -> PyTree:
 
 
 def put(tree: PyTree, place: Sharding) -> PyTree:
-    """Host arrays, the same on every process, onto devices: each process hands over the parts that its devices hold."""
+    """Host arrays onto devices: each process hands over the parts that its devices hold, and needs no others."""
     if jax.process_count() == 1:
         return jax.device_put(tree, place)
     one = lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index])
@@ -193,8 +253,8 @@ def put(tree: PyTree, place: Sharding) -> PyTree:
 
 def held(count: int, place: Sharding) -> Sequence[int]:
     """Which of so many rows, placed so, this process's devices hold, in order; with one process all."""
-    parts = place.addressable_devices_indices_map((count,)).values()
-    return sorted({row for part in parts for row in range(count)[part[0] if part else slice(None)]})
+    parts = filter(None, place.addressable_devices_indices_map((count,)).values())
+    return sorted({row for (part,) in parts for row in range(count)[part]})
 
 
 def moved(tree: PyTree, places: PyTree) -> PyTree:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from grpo_jax import hosts
@@ -21,13 +20,13 @@ SHOWN = 64  # completions of a step, those with inputs that are not finite first
 
 
 def seen(step: int, cursor: int, metrics: Mapping[str, float], experienced: Experience) -> dict[str, Any]:
-    """What there is to say of a step, from 1, in which an optimizer step was skipped, as plain JSON.
+    """What there is to say of a step, from 1, in which an optimizer step was skipped, as plain JSON; all must call it.
 
     Args:
       step: whose metrics these are.
       cursor: of its first prompt; a prompt is a function of the seed and its cursor.
       metrics: of the step.
-      experienced: what it learned from. Of a batch that lies on several hosts, what this one sampled to look at.
+      experienced: what it learned from.
     """
     return {
         "step": step,
@@ -73,12 +72,10 @@ def _plain(value: Any) -> Any:
 
 
 def _completions(batch: Any) -> list[dict[str, Any]]:
-    """Of a TrainBatch on this host: ids of prompts and completions, advantages, and which inputs are not finite."""
-    if not isinstance(batch, TrainBatch) or not all(
-        getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(batch)
-    ):
+    """Of a TrainBatch, ids of prompts and completions, advantages, and which inputs are not finite."""
+    if not isinstance(batch, TrainBatch):
         return []
-    host: TrainBatch = jax.device_get(batch)
+    host: TrainBatch = hosts.fetched(batch)
     floats = {name: x for name, x in vars(host).items() if x is not None and np.issubdtype(x.dtype, np.floating)}
     wrong = {name: ~np.isfinite(x.reshape(len(x), -1)).all(axis=1) for name, x in floats.items()}
     order = np.argsort(~np.any(list(wrong.values()), axis=0), kind="stable")

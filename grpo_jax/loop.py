@@ -99,8 +99,8 @@ class StopSignals:
             raise Stopped
 
 
-# What changes nothing but roundings, or when a run gives up; and what files hold that a user may have to mend, which is
-# said.
+# What changes nothing but roundings, what is kept, or when a run gives up; and what files hold that a user may have to
+# mend, which is said.
 _FREE = ("mesh", "checkpoints", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
 
 
@@ -155,7 +155,7 @@ def _check_shared(workdir: Path, configuration: Mapping[str, Any]) -> None:
         if time.monotonic() > until:
             raise WorkdirError(
                 f"{path}, which process 0 has written, is not what process {jax.process_index()} finds there: "
-                "--workdir must be on a file system that all hosts share."
+                "--workdir must be the same, on a file system that all hosts share."
             )
         time.sleep(0.5)
 
@@ -315,7 +315,7 @@ def train(
                 for thing in (store, profiler, journal, log, screen):
                     closing.callback(thing.close)
     if received := stop.heard():  # also where it came during the last step, for there may be another phase
-        name = signal.Signals(received).name
+        name = "preempted" if preemption.notice().is_set() else signal.Signals(received).name
         say(f"{name}: stopped after step {step}, which is saved. The same command continues it.")
         sys.exit(128 + received)
     return state, log.rows

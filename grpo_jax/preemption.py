@@ -26,14 +26,14 @@ _WAIT, _PAUSE = 300, 1  # seconds that the server may wait for a change, and tha
 def notice() -> threading.Event:
     """Is set once this machine's notice is there, which a thread waits for; the same one whenever it is asked for.
 
-    Nobody is asked where the machine is not Google's. `GCE_METADATA_HOST=HOST:PORT`, as their libraries have it, names
-    another server than metadata.google.internal, for a machine of any kind.
+    Nobody is asked where the machine is not Google's, or where `NO_GCE_CHECK=true`. `GCE_METADATA_HOST=HOST:PORT` names
+    another server than metadata.google.internal, for a machine of any kind. Both are as Google's libraries have them.
     """
     came, host = threading.Event(), os.environ.get("GCE_METADATA_HOST")
     if host is None:
         with contextlib.suppress(OSError):
             host = "metadata.google.internal" if _PRODUCT.read_text().startswith("Google") else None
-    if host is not None:
+    if host is not None and os.environ.get("NO_GCE_CHECK", "").lower() != "true":
         threading.Thread(target=_wait, args=(host, came), name="preemption", daemon=True).start()
     return came
 
@@ -41,6 +41,7 @@ def notice() -> threading.Event:
 def _wait(host: str, came: threading.Event) -> None:
     """Sets `came` when the server says so; returns without where it has no such word to say."""
     etag, direct = "0", urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    log, failed = logging.getLogger(__name__), False
     while True:
         asked = f"wait_for_change=true&last_etag={etag}&timeout_sec={_WAIT}"
         url = f"http://{host}/computeMetadata/v1/instance/preempted?{asked}"
@@ -49,12 +50,17 @@ def _wait(host: str, came: threading.Event) -> None:
             with direct.open(request, timeout=_WAIT + 30) as answer:
                 etag, said = answer.headers.get("ETag", "0"), answer.read().strip()
         except urllib.error.HTTPError as error:
+            problem = error
             if error.code == 404:  # not every server that stands in for it knows of preemption
-                return
-        except (OSError, http.client.HTTPException):  # it may be gone for a while; nobody waits for this thread
-            pass
+                return log.warning("%s does not tell of preemption: of it SIGTERM alone will be heard.", host)
+        except (OSError, http.client.HTTPException) as error:  # it may be gone for a while
+            problem = error
         else:
+            problem = None
             if said == b"TRUE":
-                logging.getLogger(__name__).warning("%s says that this machine is being taken away.", host)
+                log.warning("%s says that this machine is being taken away.", host)
                 return came.set()
+        if problem is not None and not failed:
+            log.warning("%s cannot be asked about preemption, and will be again: %s", host, problem)
+        failed = problem is not None
         time.sleep(_PAUSE)

@@ -218,6 +218,7 @@ class Sampler:
         Raises:
           ValueError: there are no prompts, or not as many ids; they do not divide over the mesh; one is empty or too
             long.
+          HostError: another process could not read its prompts.
         """
         return join(list(self.waves(params, prompts, prompt_ids, sampling_params, interrupt, limits)))
 
@@ -341,7 +342,8 @@ class Sampler:
         held = hosts.held(plan.prompts, sharding.batch_sharding(self.mesh))
         rows = [first + row for first in range(0, len(prompts), plan.prompts) for row in held]
         encoded: list[list[int]] = [[]] * len(prompts)
-        own = hosts.together(lambda: self.encode([prompts[row] for row in rows]), kind=ValueError)
+        encode = lambda: self.encode([prompts[row] for row in rows])
+        own = hosts.together(encode, also=(ValueError, OSError), waits_for="had read their prompts")
         for row, ids in zip(rows, own, strict=True):
             encoded[row] = ids
         return pad(encoded, self.max_prompt_tokens)

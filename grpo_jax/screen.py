@@ -48,10 +48,14 @@ class Screen:
         self.evaluation(row)
         if self._bar.disable and (row["step"] % self._lines == 0 or row["step"] == 1):
             say(f"{self._title}: step {row['step']}/{self._steps}  {_line(row)}")
-        for sample in samples[:4]:
-            text = f"{sample['prompt']} -> {sample['completion']}"
+        for i, sample in enumerate(samples[:4]):
+            prompt, completion = (_readable(sample[name]) for name in ("prompt", "completion"))
+            if "\n" in prompt:  # once for all that follow
+                if not i or sample["prompt"] != samples[i - 1]["prompt"]:
+                    say(f"    {prompt}")
+                prompt = ""
             reward = "unknown" if sample["reward"] is None else f"{sample['reward']:.2f}"
-            say(f"    {text}  reward {reward}  advantage {sample['advantage']:+.2f}")
+            say(f"    {prompt} -> {completion}  reward {reward}  advantage {sample['advantage']:+.2f}")
         for said in diagnose(row, rows[:-1]):
             name = said.partition(":")[0]
             again = max(self._lines, 10)  # its numbers differ every time, so that it would be said at each
@@ -62,6 +66,12 @@ class Screen:
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()
+
+
+def _readable(text: str) -> str:
+    """With lines below each other, and without characters that a terminal would obey."""
+    shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(shown).replace("\n", "\n    ")
 
 
 def _line(row: Mapping[str, Any]) -> str:

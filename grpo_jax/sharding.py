@@ -25,6 +25,7 @@ __all__ = [
     "per_device",
     "replicated",
     "shardings",
+    "warn_once",
 ]
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -81,10 +82,11 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        more = f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} makes so many of a CPU.)"
         raise ValueError(
             f"mesh {wanted} needs {math.prod(sizes)} devices with every axis at least 1; there are "
-            f"{len(devices)} {devices[0].platform} devices. (On a CPU, set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} before starting.)"
+            f"{len(devices)} {devices[0].platform} devices."
+            + (more if min(sizes) >= 1 and devices[0].platform == "cpu" else "")
         )
     chosen = sorted(devices, key=slice_of)[: math.prod(sizes)]
     of_slices = collections.Counter(map(slice_of, chosen))

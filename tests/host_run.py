@@ -5,6 +5,8 @@
 `die`: `[process, step, how]`, how a process of the run ends when that step (from 0) has its rewards: `SIGKILL`,
 `SIGTERM`, or `raise` an error that no other process has; at step -1 before anything is compiled. `notice` is one of
 preemption, before the step is sampled.
+`every`: steps between checkpoints.
+`slow`: seconds that the second process takes for the rewards of the first step.
 `judge`: directory of a reward model, which scores completions behind the other reward.
 """
 
@@ -12,6 +14,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -108,6 +111,12 @@ def main(asked: dict) -> None:
     sizes = {"max_tokens": 8, "max_prompt_tokens": 2}
     surplus = rollouts.surplus_of(config, objective, **sizes)
     prompts = [Prompt(text=a + b, columns={"letter": b}) for a in "abcd" for b in "abcd"]
+    waits = [asked.get("slow", 0)] * (jax.process_index() == 1)
+
+    def slow(**columns) -> list[float]:
+        time.sleep(waits.pop() if waits else 0)
+        return reward(**columns)
+
     rewards = [Reward(name="often", function=reward)]
     beside = judge(asked["judge"], mesh) if "judge" in asked else []
     source, read, sampling = sources.shuffled(prompts, 0), [], []
@@ -120,7 +129,8 @@ def main(asked: dict) -> None:
 
     collect = rollouts.GroupRollouts(
         sampler=Sampler(policy, mesh, TOKENIZER, group_size=4, key=key, chunk=4, slots=16, **sizes),
-        source=noted, rewards=[*rewards, *beside], config=config, objective=objective,
+        source=noted, rewards=[dataclasses.replace(rewards[0], function=slow), *beside], config=config,
+        objective=objective,
         reference_logprobs=training.make_reference_logprobs(policy, update, mesh),
     )  # fmt: skip
 
@@ -137,7 +147,7 @@ def main(asked: dict) -> None:
     state, _ = loop.train(
         state, train_step=training.make_train_step(policy, optimizer, objective, update, like=state, key=key),
         experience=experience, steps=STEPS, workdir=workdir, learning_rate=schedule, evaluate_every=2, samples_every=1,
-        checkpoints=CheckpointConfig(every=1),
+        checkpoints=CheckpointConfig(every=asked.get("every", 1)),
         evaluator=evaluator,
     )  # fmt: skip
     greedy = [record["completion"] for record in evaluator.records(state.params, sampled=False)]

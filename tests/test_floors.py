@@ -83,8 +83,10 @@ def test_the_sampler_token_by_token():
 def test_no_number_overflows():
     model = dataclasses.replace(MODEL, layers=80, width=8192, mlp_width=2**15, vocab_size=2**17)
     assert 2 * model.parameters > 2**31
+    with pytest.raises(TypeError, match="Cannot cast"):
+        dataclasses.replace(STEP, lengths=np.array([[1.5]]))
     lengths = np.full((4, 4), 2**12, np.int32)
-    short, long = (dataclasses.replace(STEP, lengths=x, max_tokens=2**12) for x in (lengths, lengths.astype(float)))
+    short, long = (dataclasses.replace(STEP, lengths=x, max_tokens=2**12) for x in (lengths, lengths.astype(np.int64)))
     assert floors.of_step(model, short, floors.Layout()) == floors.of_step(model, long, floors.Layout())
     assert all(
         size > 0 for work in floors.of_step(model, short, floors.Layout()).values() for size in work.memory.values()

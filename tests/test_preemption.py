@@ -55,6 +55,7 @@ def server(monkeypatch):
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("NO_GCE_CHECK", raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # which knows no machine's own server
     monkeypatch.setattr(preemption, "_PAUSE", 0.01)
     preemption.notice.cache_clear()
@@ -72,7 +73,7 @@ def until(condition, seconds=20.0):
         time.sleep(0.01)
 
 
-def test_a_notice_is_waited_for_and_not_asked_for_again_and_again(server):
+def test_a_notice_is_waited_for_and_not_asked_for_again_and_again(server, caplog):
     server.fails = 2
     came = preemption.notice()
     until(lambda: len(server.asked) == 4)  # two that fail, one that is answered at once, one that waits
@@ -84,18 +85,25 @@ def test_a_notice_is_waited_for_and_not_asked_for_again_and_again(server):
     assert came.wait(20)
     assert len(server.asked) == 4
     assert preemption.notice() is came
+    failed, told = caplog.messages  # of two failures the first
+    assert "cannot be asked about preemption, and will be again: HTTP Error 503" in failed
+    assert told.endswith("says that this machine is being taken away.")
 
 
-def test_where_a_server_does_not_know_of_it_it_is_asked_once(server):
+def test_where_a_server_does_not_know_of_it_it_is_asked_once(server, caplog):
     server.knows = False
     came = preemption.notice()
-    until(lambda: server.asked and not any(thread.name == "preemption" for thread in threading.enumerate()))
+    until(lambda: caplog.messages)
+    time.sleep(0.2)  # in which it might be asked again
     assert len(server.asked) == 1
     assert not came.is_set()
+    (said,) = caplog.messages
+    assert said.endswith("does not tell of preemption: of it SIGTERM alone will be heard.")
 
 
 def test_no_other_machine_is_asked(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
+    monkeypatch.delenv("NO_GCE_CHECK", raising=False)
     asked = []
     monkeypatch.setattr(preemption, "_wait", lambda host, came: asked.append(host))
     for product, host in (("Standard PC\n", []), (None, []), ("Google Compute Engine\n", ["metadata.google.internal"])):
@@ -105,24 +113,38 @@ def test_no_other_machine_is_asked(monkeypatch, tmp_path):
         preemption.notice.cache_clear()
         preemption.notice()
         until(lambda host=host: asked == host)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    preemption.notice.cache_clear()
+    preemption.notice()
+    time.sleep(0.1)
+    assert len(asked) == 1
     preemption.notice.cache_clear()
 
 
-def test_a_run_is_saved_and_sigterm_that_follows_kills_nothing(server, tmp_path, capsys):
+@pytest.mark.parametrize("follows", ["before it is looked at", "while it saves"])
+def test_a_run_is_saved_and_sigterm_that_follows_kills_nothing(server, tmp_path, capsys, monkeypatch, follows):
+    save = Checkpoints.save
+    sigterm = lambda: os.kill(os.getpid(), signal.SIGTERM)
+
     def taken_away(state, journal, interrupt):
         if int(state.step) == 3:
             server.preempted.set()
             assert preemption.notice().wait(20)
-            os.kill(os.getpid(), signal.SIGTERM)
+            if follows == "before it is looked at":
+                sigterm()
         return experience(state, journal, interrupt)
 
+    def killed(self, state, *arguments, **options):
+        if server.preempted.is_set() and follows == "while it saves":
+            sigterm()
+        save(self, state, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", killed)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, 9, experience=taken_away)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "stopped after step 3" in capsys.readouterr().out
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 3
-    with pytest.raises(SystemExit):  # and nothing begins on such a machine
-        run(tmp_path, 9)
     preemption.notice.cache_clear()
     server.preempted.clear()
     resumed, _ = run(tmp_path, 9)
