@@ -1,4 +1,6 @@
-"""What JAX traces and compiles while something runs."""
+"""What JAX traces and compiles while something runs, and what is in a compiled program."""
+
+import re
 
 import jax
 
@@ -16,3 +18,8 @@ class Compilations(list):
     def hear(self, event, duration, **said):
         if event.startswith("/jax/core/compile/"):
             self.append(f"{event.rpartition('/')[2]} of {said.get('fun_name')}")
+
+
+def asks_the_host(text: str) -> bool:
+    """Whether a compiled program waits for the host, or has something for it, before it ends."""
+    return re.search(r"callback| (infeed|outfeed|send|recv)(-done)?\(", text) is not None

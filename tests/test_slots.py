@@ -19,6 +19,7 @@ from grpo_jax.models.transformer import TransformerConfig, init_params, make_pol
 from grpo_jax.slots import arrange
 from grpo_jax.types import SamplingParams
 from tests import oracle
+from tests.compilations import asks_the_host
 from tests.test_sampling import (
     IDS,
     KEY,
@@ -278,9 +279,15 @@ def test_neither_caches_nor_weights_are_copied_for_a_token(config, prompts, grou
     caches = [x.size for x in jax.tree.leaves((state.cache, prefilled.prompts))]
     matrix = config.width * config.mlp_width
     assert " while(" in decode.as_text()
+    assert not asks_the_host(decode.as_text())
     assert copied(decode.as_text()) < min(caches)
     # Activations, and not all keys or values of the largest block of a layer, or of a matrix, beside them.
     assert decode.memory_analysis().temp_size_in_bytes < 4 * max(*caches, matrix)
+
+
+def test_a_loop_that_asks_the_host_is_found():
+    asked = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jax.pure_callback(np.negative, x, x), x)
+    assert asks_the_host(jax.jit(asked).lower(np.float32(1)).compile().as_text())
 
 
 def test_every_block_of_the_cache_has_a_loop_that_reads_it_and_those_before():

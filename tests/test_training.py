@@ -23,6 +23,7 @@ from grpo_jax.training import (
 )
 from grpo_jax.types import Rollout, TrainBatch
 from tests import oracle
+from tests.compilations import asks_the_host
 
 B, T = 32, 5
 KEY = jax.random.key(9)
@@ -546,6 +547,7 @@ def test_gradients_are_reduced_over_data_once_and_not_in_the_loop_of_microbatche
     step = make_train_step(policy, optax.sgd(1.0), grpo(LOSS), update, like=state, key=KEY)
     text = step.lower(state, batch).compile().as_text()
     assert " while(" in text
+    assert not asks_the_host(text)
     outside, inside = collectives(text)
     assert not inside
     gradient = "f32[" + ",".join(map(str, params["layers"][0]["gate"].shape)) + "]"
