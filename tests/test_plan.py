@@ -124,24 +124,30 @@ def test_a_mesh_of_fewer_devices_than_there_are_is_refused():
     assert "error: the mesh has 2 devices, and --topology=v5e:2x2 has 4: make --mesh.data x" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
-@pytest.mark.parametrize(("prompts", "max_tokens"), [(4, 256), (4096, 2048)])
-def test_the_command_plans_for_chips_that_are_not_here(prompts, max_tokens, tmp_path):
-    """A small model on four v5e fits, and a step that is too large for them is a result and no crash."""
+def planned_for(topology, directory, *flags):
+    """What the command says and keeps of a small model on four devices."""
     model = dataclasses.replace(CONFIG, vocab_size=512, width=256, heads=2, head_width=128, mlp_width=256)
-    (tmp_path / "config.json").write_text(
+    (directory / "config.json").write_text(
         json.dumps(pretrained.write_config(dataclasses.replace(model, scale_embedding=False, qkv_bias=True)))
     )
-    kept = tmp_path / "plan.json"
+    kept = directory / "plan.json"
     command = [
-        sys.executable, "-m", "experiments.plan", f"--model={tmp_path}", "--topology=v5e:2x2", "--mesh.fsdp=4",
-        f"--rollout.prompts={prompts}", f"--rollout.max_tokens={max_tokens}", "--update.microbatches=1",
-        "--programs=train", f"--json={kept}",
+        sys.executable, "-m", "experiments.plan", f"--model={directory}", f"--topology={topology}", "--mesh.fsdp=4",
+        "--update.microbatches=1", f"--json={kept}", *flags,
     ]  # fmt: skip
     environment = {**TPU_COMPILER, "JAX_OPTIMIZATION_LEVEL": "O0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    said, result = done.stdout.splitlines()[-1], json.loads(kept.read_text())
+    return done.stdout.splitlines()[-1], json.loads(kept.read_text())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@pytest.mark.parametrize(("prompts", "max_tokens"), [(4, 256), (4096, 2048)])
+def test_the_command_plans_for_chips_that_are_not_here(prompts, max_tokens, tmp_path):
+    """A small model on four v5e fits, and a step that is too large for them is a result and no crash."""
+    said, result = planned_for(
+        "v5e:2x2", tmp_path, f"--rollout.prompts={prompts}", f"--rollout.max_tokens={max_tokens}", "--programs=train"
+    )
     assert (result["devices"], result["memory"], result["topology"]) == (4, 16e9, "v5e:2x2")
     train = result["programs"]["train"]
     if prompts == 4:
@@ -156,6 +162,21 @@ def test_the_command_plans_for_chips_that_are_not_here(prompts, max_tokens, tmp_
         assert said.startswith("train: DOES NOT FIT by itself: ")
         assert " too many; compiled in " in said
         assert train["too_large"]["used"] > train["too_large"]["limit"] > 15e9
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version, and no GPU",
+)
+@pytest.mark.parametrize(("topology", "memory"), [("h100:4", 80e9), ("h200:2x2", 141e9)])
+def test_the_command_plans_for_gpus_that_are_not_here(topology, memory, tmp_path):
+    said, result = planned_for(topology, tmp_path, "--rollout.prompts=4", "--rollout.max_tokens=64")
+    assert (result["devices"], result["memory"]) == (4, memory)
+    assert [*result["programs"]] == ["train", "reference", "start", "decode"]
+    for program in result["programs"].values():
+        assert program["fits"]
+        assert 1e6 < program["total"] < 1e9
+    assert said.startswith("decode: ")
 
 
 def test_the_report_says_what_fits_and_what_does_not():
