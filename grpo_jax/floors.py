@@ -251,6 +251,11 @@ def _over_tensor(model: Model, step: Step, layout: Layout, tokens: float, sums: 
     return model.layers * sums * 2 * _gathered(tokens * model.width * step.compute_bytes, layout.tensor)
 
 
+def _embedded(model: Model, step: Step, layout: Layout, tokens: float) -> float:
+    """Bytes of one sum over tensor, of so many tokens of a device: each looks ids up in its part of the table."""
+    return 2 * _gathered(tokens * model.width * step.compute_bytes, layout.tensor)
+
+
 def prefill(model: Model, step: Step, layout: Layout = Layout()) -> Work:
     """The sampler's weights out of the trainer's, and every prompt once.
 
@@ -270,6 +275,7 @@ def prefill(model: Model, step: Step, layout: Layout = Layout()) -> Work:
         },
         interconnect={
             "weights over fsdp": _gathered(step.sampler_bytes * (step.waves * whole + runs * body), layout.fsdp),
+            "embeddings over tensor": _embedded(model, step, layout, tokens / shards),
             "activations over tensor": _over_tensor(model, step, layout, tokens / shards, 2),
         },
     )
@@ -308,6 +314,7 @@ def decode(model: Model, step: Step, layout: Layout = Layout(), weight_bytes: fl
             "caches": float(step.cache_bytes * model.cached * (own + prompts) / (shards * _split(model, layout))),
         },
         interconnect={
+            "embeddings over tensor": _embedded(model, step, layout, float(later.sum()) / shards),
             "activations over tensor": _over_tensor(model, step, layout, float(later.sum()) / shards, 2),
         },
     )
@@ -328,7 +335,7 @@ def _passed(model: Model, step: Step, layout: Layout, *, backward: bool, adapted
     sent = {
         "weights over fsdp": step.parts * _gathered(model.body / tensor * w * (1 + backward), fsdp),
         "embeddings over fsdp": _gathered(looked_up, fsdp) * (1 + (backward and whole)),
-        "embeddings over tensor": 2 * _gathered(looked_up, tensor),
+        "embeddings over tensor": _embedded(model, step, layout, columns),
         "activations over tensor": _over_tensor(model, step, layout, columns, sums),
         "table over fsdp": table * of_table,
         "tokens over fsdp": _gathered(states(w) * fsdp, fsdp),  # to the head

@@ -12,10 +12,12 @@ import pytest
 
 from experiments.collectives import sent
 from grpo_jax import floors, sharding
+from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models import lora
-from grpo_jax.models.transformer import TransformerConfig, make_policy
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, make_policy
 from grpo_jax.objectives import LossConfig, make_objective
 from grpo_jax.optimizers import OptimizerConfig, make_optimizer
+from grpo_jax.sampler import Sampler
 from grpo_jax.training import UpdateConfig, abstract_train_state, make_train_step
 from grpo_jax.types import TrainBatch
 
@@ -266,6 +268,42 @@ def test_what_an_update_sends_is_what_xla_sends(layout, microbatches, remat, ran
         more = 1.03 if group == layout.fsdp else 1.002
         assert want[group] <= size <= more * want[group] + 64, (group, want, got)
     assert {group for group, size in want.items() if size} <= {*got}
+
+
+@pytest.mark.parametrize("layout", [floors.Layout(fsdp=4, tensor=2), floors.Layout(data=4, fsdp=2)])
+def test_what_the_sampler_sends_is_what_xla_sends(layout):
+    config = TransformerConfig(vocab_size=4096, layers=3, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=192)
+    model = floors.Model(**{field.name: getattr(config, field.name) for field in dataclasses.fields(floors.Model)})
+    prompts, group = 8, COMPLETIONS // 8
+    step = floors.Step(
+        prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, lengths=np.full((prompts, group), MAX_TOKENS),
+        compute_bytes=4, sampler_bytes=4, cache_bytes=4,
+    )  # fmt: skip
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=layout.data, fsdp=layout.fsdp, tensor=layout.tensor))
+    sampler = Sampler(
+        make_policy(config, mesh), mesh, ByteTokenizer("abcd"), group_size=group, max_tokens=MAX_TOKENS,
+        max_prompt_tokens=PROMPT_TOKENS, key=jax.random.key(0), slots=COMPLETIONS,
+    )  # fmt: skip
+    shapes, axes = abstract_params(config)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    start, decode = sampler.compile(jax.tree.map(place, shapes, sharding.shardings(shapes, axes, mesh)), prompts)
+    blocks = 2  # of the cache, each with a loop of its own, which go round so many times together
+    rounds = {"prefill": (start, [1] * 4, 1), "decode": (decode, [MAX_TOKENS - 1] + [1] * 4, blocks)}
+    # The choice of a token sends sums of blocks of the vocabulary over tensor, and each round of their search: in bytes
+    # of a first token, with its group, and of one of those that follow.
+    own = prompts / (layout.data * layout.fsdp)
+    choice = {"prefill": (own, 8500), "decode": (own * group * (MAX_TOKENS - 1), 1450)}
+    for name, (program, loops, times) in rounds.items():
+        want, got = (collections.defaultdict(float) for _ in range(2))
+        for what, size in getattr(floors, name)(model, step, layout).interconnect.items():
+            want[getattr(layout, what.split(" over ")[1])] += size
+        for one in sent(program.as_text(), loops):
+            got[one.group] += one.bytes / times
+        assert want[layout.fsdp] <= got[layout.fsdp] <= 1.01 * want[layout.fsdp]
+        if layout.tensor > 1:
+            tokens, each = choice[name]
+            assert got[layout.tensor] - want[layout.tensor] == pytest.approx(tokens * each, rel=0.1)
+    assert layout.tensor == 1 or got[layout.tensor] > 0  # of decoding; nothing goes over fsdp for a token
 
 
 def test_what_is_sent_is_counted():
