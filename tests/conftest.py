@@ -3,9 +3,11 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little: LLVM's optimizations would double their time. Flags that are set already win.
+# Tests compile much and run little: LLVM's optimizations would double their time. Eight devices share a few cores, and
+# XLA ends the process where one of them lets the others wait for 40 s. Flags that are set already win.
 os.environ["XLA_FLAGS"] = (
-    f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300 "
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 
 import hypothesis

@@ -26,8 +26,11 @@ def _compiled() -> str:
 
 def environment(devices: int = 1, **variables: str) -> dict[str, str]:
     """In which Python sees so many CPU devices, and these variables too."""
-    # It compiles much and runs little, as all tests do.
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    # As in conftest.
+    flags = (
+        "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300 "
+        f"--xla_force_host_platform_device_count={devices}"
+    )
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
