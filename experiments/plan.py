@@ -207,9 +207,8 @@ class Planned:
             cache_bytes=jnp.dtype(c.decoding_dtype).itemsize,
             sampler_bytes=1 if c.sampler_dtype == "int8" else jnp.dtype(c.decoding_dtype).itemsize,
         )  # fmt: skip
-        sizes = {field.name: getattr(c, field.name) for field in dataclasses.fields(floors.Model)}
         layout = floors.Layout(**dataclasses.asdict(self.config["mesh"]), slices=self.slices)
-        return floors.of_step(floors.Model(**sizes), step, layout)
+        return floors.of_step(floors.Model.of(c), step, layout)
 
 
 def needs(program: Any) -> dict[str, int]:

@@ -20,6 +20,7 @@ not to be reached, they are to rule out.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,11 @@ class Model:
     mlp_width: int  # M
     tied: bool = True  # the unembedding is the embedding
     windows: tuple[int, ...] = (0,)  # tokens that a layer's see; repeats over the layers; 0: all
+
+    @classmethod
+    def of(cls, config: Any) -> "Model":
+        """The sizes of what has them by these names, as a `TransformerConfig`."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -246,14 +252,14 @@ def _scores(model: Model, first: np.ndarray | int, last: np.ndarray | int) -> fl
     return each * sum(float(np.sum(seen(first, last, window))) for window in model.every_window)
 
 
-def _over_tensor(model: Model, step: Step, layout: Layout, tokens: float, sums: int) -> float:
-    """Bytes of so many sums of activations a layer over tensor, of so many tokens of a device."""
-    return model.layers * sums * 2 * _gathered(tokens * model.width * step.compute_bytes, layout.tensor)
-
-
 def _embedded(model: Model, step: Step, layout: Layout, tokens: float) -> float:
     """Bytes of one sum over tensor, of so many tokens of a device: each looks ids up in its part of the table."""
     return 2 * _gathered(tokens * model.width * step.compute_bytes, layout.tensor)
+
+
+def _over_tensor(model: Model, step: Step, layout: Layout, tokens: float, sums: int) -> float:
+    """Bytes of so many sums of activations a layer over tensor, each as large as that of embeddings."""
+    return model.layers * sums * _embedded(model, step, layout, tokens)
 
 
 def prefill(model: Model, step: Step, layout: Layout = Layout()) -> Work:

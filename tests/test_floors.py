@@ -89,10 +89,9 @@ def test_no_number_overflows():
         dataclasses.replace(STEP, lengths=np.array([[1.5]]))
     lengths = np.full((4, 4), 2**12, np.int32)
     short, long = (dataclasses.replace(STEP, lengths=x, max_tokens=2**12) for x in (lengths, lengths.astype(np.int64)))
-    assert floors.of_step(model, short, floors.Layout()) == floors.of_step(model, long, floors.Layout())
-    assert all(
-        size > 0 for work in floors.of_step(model, short, floors.Layout()).values() for size in work.memory.values()
-    )
+    found = floors.of_step(model, short, floors.Layout())
+    assert found == floors.of_step(model, long, floors.Layout())
+    assert all(size > 0 for work in found.values() for size in work.memory.values())
 
 
 def test_a_pass_over_completions_token_by_token():
@@ -241,7 +240,7 @@ def test_what_an_update_sends_is_what_xla_sends(layout, microbatches, remat, ran
     config = TransformerConfig(
         vocab_size=4096, layers=3, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=192, remat=remat
     )
-    model = floors.Model(**{field.name: getattr(config, field.name) for field in dataclasses.fields(floors.Model)})
+    model = floors.Model.of(config)
     step = floors.Step(
         prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, lengths=np.full((COMPLETIONS // 8, 8), MAX_TOKENS),
         microbatches=microbatches, compute_bytes=4, remat=remat,
@@ -273,7 +272,7 @@ def test_what_an_update_sends_is_what_xla_sends(layout, microbatches, remat, ran
 @pytest.mark.parametrize("layout", [floors.Layout(fsdp=4, tensor=2), floors.Layout(data=4, fsdp=2)])
 def test_what_the_sampler_sends_is_what_xla_sends(layout):
     config = TransformerConfig(vocab_size=4096, layers=3, width=64, heads=4, kv_heads=2, head_width=16, mlp_width=192)
-    model = floors.Model(**{field.name: getattr(config, field.name) for field in dataclasses.fields(floors.Model)})
+    model = floors.Model.of(config)
     prompts, group = 8, COMPLETIONS // 8
     step = floors.Step(
         prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, lengths=np.full((prompts, group), MAX_TOKENS),

@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(said)
 
     def log_message(self, *_):
-        pass
+        """Not on the standard error, where http.server would write each question."""
 
 
 @pytest.fixture

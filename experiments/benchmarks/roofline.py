@@ -83,7 +83,7 @@ def work_of(workload: Workload, weight_bytes: int, slots: int) -> Work:
       slots: that it decodes at a time; 0: all.
     """
     m = workload.model
-    model = floors.Model(**{field.name: getattr(m, field.name) for field in dataclasses.fields(floors.Model)})
+    model = floors.Model.of(m)
     step = floors.Step(
         prompt_tokens=workload.prompt_tokens, lengths=workload.limits, max_tokens=workload.tokens, slots=slots,
         cache_bytes=jnp.dtype(m.decoding_dtype).itemsize, reference=False,
