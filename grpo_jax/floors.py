@@ -174,7 +174,7 @@ class Step:
 
         full: the layer's input. dots: and what products with weights make, but for the last, which goes into the next
         layer's input; where a matrix has an adapter what both make, and what is inside of it. none: each sum once, and
-        what attention makes; what is elementwise can be made again.
+        what attention makes; what is elementwise is made again, and what is inside of adapters but the output's.
         """
         if self.remat == "full":
             return model.width
@@ -182,8 +182,8 @@ class Step:
         made = {name: size if name == "output" else size / tensor for name, size in outputs.items()}
         own = self.adapters or Adapters(rank=0, targets=())
         inside, twice = own.rank * len(own.targets), sum(made.get(name, 0) for name in own.targets)
-        if self.remat == "none":  # the MLP's last product makes its input again in any case, see `_Block`
-            inside, twice = own.rank * len({*own.targets} - {"down"}), made["query"]
+        if self.remat == "none":  # see `_Block`
+            inside, twice = own.rank * len({"output"} & {*own.targets}), made["query"]
         return model.width + sum(made.values()) + inside + twice
 
     @property

@@ -27,8 +27,11 @@ __all__ = ["Plan", "Sampler", "check_stop", "join", "rollout_bytes"]
 # and wait the longer the longer completions may be: so many columns of cache, and no fewer slots than these.
 _CPU_COLUMNS, _CPU_SLOTS = 2**13, 16
 # XLA makes one product of those that read the same. At a token of 256 slots that gains for query, key and value, and
-# loses for the MLP's larger matrices: 45 us on an H200 for [1536, 2 x 8960], and 32 for the two.
-_COMPILER_OPTIONS = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 8}}
+# loses for the MLP's larger matrices: 45 us on an H200 for [1536, 2 x 8960], and 32 for the two. And kernels of a token
+# are so small that those run beside each other which do not need each other.
+_COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 8, "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+}
 
 
 def check_stop(stop: Sequence[str]) -> None:

@@ -181,8 +181,10 @@ def test_products_are_those_of_the_gradient(adapters):
     scores = 4 * 4 * 6 * 3
     forward = floors.reference(model, step, adapted=True).flop - scores * 28
     assert dots(jax.make_jaxpr(loss)(trained, frozen).jaxpr).tolist() == [forward, scores * 49]
-    # What is made again does not count: inside of the adapter of the MLP's last product, see `_Block`, and scores.
-    again = 2 * 7 * 3 * 20 * adapters.rank if adapters else 0
+    # What is made again does not count: inside of adapters but the output's, see `_Block`, and scores.
+    made_again = {*(adapters.targets if adapters else ())} - {"output"}
+    inputs = [inputs for name, (inputs, _) in MODEL.matrices.items() if name in made_again]
+    again = 2 * 7 * 3 * adapters.rank * sum(inputs) if adapters else 0
     whole = floors.update(model, step).flop - 3 * scores * 28 + again
     assert dots(jax.make_jaxpr(jax.grad(loss))(trained, frozen).jaxpr).tolist() == [whole, 3.5 * scores * 49]
 
@@ -196,8 +198,7 @@ def test_what_layers_keep_is_what_the_gradient_finds(adapters):
         of_tokens = [x.shape for x in jax.tree.leaves(found) if x.shape[0] == 3 and 7 in x.shape]  # of layers
         kept[remat] = sum(map(math.prod, of_tokens)) / (3 * 7)
     step = lambda remat: dataclasses.replace(STEP, remat=remat, adapters=adapters)
-    assert [step(remat).kept(MODEL) for remat in ("full", "dots")] == [kept["full"], kept["dots"]]
-    assert kept["full"] < step("none").kept(MODEL) <= kept["none"]  # which holds norms and rotations too
+    assert {remat: step(remat).kept(MODEL) for remat in kept} == kept
     of_two = floors.update(MODEL, step("dots"), floors.Layout(tensor=2)).memory["activations"]
     assert of_two < floors.update(MODEL, step("dots")).memory["activations"] < 2 * of_two
 

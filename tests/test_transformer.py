@@ -481,7 +481,7 @@ def test_remat_changes_no_value_but_the_memory():
     for again in results[1:]:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), results[0], again)
     none, dots, full = memory
-    assert dots < 0.75 * none
+    assert dots < 0.95 * none  # what attention gave is one of ten
     assert full < 0.75 * dots
 
 

@@ -1,6 +1,7 @@
 """Sampling beside transformers' generate, and tunix' sampler where it is installed: the same weights, prompts, lengths.
 
 python -m experiments.benchmarks.rollout [--size=5m] [--tokens=512 --lengths=geometric] [--peers=transformers,tunix]
+[--profile=DIR]
 
 Tokens a second are of completions, their padding left out. The mismatch is what `--sampler_dtype=bfloat16` or `int8`
 costs: how far the sampler's log-probabilities are from the trainer's, of all tokens. Needs `.[parity]`; tunix is
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import measure
+from experiments.benchmarks.profiles import Profiled, profiled
 from experiments.benchmarks.workload import Ours, Workload
 
 PEERS = ("transformers", "tunix")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Workload):
+class Options(Profiled):
     """The workload, and who else does it."""
 
     peers: tuple[str, ...] = PEERS  # whom ours is compared with; one that is not installed is left out and named
@@ -67,11 +69,11 @@ def run(options: Options) -> dict[str, Any]:
             else:
                 sides["tunix"] = timed(options, "tunix", peers.tunix_rollout(options, directory))
         measured = measure.turns(sides, options.rounds)
-        mismatch = ours.mismatch(sample())
+        tables, mismatch = profiled(options, sample), ours.mismatch(sample())
     said = "ours: log-probabilities of sampler and trainer differ by {mean:.2g}, at most {max:.2g}".format(**mismatch)
     return measure.report(
-        "experiments.benchmarks.rollout", options, measured, notes=[*left_out, said], lengths=options.limits.tolist(),
-        mismatch=mismatch,
+        "experiments.benchmarks.rollout", options, measured, tables=tables, notes=[*left_out, said],
+        lengths=options.limits.tolist(), mismatch=mismatch,
     )  # fmt: skip
 
 

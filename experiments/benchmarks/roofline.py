@@ -1,6 +1,6 @@
 """What decoding and the update achieve of what the machine does: bytes and FLOP a second, measured just before.
 
-python -m experiments.benchmarks.roofline [--size=5m] [--dtype=bfloat16 --attention=cudnn]
+python -m experiments.benchmarks.roofline [--size=5m] [--dtype=bfloat16 --attention=cudnn] [--profile=DIR]
 
 The machine: a copy too large for its caches, and a matrix product, in float32 and on accelerators in bfloat16; the best
 of the rounds. Decoding: what has to be read at every token, weights and live cache, a prompt's once for its group; its
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import measure
+from experiments.benchmarks.profiles import Profiled, profiled
 from experiments.benchmarks.workload import Ours, Workload
 from grpo_jax import floors
 from grpo_jax.objectives import LossConfig, make_objective
@@ -28,7 +29,7 @@ REPEATS = 8  # of a copy or a product inside a program, so that starting it does
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Workload):
+class Options(Profiled):
     """The workload, and what the machine is measured with."""
 
     copy_mib: int = 0  # of the copy; 0: 512 on a CPU, 4096 on an accelerator
@@ -142,6 +143,7 @@ def run(options: Options) -> dict[str, Any]:
     said = lambda values: ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in values.items())
     return measure.report(
         "experiments.benchmarks.roofline", options, measured, machine_rates=rates, work=floor,
+        tables=profiled(options, once),
         notes=[f"the machine: {said(rates)}", f"the floor: {said(floor)}"],
     )  # fmt: skip
 

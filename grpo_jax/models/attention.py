@@ -80,31 +80,28 @@ def _xla(spec: _Spec, mesh: Mesh | None) -> Attend:
     """
     del mesh
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_block(queries, keys, value):
-        (query, positions, segments), (key, key_positions, key_segments) = queries, keys
-        r, s, _, c = query.shape
-        distance = positions[:, :, None] - key_positions[:, None, :]
-        same = segments[:, :, None] == key_segments[:, None, :]
-        visible = same & (distance >= 0) & (key_segments[:, None, :] > 0)
+    # Cut inside, for what all blocks are cut from is kept once.
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1, 2))
+    def of_block(before, first, end, query, key, value, positions, segments):
+        query, key, value = query[:, first:end], key[:, before:end], value[:, before:end]
+        distance = positions[:, first:end, None] - positions[:, None, before:end]
+        key_segments = segments[:, None, before:end]
+        visible = (segments[:, first:end, None] == key_segments) & (distance >= 0) & (key_segments > 0)
         if spec.window:
             visible &= distance < spec.window
+        r, s, _, c = query.shape
         grouped = query.reshape(r, s, key.shape[2], -1, c)
         scores = jnp.einsum("rskgc,rtkc->rkgst", grouped, key, preferred_element_type=jnp.float32) * spec.scale
         scores = capped(scores, spec.soft_cap)
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1).astype(value.dtype)
         return jnp.einsum("rkgst,rtkc->rskgc", weights, value).reshape(query.shape)
 
-    def attend(query, key, value, positions, segments):
-        columns, mixed = query.shape[1], []
+    def attend(*arrays):
+        columns = arrays[0].shape[1]
         size = queries_at_a_time(columns)
-        for first in range(0, columns, size):
-            end = min(first + size, columns)
-            before = max(0, first - spec.window + 1) if spec.window else 0
-            cut = lambda start, *arrays, end=end: tuple(x[:, start:end] for x in arrays)
-            keys, values = cut(before, key, positions, segments), value[:, before:end]
-            mixed.append(of_block(cut(first, query, positions, segments), keys, values))
-        return jnp.concatenate(mixed, axis=1)
+        blocks = [(first, min(first + size, columns)) for first in range(0, columns, size)]
+        before = lambda first: max(0, first - spec.window + 1) if spec.window else 0
+        return jnp.concatenate([of_block(before(first), first, end, *arrays) for first, end in blocks], axis=1)
 
     return attend
 

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models.attention import make_attention
-from grpo_jax.models.leaves import FROM_WIDTH, merged, project, quantized, quantized_axes, scattered
+from grpo_jax.models.leaves import FROM_WIDTH, flat, merged, project, quantized, quantized_axes, scattered
 from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
 from grpo_jax.sharding import SAMPLER_RULES, shardings
 from grpo_jax.types import Policy
@@ -34,9 +34,9 @@ __all__ = ["REMAT", "TransformerConfig", "abstract_params", "init_params", "make
 
 # What the backward pass finds of a layer, by name, as options of `jax.checkpoint`; the layer's input is kept always.
 REMAT: dict[str, dict[str, Any] | None] = {
-    "none": None,  # all that it asks for: the most memory, and nothing is computed again
-    # What products with weights gave: queries, keys, values, gate, up and what is added to the residual stream. Norms,
-    # rotations and attention are computed again, which is little, but for attention where sequences are long.
+    "none": None,  # what products and attention gave: the most memory, and of these nothing is computed again
+    # What products with weights gave: queries, keys, values, gate, up and what is added to the residual stream.
+    # Attention is computed again too, which is little where sequences are short.
     "dots": {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable},
     "full": {},  # nothing: the least memory, and the forward pass is computed twice, a third more work
 }
@@ -119,6 +119,12 @@ class TransformerConfig:
         return self.windows[: self.layers]
 
 
+# What the backward pass makes again, for what is elementwise costs less so than to be stored and read: it keeps what
+# norms and gates are made of. Nothing else keeps JAX from storing each step of it, in float32, for all layers.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(_again, static_argnums=2)
 def _rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
     x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
@@ -169,34 +175,49 @@ class _Block(nn.Module):
             matrix = lambda key: init(key, (rows, math.prod(shape) // rows)).reshape(shape)
             return self.param(name, nn.with_partitioning(matrix, axes))
 
-        def norm(name, x, axis="embed") -> jax.Array:
-            start = nn.with_partitioning(lambda key: jnp.full(x.shape[-1], 1.0 - c.unit_offset), (axis,))
-            return _rms_norm(x, cast(jax.Array, self.param(name, start)), c)
+        def scale(name, width, axis="embed") -> Any:
+            return self.param(name, nn.with_partitioning(lambda key: jnp.full(width, 1.0 - c.unit_offset), (axis,)))
 
-        def heads(name, count) -> jax.Array:
+        def norm(name, x) -> jax.Array:
+            return _rms_norm(x, scale(name, c.width), c)
+
+        @_again
+        def products(x, scale, matrices) -> list[jax.Array]:
+            y = _rms_norm(x, scale, c)
+            return [project(y, matrix) for matrix in matrices]
+
+        def into_heads(name, count) -> tuple[Any, Any, Any]:
             axis = "heads" if name == "query" else "kv_heads"
-            out = project(y, weight(name, (c.width, count, c.head_width), ("embed", axis, "head")))
-            if c.qkv_bias:
-                zeros = nn.with_partitioning(lambda key: jnp.zeros((count, c.head_width)), (axis, "head"))
-                bias = cast(jax.Array, self.param(f"{name}_bias", zeros)).astype(out.dtype)
-                out = out + jnp.broadcast_to(bias, out.shape)
-            if c.qk_norm and name != "value":
-                out = norm(f"{name}_norm", out, "head")
+            matrix = weight(name, (c.width, count, c.head_width), ("embed", axis, "head"))
+            zeros = nn.with_partitioning(lambda key: jnp.zeros((count, c.head_width)), (axis, "head"))
+            bias = self.param(f"{name}_bias", zeros) if c.qkv_bias else None
+            norm = scale(f"{name}_norm", c.head_width, "head") if c.qk_norm and name != "value" else None
+            # Where the backward pass makes the product again, XLA would gather a matrix over fsdp once for that and
+            # once for the gradient, had not both the same reshaped one. Else that would be kept beside the parameters.
+            return matrix if c.remat == "none" else flat(matrix), bias, norm
+
+        def finished(name, out, bias, scale) -> jax.Array:
+            out = out.reshape(*x.shape[:-1], -1, c.head_width)
+            if bias is not None:
+                out = out + jnp.broadcast_to(bias.astype(out.dtype), out.shape)
+            out = out if scale is None else _rms_norm(out, scale, c)
             return out if name == "value" else _rotate(out, positions, frequencies)
 
-        y = norm("attention_norm", x)
-        mixed, cache = attend(heads("query", c.heads), heads("key", c.kv_heads), heads("value", c.kv_heads))
+        attention_norm = scale("attention_norm", c.width)
+        heads = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
+        weights, biases, scales = zip(*(into_heads(*of) for of in heads.items()), strict=True)
+        made = products(x, attention_norm, weights)
+        mixed, cache = attend(*map(finished, heads, made, biases, scales))
         output = weight("output", (c.heads, c.head_width, c.width), ("heads", "head", "embed"), small, 2)
         y = project(mixed, output, axes=2)
         x = x + (norm("attention_post_norm", y) if c.post_norms else y)
 
-        y = norm("mlp_norm", x)
-        gate = project(y, weight("gate", (c.width, c.mlp_width), ("embed", "mlp")))
-        up = project(y, weight("up", (c.width, c.mlp_width), ("embed", "mlp")))
+        mlp_norm = scale("mlp_norm", c.width)
+        weights = [weight(name, (c.width, c.mlp_width), ("embed", "mlp")) for name in ("gate", "up")]
+        gate, up = products(x, mlp_norm, weights)
         down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"), small)
-        # The backward pass keeps gate and up alone: what is elementwise costs less again than to be stored and read.
         gated = lambda gate, up, down: project(_ACTIVATIONS[c.activation](gate) * up, down)
-        y = jax.checkpoint(gated, prevent_cse=False)(gate, up, down)
+        y = _again(gated)(gate, up, down)
         return x + (norm("mlp_post_norm", y) if c.post_norms else y), cache
 
 
