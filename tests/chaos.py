@@ -2,6 +2,8 @@
 
     python -m tests.chaos --output=runs/chaos --kills=50 --each=5
 
+With `--signal=SIGTERM` it is asked to stop, as one is whose machine is taken away: how long that takes is counted.
+
 The run is `experiments.gsm8k` with a tiny model and problems of its own making: from its start to its export, through
 `tests.told`, which tells the part of the step that it is in. Each start has one part as its aim, where there is still
 some kill missing, and is killed at a random moment of it; what it was really in, the pipe says when it is dead. A run
@@ -59,30 +61,33 @@ class Aim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kill:
-    """What a process was doing when it was killed."""
+    """What a process was doing when the signal came."""
 
     part: str  # the one that was aimed at, if it was in it; else the one that began last; or "start" or "between"
     parts: tuple[str, ...]  # all that it was in
     step: int  # from 1; 0: before the first
-    seconds: float  # since its start
+    seconds: float  # since its start, to its end
+    grace: float  # seconds from the signal to its end
     torn: tuple[str, ...]  # what was left half written
 
 
 class Life:
     """One process of the run: what it tells, and its end."""
 
-    def __init__(self, flags: Sequence[str], log: pathlib.Path, aim: Aim | None):
-        """Runs until it ends or is killed as aimed.
+    def __init__(self, flags: Sequence[str], log: pathlib.Path, aim: Aim | None, how: signal.Signals = signal.SIGKILL):
+        """Runs until it ends, or gets the signal as aimed and ends of that.
 
         Raises:
           RuntimeError: it failed.
         """
-        self.step, self.killed, self.seconds = 0, False, 0.0
+        self.step, self.killed, self.seconds, self.grace = 0, False, 0.0, 0.0
         self.within: list[str] = []  # the parts it is in, as they began
         self.took: dict[str, list[float]] = collections.defaultdict(list)  # seconds, of each part that ended
         self._began: dict[str, float] = {}
         self._seen = collections.Counter[str]()
-        self._aim, self._deadline = aim, float("inf")
+        self._aim, self._deadline, self._how = aim, float("inf"), how
+        self._sent: float | None = None
+        self._then: list[str] = []  # what it was in
         reader, writer = os.pipe()
         environment = processes.environment(TOLD_IN="gsm8k", TOLD_TO=str(writer))
         started = time.monotonic()
@@ -94,8 +99,12 @@ class Life:
         os.close(writer)
         for line in self._lines(reader, process):
             self._hear(line)
-        status = process.wait()
-        self.seconds, self.killed = time.monotonic() - started, status == -signal.SIGKILL
+        status, ended = process.wait(), time.monotonic()
+        self.seconds, self.killed = ended - started, self._sent is not None and status in (-how, 128 + how)
+        if self.killed and self._sent is not None:
+            self.grace = ended - self._sent
+        if how != signal.SIGKILL:  # of which nothing follows, but what had been told and not yet heard
+            self.within = self._then
         os.close(reader)
         if status and not (self.killed and aim):
             raise RuntimeError(f"the run ended with {status}:\n{log.read_text()[-4000:]}")
@@ -106,8 +115,8 @@ class Life:
         while True:
             left = None if self._deadline == float("inf") else max(0.0, self._deadline - time.monotonic())
             if not select.select([reader], [], [], left)[0]:
-                process.kill()
-                self._deadline = float("inf")
+                process.send_signal(self._how)
+                self._sent, self._deadline, self._then = time.monotonic(), float("inf"), [*self.within]
                 continue
             if not (data := os.read(reader, 65536)):
                 return
@@ -187,7 +196,9 @@ def prepare(output: pathlib.Path, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = print) -> dict[str, Any]:
+def chaos(
+    output: pathlib.Path, *, kills: int, each: int, seed: int, how: signal.Signals = signal.SIGKILL, say: Any = print
+) -> dict[str, Any]:
     """Kills runs in `output` until there were enough kills in all and in each part, and compares their ends.
 
     Returns:
@@ -212,13 +223,14 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
         workdir = output / f"run{runs}"
         if (workdir / "export").exists():  # the last kill came too late for its aim, and there is no other export
             aim = None
-        life = Life([f"--workdir={workdir}", *flags], log, aim)
+        life = Life([f"--workdir={workdir}", *flags], log, aim, how)
         for part, seconds in life.took.items():
             took[part] += seconds
         if life.killed and aim:
             kill = Kill(
-                part=_hit(life, aim), parts=tuple(life.within), step=life.step, seconds=life.seconds, torn=torn(workdir)
-            )
+                part=_hit(life, aim), parts=tuple(life.within), step=life.step, seconds=life.seconds, grace=life.grace,
+                torn=torn(workdir),
+            )  # fmt: skip
             done.append(kill)
             say(_line(len(done), runs, kill))
         else:
@@ -228,7 +240,7 @@ def chaos(output: pathlib.Path, *, kills: int, each: int, seed: int, say: Any = 
             say(f"run {runs} has ended after {len(done)} kills in all: {', '.join(found) or 'the same bits'}")
         aim = next_aim(rng, collections.Counter(kill.part for kill in done), kills, each, took)
     figures = {
-        "kills": len(done), "runs": runs, "steps": steps, "seed": seed, "different": different,
+        "signal": how.name, "kills": len(done), "runs": runs, "steps": steps, "seed": seed, "different": different,
         "seconds": time.monotonic() - started, "machine": f"{os.cpu_count()} x {platform.machine()}",
         "parts": {part: _figures([kill for kill in done if kill.part == part]) for part in _parts(done)},
         "log": [dataclasses.asdict(kill) for kill in done],
@@ -248,24 +260,32 @@ def _line(number: int, run: int, kill: Kill) -> str:
     beside = ", ".join(part for part in kill.parts if part != kill.part)
     half = f"; half written: {', '.join(kill.torn)}" if kill.torn else ""
     where = f"{kill.part} ({beside})" if beside else kill.part
-    return f"kill {number:2}: run {run}, step {kill.step}, in {where}, {kill.seconds:.2f} s after its start{half}"
+    ended = f"ended {kill.seconds:.2f} s after its start and {kill.grace:.2f} s after the signal"
+    return f"kill {number:2}: run {run}, step {kill.step}, in {where}, {ended}{half}"
 
 
 def _parts(done: Sequence[Kill]) -> list[str]:
     return [*PARTS, *sorted({kill.part for kill in done} - {*PARTS})]
 
 
-def _figures(done: Sequence[Kill]) -> dict[str, int]:
-    return {"kills": len(done), "steps": len({kill.step for kill in done}), "torn": sum(bool(k.torn) for k in done)}
+def _figures(done: Sequence[Kill]) -> dict[str, Any]:
+    return {
+        "kills": len(done), "steps": len({kill.step for kill in done}), "torn": sum(bool(k.torn) for k in done),
+        "grace": max((kill.grace for kill in done), default=0.0),
+    }  # fmt: skip
 
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures for people, as Markdown."""
-    lines = ["| killed in | times | in so many steps | with something half written |", "|---|---|---|---|"]
-    lines += [f"| {part} | {row['kills']} | {row['steps']} | {row['torn']} |" for part, row in figures["parts"].items()]
+    lines = [
+        "| killed in | times | in so many steps | with something half written | ended within, seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for part, row in figures["parts"].items():
+        lines.append(f"| {part} | {row['kills']} | {row['steps']} | {row['torn']} | {row['grace']:.2f} |")
     ends = "all with the same bits" if not figures["different"] else f"DIFFERENT: {figures['different']}"
-    total = f"{figures['kills']} kills in {figures['runs']} runs of {figures['steps']} steps, {ends}"
-    return "\n".join([*lines, "", f"{total}; seed {figures['seed']}, {figures['seconds']:.0f} s."])
+    total = f"{figures['kills']} times {figures['signal']} in {figures['runs']} runs of {figures['steps']} steps"
+    return "\n".join([*lines, "", f"{total}, {ends}; seed {figures['seed']}, {figures['seconds']:.0f} s."])
 
 
 def main() -> None:
@@ -275,12 +295,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="in all, at least")
     parser.add_argument("--each", type=int, default=5, help="in each part, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="that it gets")
     given = parser.parse_args()
     if given.output.exists():
         sys.exit(f"error: {given.output} is there already: name a new directory.")
     given.output.mkdir(parents=True)
     say = lambda line: print(line, flush=True)
-    figures = chaos(given.output, kills=given.kills, each=given.each, seed=given.seed, say=say)
+    how = signal.Signals[given.signal]
+    figures = chaos(given.output, kills=given.kills, each=given.each, seed=given.seed, how=how, say=say)
     sys.exit(bool(figures["different"]))
 
 

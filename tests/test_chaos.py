@@ -4,6 +4,7 @@ import collections
 import json
 import random
 import shutil
+import signal
 
 import pytest
 
@@ -28,6 +29,15 @@ def test_killed_at_random_moments_in_every_part_a_run_ends_with_the_same_bits(tm
     found = chaos.differences(other, straight)
     assert found[:2] == ["export/model.safetensors", "rewards.jsonl"]
     assert any(name.startswith("checkpoint['params']") for name in found)
+
+
+def test_a_run_that_is_asked_to_stop_in_any_part_has_saved_within_the_grace_period(tmp_path):
+    """Of 30 s, which machines that are taken away give; and none was inside of an update or a save that is lost."""
+    figures = chaos.chaos(tmp_path, kills=4, each=1, seed=1, how=signal.SIGTERM)
+    assert figures["different"] == []
+    assert all(figures["parts"][part]["kills"] >= 1 for part in chaos.PARTS)
+    assert max(part["grace"] for part in figures["parts"].values()) < 30
+    assert not any(kill["torn"] for kill in figures["log"] if kill["part"] != "export")
 
 
 @pytest.mark.parametrize(("kills", "each"), [(50, 5), (5, 1), (3, 2), (30, 0)])

@@ -18,6 +18,7 @@ from grpo_jax.outcomes import AdvantageConfig
 from grpo_jax.rewards import Judged, Reward, RewardError
 from grpo_jax.rollouts import GroupRollouts, RolloutConfig
 from grpo_jax.sampler import Sampler
+from grpo_jax.telemetry import RewardJournal
 from grpo_jax.training import UpdateConfig, make_reference_logprobs
 from tests import oracle
 
@@ -59,14 +60,14 @@ def objective_of(name, **changes):
 
 def collect(
     sampler, function, journal=None, source=lambda i: Prompt(text="abc"[: 1 + i % 3], columns={"n": i}),
-    interrupt=lambda: None, **options,
+    interrupt=lambda: None, step=2, **options,
 ):  # fmt: skip
     """Of the policy with the first parameters; those of the reference are others."""
     rewards = function if isinstance(function, list) else [Reward(name="r", function=function)]
     options = {"config": RolloutConfig(prompts=P, group_size=G), "objective": objective_of("grpo"), **options}
     rollouts = GroupRollouts(sampler=sampler, source=source, rewards=rewards, **options)
     params, reference = (init_params(CONFIG, jax.random.key(seed)) for seed in (0, 1))
-    state = types.SimpleNamespace(params=params, reference=reference, cursor=8, step=2)
+    state = types.SimpleNamespace(params=params, reference=reference, cursor=8, step=step)
     return rollouts(state, Journal() if journal is None else journal, interrupt)
 
 
@@ -103,6 +104,31 @@ def test_a_replay_reads_the_journal_and_does_not_ask_the_world_again(sampler):
     first, second = collect(sampler, reward, journal), collect(sampler, reward, journal)
     np.testing.assert_array_equal(first.batch.advantages, second.batch.advantages)
     assert next(answers) == 2.0
+
+
+def test_a_reward_that_was_mended_counts_from_the_first_step_that_was_not_recorded(sampler, tmp_path):
+    """Over a stop: the step that failed has no record, and those before it keep what they were judged with."""
+    fails = True
+
+    def reward(completions, **_):
+        if fails and len(recorded) == 2:
+            raise ValueError("mend me")
+        return [float(i % 3) if fails else -float(i % 4) for i in range(len(completions))]
+
+    def at(step):
+        return np.asarray(collect(sampler, reward, journal, step=step).batch.advantages).reshape(-1)
+
+    recorded, journal = [], RewardJournal(tmp_path)
+    recorded += [at(step) for step in (0, 1)]
+    with pytest.raises(RewardError, match="mend me"):
+        at(2)
+    journal.close()
+    fails, journal = False, RewardJournal(tmp_path)
+    mended = at(2)
+    np.testing.assert_array_equal([at(step) for step in (0, 1)], recorded)
+    values = -(np.arange(P * G) % 4.0).reshape(P, G)
+    np.testing.assert_allclose(mended, oracle.group_advantages(values).reshape(-1), rtol=1e-4)
+    journal.close()
 
 
 def test_rewards_of_steps_reach_the_tokens(sampler):
