@@ -364,6 +364,21 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     assert times == sorted(times)
 
 
+def test_a_clock_that_is_set_forward_during_a_save_costs_at_most_that_checkpoint(tmp_path, monkeypatch):
+    """Orbax gives a save 20 minutes by the clock: at every look at it here a day has gone."""
+    straight, _ = run(tmp_path / "straight", 6)
+    run(tmp_path / "jumped", 3)
+    clock, days = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: clock() + 86400 * next(days))
+    with pytest.raises(WorkdirError, match=r"cannot write a checkpoint .* timed out"):
+        run(tmp_path / "jumped", 6)
+    monkeypatch.setattr(time, "time", clock)
+    assert 3 in Checkpoints(tmp_path / "jumped" / "checkpoints", read_only=True).steps
+    again, rows = run(tmp_path / "jumped", 6)
+    np.testing.assert_array_equal(straight.params["w"], again.params["w"])
+    assert [row["step"] for row in rows] == list(range(7))
+
+
 def compiled_by_step(workdir, steps, change=lambda batch, step: batch):
     """What a real run with a tiny model compiles, by step; and the mean lengths of its completions."""
     tokenizer, mesh, key = ByteTokenizer("abcd"), sharding.make_mesh(), jax.random.key(0)
