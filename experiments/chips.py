@@ -6,10 +6,13 @@ decimal units, as published: a little of it is taken before a program starts.
 """
 
 import dataclasses
+import fnmatch
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -103,6 +106,19 @@ def chip_of(topology: str) -> tuple[Chip, str]:
     return CHIPS[name], shape
 
 
+def _check_libtpu(topology: str) -> None:
+    """Raises ValueError unless libtpu is there, of a version that JAX goes with: others speak another language."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"topology={topology}: compiling for TPUs needs their compiler: pip install -e '.[tpu]'.")
+    installed = metadata.version("libtpu")
+    wanted = [found[1] for r in metadata.requires("jax") or () if (found := re.match(r"libtpu\s*==\s*([\w.*]+)", r))]
+    if wanted and not any(fnmatch.fnmatchcase(installed, version) for version in wanted):
+        raise ValueError(
+            f"topology={topology}: libtpu {installed} is installed, and jax {jax.__version__} goes with {wanted[0]}, "
+            "which pip install -e '.[tpu]' brings."
+        )
+
+
 def devices_of(topology: str, slices: int = 1) -> Sequence[Any]:
     """Devices of a topology that is not here, to compile for; `absent` comes first.
 
@@ -118,8 +134,7 @@ def devices_of(topology: str, slices: int = 1) -> Sequence[Any]:
     if slices < 1 or (slices > 1 and chip.target):
         raise ValueError(f"slices={slices} of {topology} must be 1 or more, and of GPUs 1: say hosts x GPUs, h100:2x8.")
     if not chip.target:
-        if importlib.util.find_spec("libtpu") is None:
-            raise ValueError(f"topology={topology}: compiling for TPUs needs their compiler: pip install libtpu.")
+        _check_libtpu(topology)
         sizes = [int(size) for size in shape.split("x")]
         # Hosts have four chips, unless there are fewer.
         few = {"chips_per_host_bounds": [*sizes, 1, 1][:3]} if math.prod(sizes) < 4 else {}

@@ -193,7 +193,7 @@ def test_state_in_the_memory_of_the_host_learns_the_same_and_is_restored_there(c
     store.close()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]")
 def test_state_in_the_memory_of_the_host_is_not_in_that_of_a_tpu():
     """As its compiler says, of four chips that are not here: see compile_offloaded.py."""
     command = [sys.executable, "-m", "tests.compile_offloaded"]

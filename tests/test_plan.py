@@ -103,6 +103,17 @@ def test_gpus_have_no_slices():
         chips.devices_of("h100:8", slices=2)
 
 
+def test_a_libtpu_that_jax_does_not_go_with_is_refused(monkeypatch):
+    """Its programs cannot all be read: `async-update instruction should have 1 operands but sees 3`."""
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(chips.metadata, "requires", lambda name: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"'])
+    monkeypatch.setattr(chips.metadata, "version", lambda name: "0.0.42.1")
+    chips._check_libtpu("v5e:1x1")
+    monkeypatch.setattr(chips.metadata, "version", lambda name: "0.0.45")
+    with pytest.raises(ValueError, match=r"libtpu 0.0.45 is installed, and jax .* goes with 0.0.42.\*, which pip"):
+        chips.devices_of("v5e:1x1")
+
+
 def test_chips_are_what_their_makers_say():
     for chip in chips.CHIPS.values():
         assert chip.source.startswith("https://")
@@ -114,7 +125,7 @@ def test_chips_are_what_their_makers_say():
     assert "core_count: 132" in chips.CHIPS["h100"].target
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]")
 def test_a_mesh_of_fewer_devices_than_there_are_is_refused():
     done = subprocess.run(
         [sys.executable, "-m", "experiments.plan", "--model=qwen2.5-0.5b", "--topology=v5e:2x2", "--mesh.fsdp=2"],
@@ -141,7 +152,7 @@ def planned_for(topology, directory, *flags):
     return done.stdout.splitlines()[-1], json.loads(kept.read_text())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]")
 @pytest.mark.parametrize(("prompts", "max_tokens"), [(4, 256), (4096, 2048)])
 def test_the_command_plans_for_chips_that_are_not_here(prompts, max_tokens, tmp_path):
     """A small model on four v5e fits, and a step that is too large for them is a result and no crash."""

@@ -66,7 +66,7 @@ def check_decode(text):
                     assert kind != "bf16" or 2 * math.prod(dims) < 2**20, f"copied for every token: {line[:300]}"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]")
 @pytest.mark.parametrize("topology", GIGABYTES)
 def test_a_half_billion_parameters_fit(topology, tmp_path):
     environment = {
@@ -101,7 +101,7 @@ def test_a_half_billion_parameters_fit(topology, tmp_path):
             check_decode(text)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]")
 def test_from_slice_to_slice_goes_one_sum_of_gradients_and_within_one_they_are_scattered(tmp_path):
     command = [sys.executable, "-m", "tests.compile_slices", str(tmp_path / "text")]
     environment = {**TPU_COMPILER, "JAX_OPTIMIZATION_LEVEL": "O0"}
