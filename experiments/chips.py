@@ -6,7 +6,6 @@ decimal units, as published: a little of it is taken before a program starts.
 """
 
 import dataclasses
-import fnmatch
 import importlib.util
 import math
 import os
@@ -111,8 +110,11 @@ def _check_libtpu(topology: str) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"topology={topology}: compiling for TPUs needs their compiler: pip install -e '.[tpu]'.")
     installed = metadata.version("libtpu")
-    wanted = [found[1] for r in metadata.requires("jax") or () if (found := re.match(r"libtpu\s*==\s*([\w.*]+)", r))]
-    if wanted and not any(fnmatch.fnmatchcase(installed, version) for version in wanted):
+    pins = (
+        re.match(r"libtpu\s*==\s*([\w.]+?)(\.\*)?\s*(;|$)", required) for required in metadata.requires("jax") or ()
+    )
+    wanted = [pin[1] for pin in pins if pin]
+    if wanted and not any(f"{installed}.".startswith(f"{version}.") for version in wanted):
         raise ValueError(
             f"topology={topology}: libtpu {installed} is installed, and jax {jax.__version__} goes with {wanted[0]}, "
             "which pip install -e '.[tpu]' brings."

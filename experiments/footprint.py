@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from grpo_jax import objectives, optimizers, sharding, training
+from grpo_jax import floors, objectives, optimizers, sharding, training
 from grpo_jax.logprobs import CHUNK
 from grpo_jax.memory import device_memory
 from grpo_jax.models import lora
@@ -101,17 +102,12 @@ def estimate(
     brought = round(params * on_device) if optimizer.offload else 0
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
-    width = 2 if config.compute_dtype == "bfloat16" else 4
     columns = sampler.max_prompt_tokens + max_tokens
-    layer = rows * columns * config.width * width
-    inner = rows * columns * (2 * config.heads * config.head_width + 2 * config.mlp_width // tensor) * width
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
-    of_layers = {
-        "none": config.layers * (4 * layer + inner),
-        "dots": config.layers * (2 * layer + inner),  # their input, what attention adds, and what is inside
-        "full": config.layers * layer + inner,
-    }
-    kept = scores + of_layers[config.remat]
+    own = floors.Adapters(rank=adapters.rank, targets=adapters.targets) if adapters.rank else None
+    of_layer = lambda remat: floors.kept(floors.Model.of(config), remat, own, tensor)
+    of_token = (config.layers - 1) * of_layer(config.remat) + of_layer("none")  # of one layer there is all meanwhile
+    kept = scores + rows * columns * round(of_token) * jnp.dtype(config.compute_dtype).itemsize
     logits = rows * max_tokens * config.vocab_size // tensor
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {

@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "Work",
     "decode",
+    "kept",
     "of_step",
     "prefill",
     "reference",
@@ -53,6 +54,8 @@ class Model:
     mlp_width: int  # M
     tied: bool = True  # the unembedding is the embedding
     windows: tuple[int, ...] = (0,)  # tokens that a layer's see; repeats over the layers; 0: all
+    qk_norm: bool = False  # queries and keys go through a norm
+    post_norms: bool = False  # what attention and MLP add goes through one
 
     @classmethod
     def of(cls, config: Any) -> "Model":
@@ -131,7 +134,7 @@ class Adapters:
     def sums(self, remat: str, *, backward: bool) -> int:
         """How often a pass adds up r numbers of a token over tensor, inside of a layer's adapters."""
         summed = {*self.targets} & {"output", "down"}  # whose inputs are split over it; of others, outputs
-        again = {"full": summed, "dots": (), "none": summed & {"down"}}[remat]  # see `Step.kept`
+        again = () if remat == "dots" else summed  # see `kept`
         return len(summed) + (len({*self.targets} - summed) + len(again) if backward else 0)
 
 
@@ -169,28 +172,31 @@ class Step:
         """Of a number in the parameters; adapters, and all where there are none, are float32."""
         return self.adapters.base_bytes if self.adapters else 4
 
-    def kept(self, model: Model, tensor: int = 1) -> float:
-        """Numbers that a token leaves on a device in a layer, for the backward pass, by `transformer.REMAT`.
-
-        full: the layer's input. dots: and what products with weights make, but for the last, which goes into the next
-        layer's input; where a matrix has an adapter what both make, and what is inside of it. none: each sum once, and
-        what attention makes; what is elementwise is made again, and what is inside of adapters but the output's.
-        """
-        if self.remat == "full":
-            return model.width
-        outputs = {name: size for name, (_, size) in model.matrices.items() if name != "down"}
-        made = {name: size if name == "output" else size / tensor for name, size in outputs.items()}
-        own = self.adapters or Adapters(rank=0, targets=())
-        inside, twice = own.rank * len(own.targets), sum(made.get(name, 0) for name in own.targets)
-        if self.remat == "none":  # see `_Block`
-            inside, twice = own.rank * len({"output"} & {*own.targets}), made["query"]
-        return model.width + sum(made.values()) + inside + twice
-
     @property
     def parts(self) -> float:
         """Microbatches of one pass that hold something, where short completions share rows."""
         every = self.minibatches * self.microbatches
         return np.ceil(every * self.columns.mean() / (self.prompt_tokens + self.max_tokens))
+
+
+def kept(model: Model, remat: str, adapters: Adapters | None = None, tensor: int = 1) -> float:
+    """Numbers that a token leaves on a device in a layer, for the backward pass, by `transformer.REMAT`.
+
+    full: the layer's input. dots: and what products with weights make, but for the last, which goes into the next
+    layer's input, where no norm is behind it; where a matrix has an adapter what both make, and what is inside of it.
+    none: each sum of both, what attention makes, and what goes into norms; what is elementwise is made again, and what
+    is inside of adapters.
+    """
+    if remat == "full":
+        return model.width
+    outputs = {name: size for name, (_, size) in model.matrices.items() if name != "down" or model.post_norms}
+    made = {name: size if name in ("output", "down") else size / tensor for name, size in outputs.items()}
+    if remat == "dots":
+        own = adapters or Adapters(rank=0, targets=())
+        more = own.rank * len(own.targets) + sum(made.get(name, 0) for name in own.targets)
+    else:
+        more = made["query"] + model.qk_norm * (made["query"] + made["key"]) + model.post_norms * model.width
+    return model.width + sum(made.values()) + more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,13 +397,13 @@ def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
     A product with a matrix is one forward, and backward one for the gradient of what went in and, if it trains, one for
     its own. Of memory: weights at each pass over them (forward, again where all is computed again, backward), gradients
     that are added up, what Adam reads and writes (of what trains the parameters, two moments, the gradient), and what
-    layers keep for the backward pass (`Step.kept`), written once and read once.
+    layers keep for the backward pass (`kept`), written once and read once.
     """
     shards, e, a = layout.data * layout.fsdp, step.epochs, step.adapters
     trained = sum(a.sides(model, layout)) if a else model.parameters / (layout.fsdp * layout.tensor)
     own = 4.0 * trained  # bytes of a device's parameters, which are float32
     flop = _products(model, step, 2 if a else 3, 3) + 3 * _scores(model, 0, step.columns)
-    kept = step.columns.sum() / shards * model.layers * step.kept(model, layout.tensor) * step.compute_bytes
+    of_token = model.layers * kept(model, step.remat, a, layout.tensor) * step.compute_bytes
     sent = {name: e * size for name, size in _passed(model, step, layout, backward=True).items()}
     # Within a slice each device gets a part of the sum, which goes over the slices, and back within them.
     within, sums = layout.data // layout.slices, e * step.minibatches * 2
@@ -409,7 +415,7 @@ def update(model: Model, step: Step, layout: Layout = Layout()) -> Work:
             "weights": float(e * (2 + (step.remat == "full")) * _read(model, step, layout)),
             "gradients": float(e * step.parts * 2 * own),
             "optimizer": e * step.minibatches * 7 * own,
-            "activations": float(e * 2 * kept),
+            "activations": float(e * 2 * step.columns.sum() / shards * of_token),
         },
         interconnect=sent,
         network=slow,

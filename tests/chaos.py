@@ -45,8 +45,7 @@ FLAGS = [
     "--data.max_prompt_tokens=160", "--rollout.prompts=4", "--rollout.group_size=4", "--rollout.max_tokens=16",
     "--rollout.stop=('e',)", "--rollout.max_waves=2", "--update.microbatches=1", "--optimizer.learning_rate=1e-3",
     "--optimizer.warmup_steps=0", "--policy.compute_dtype=float32", "--policy.remat=none", "--evaluation.prompts=4",
-    "--evaluation.sampled_prompts=2", "--evaluation.samples=2", "--evaluation.every=1000", "--checkpoints.every=1",
-    "--train.samples_every=1",
+    "--evaluation.sampled_prompts=2", "--evaluation.samples=2", "--evaluation.every=1000", "--train.samples_every=1",
 ]  # fmt: skip
 
 
@@ -66,6 +65,8 @@ class Kill:
     part: str  # the one that was aimed at, if it was in it; else the one that began last; or "start" or "between"
     parts: tuple[str, ...]  # all that it was in
     step: int  # from 1; 0: before the first
+    status: int  # that it ended with; of a signal the negative number
+    newest: int  # checkpoint there is then; 0: none
     seconds: float  # since its start, to its end
     grace: float  # seconds from the signal to its end
     torn: tuple[str, ...]  # what was left half written
@@ -99,7 +100,8 @@ class Life:
         os.close(writer)
         for line in self._lines(reader, process):
             self._hear(line)
-        status, ended = process.wait(), time.monotonic()
+        self.status = status = process.wait()
+        ended = time.monotonic()
         self.seconds, self.killed = ended - started, self._sent is not None and status in (-how, 128 + how)
         if self.killed and self._sent is not None:
             self.grace = ended - self._sent
@@ -183,8 +185,13 @@ def next_aim(
     return Aim(part=part, occurrence=rng.randint(1, 3), delay=rng.uniform(0, 0.9 * statistics.median(took[part])))
 
 
-def prepare(output: pathlib.Path, steps: int) -> list[str]:
-    """Problems, a model and a reward; the flags of the run, but for its workdir."""
+def newest(workdir: pathlib.Path) -> int:
+    """The step of a workdir's newest checkpoint that is whole; 0 where there is none."""
+    return max((int(path.name) for path in workdir.glob("checkpoints/[0-9]*") if path.name.isdecimal()), default=0)
+
+
+def prepare(output: pathlib.Path, steps: int, every: int) -> list[str]:
+    """Problems, a model and a reward; flags of the run, which saves after so many steps, but for its workdir."""
     processes.python(
         "-m", "experiments.tiny_gsm8k", f"--output={output / 'tiny'}", "--train=32", "--test=4", "--vocabulary=300"
     )  # fmt: skip
@@ -192,7 +199,7 @@ def prepare(output: pathlib.Path, steps: int) -> list[str]:
     return [
         f"--model={output / 'tiny' / 'model'}", f"--data.train_file={output / 'tiny' / 'train.jsonl'}",
         f"--data.test_file={output / 'tiny' / 'test.jsonl'}", f"--reward={output / 'patient.py'}:patient=0.01",
-        f"--train.steps={steps}", *FLAGS,
+        f"--train.steps={steps}", f"--checkpoints.every={every}", *FLAGS,
     ]  # fmt: skip
 
 
@@ -206,7 +213,8 @@ def chaos(
     """
     output = output.absolute()
     rng, started, steps = random.Random(seed), time.monotonic(), 4 + kills // 2
-    flags, log = prepare(output, steps), output / "log.txt"
+    # Killed, it must come to new steps before the next kill; asked to stop, it saves where it is.
+    flags, log = prepare(output, steps, 1 if how == signal.SIGKILL else 3), output / "log.txt"
     straight = Life([f"--workdir={output / 'straight'}", *flags], log, None)
     say(f"never killed: {steps} steps in {straight.seconds:.1f} s")
     done: list[Kill] = []
@@ -228,8 +236,8 @@ def chaos(
             took[part] += seconds
         if life.killed and aim:
             kill = Kill(
-                part=_hit(life, aim), parts=tuple(life.within), step=life.step, seconds=life.seconds, grace=life.grace,
-                torn=torn(workdir),
+                part=_hit(life, aim), parts=tuple(life.within), step=life.step, status=life.status,
+                newest=newest(workdir), seconds=life.seconds, grace=life.grace, torn=torn(workdir),
             )  # fmt: skip
             done.append(kill)
             say(_line(len(done), runs, kill))

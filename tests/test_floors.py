@@ -144,10 +144,10 @@ def test_a_mesh_divides_the_work():
 # What a program of ours does ----------------------------------------------------------------------------
 
 
-def program(remat, adapters):
+def program(remat, adapters, model=MODEL, **options):
     """The loss of a row of 7 columns, as a function of what trains and of what is frozen, and shapes of both."""
-    sizes = {f.name: getattr(MODEL, f.name) for f in dataclasses.fields(floors.Model)} | {"windows": (0,)}
-    config = TransformerConfig(**sizes, remat=remat)
+    sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(floors.Model)} | {"windows": (0,)}
+    config = TransformerConfig(**sizes, remat=remat, **options)
     own = lora.LoraConfig(rank=adapters.rank, targets=adapters.targets) if adapters else lora.LoraConfig()
     policy, ids = lora.adapted_policy(make_policy(config), config, own), jnp.ones((1, 7), jnp.int32)
 
@@ -181,26 +181,32 @@ def test_products_are_those_of_the_gradient(adapters):
     scores = 4 * 4 * 6 * 3
     forward = floors.reference(model, step, adapted=True).flop - scores * 28
     assert dots(jax.make_jaxpr(loss)(trained, frozen).jaxpr).tolist() == [forward, scores * 49]
-    # What is made again does not count: inside of adapters but the output's, see `_Block`, and scores.
-    made_again = {*(adapters.targets if adapters else ())} - {"output"}
-    inputs = [inputs for name, (inputs, _) in MODEL.matrices.items() if name in made_again]
+    # What is made again does not count: inside of adapters, see `_Block`, and scores.
+    inputs = [inputs for name, (inputs, _) in MODEL.matrices.items() if adapters and name in adapters.targets]
     again = 2 * 7 * 3 * adapters.rank * sum(inputs) if adapters else 0
     whole = floors.update(model, step).flop - 3 * scores * 28 + again
     assert dots(jax.make_jaxpr(jax.grad(loss))(trained, frozen).jaxpr).tolist() == [whole, 3.5 * scores * 49]
 
 
+@pytest.mark.parametrize("norms", [{}, {"qk_norm": True}, {"post_norms": True}, {"qk_norm": True, "post_norms": True}])
 @pytest.mark.parametrize("adapters", [None, SOME, EVERY])
-def test_what_layers_keep_is_what_the_gradient_finds(adapters):
-    kept = {}
+def test_what_layers_keep_is_what_the_gradient_finds(adapters, norms):
+    """Numbers of tokens, and of weights nothing but what they are: no other form of them."""
+    model, found = dataclasses.replace(MODEL, **norms), {}
     for remat in ("full", "dots", "none"):
-        loss, trained, frozen = program(remat, adapters)
-        found = jax.eval_shape(lambda *x, loss=loss: jax.vjp(loss, *x)[1], trained, frozen)
-        of_tokens = [x.shape for x in jax.tree.leaves(found) if x.shape[0] == 3 and 7 in x.shape]  # of layers
-        kept[remat] = sum(map(math.prod, of_tokens)) / (3 * 7)
-    step = lambda remat: dataclasses.replace(STEP, remat=remat, adapters=adapters)
-    assert {remat: step(remat).kept(MODEL) for remat in kept} == kept
-    of_two = floors.update(MODEL, step("dots"), floors.Layout(tensor=2)).memory["activations"]
-    assert of_two < floors.update(MODEL, step("dots")).memory["activations"] < 2 * of_two
+        loss, *params = program(remat, adapters, model, compute_dtype="bfloat16")
+        kept = jax.tree.leaves(jax.eval_shape(lambda *x, loss=loss: jax.vjp(loss, *x)[1], *params))
+        of_layers = [x for x in kept if x.shape and x.shape[0] == 3]
+        found[remat] = sum(math.prod(x.shape) for x in of_layers if 7 in x.shape) / (3 * 7)
+        given = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
+        assert {(x.shape, x.dtype) for x in of_layers if 7 not in x.shape} <= given
+    assert found == {remat: floors.kept(model, remat, adapters) for remat in found}
+
+
+def test_what_layers_keep_is_split_over_tensor():
+    step = dataclasses.replace(STEP, remat="dots")
+    of_two, of_one = (floors.update(MODEL, step, floors.Layout(tensor=n)).memory["activations"] for n in (2, 1))
+    assert of_two < of_one < 2 * of_two
 
 
 # What is sent -----------------------------------------------------------------------------------------
@@ -234,6 +240,8 @@ def compiled_update(config, layout, microbatches, rank):
         (floors.Layout(data=4, fsdp=2), 1, "full", 0),
         (floors.Layout(fsdp=4, tensor=2), 2, "dots", 2),
         (floors.Layout(data=4, fsdp=2), 1, "full", 2),
+        (floors.Layout(data=2, fsdp=2, tensor=2), 1, "none", 0),
+        (floors.Layout(data=4, fsdp=2), 1, "none", 2),
     ],
 )
 def test_what_an_update_sends_is_what_xla_sends(layout, microbatches, remat, rank):

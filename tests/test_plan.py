@@ -107,11 +107,15 @@ def test_a_libtpu_that_jax_does_not_go_with_is_refused(monkeypatch):
     """Its programs cannot all be read: `async-update instruction should have 1 operands but sees 3`."""
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(chips.metadata, "requires", lambda name: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"'])
-    monkeypatch.setattr(chips.metadata, "version", lambda name: "0.0.42.1")
-    chips._check_libtpu("v5e:1x1")
-    monkeypatch.setattr(chips.metadata, "version", lambda name: "0.0.45")
-    with pytest.raises(ValueError, match=r"libtpu 0.0.45 is installed, and jax .* goes with 0.0.42.\*, which pip"):
-        chips.devices_of("v5e:1x1")
+    for installed in ("0.0.42", "0.0.42.1"):
+        monkeypatch.setattr(chips.metadata, "version", lambda name, installed=installed: installed)
+        chips._check_libtpu("v5e:1x1")
+    for installed in ("0.0.45", "0.0.421", "0.0.4"):
+        monkeypatch.setattr(chips.metadata, "version", lambda name, installed=installed: installed)
+        with pytest.raises(
+            ValueError, match=f"libtpu {installed} is installed, and jax .* goes with 0.0.42, which pip"
+        ):
+            chips.devices_of("v5e:1x1")
 
 
 def test_chips_are_what_their_makers_say():

@@ -336,7 +336,7 @@ def memory(
 
 # While 2 prompts of 6 tokens are prefilled, their caches a second time included: `rollout_bytes`, which
 # tests.test_sampler tests; and on two devices together, each of which gathers a layer's weights.
-COMES_AND_GOES, ON_TWO = 3544, 5752
+COMES_AND_GOES, ON_TWO = 3928, 5624
 
 
 def test_memory_by_hand():
@@ -345,13 +345,14 @@ def test_memory_by_hand():
     params = 4 * (128 + 8 + 2 * 128 + 2 * 64 + 3 * 96 + 16)
     assert footprint.parameters(TINY) * 4 == params == 3296
     cache = lambda rows, columns: 4 * 2 * rows * columns * 8  # keys and values of one head of 8
-    # 2 rows of 10 columns at a time. Of a layer: query and output (16 each), gate and up (12 each); scores, twice.
-    layer, inner, scores = 4 * 2 * 10 * 8, 4 * 2 * 10 * (32 + 24), 4 * 2 * 2 * 2 * 10 * 10
+    # 2 rows of 10 columns at a time. Of a layer: its input and that of the MLP (8 each), query and what attention gives
+    # (16 each), key and value (8 each), gate and up (12 each); scores, twice.
+    layer, inner, scores = 4 * 2 * 10 * 8, 4 * 2 * 10 * (8 + 32 + 16 + 24), 4 * 2 * 2 * 2 * 10 * 10
     logits = 4 * 5 * 2 * 4 * 16
     kept = 2 * 12 * 4 * 4  # ids and log-probabilities of all tokens, twice
     expected = {
         "state": 3 * params,
-        "update": 2 * params + 4 * layer + inner + scores + logits,
+        "update": 2 * params + layer + inner + scores + logits,
         "rollout": params + cache(2, 6) + cache(4, 4) + COMES_AND_GOES + kept,
     }
     assert memory() == expected
@@ -365,21 +366,20 @@ def test_memory_by_hand():
         "update": expected["update"] - 2 * params + 2 * adapters,
         "rollout": expected["rollout"] + 4 * 12 * 8,  # `down` and its adapter, summed up for the prefill
     }
-    for remat, kept in (("dots", 2 * layer + inner), ("full", layer + inner)):
-        rematerialized = dataclasses.replace(TINY, remat=remat)
-        assert memory(rematerialized) == {**expected, "update": 2 * params + kept + scores + logits}
-    deep = dataclasses.replace(TINY, layers=3)
-    three = {"none": 3 * (4 * layer + inner), "dots": 3 * (2 * layer + inner), "full": 3 * layer + inner}
+    for remat in ("dots", "full"):  # while it is computed again all of the layer is there
+        assert memory(dataclasses.replace(TINY, remat=remat)) == expected
+    deep, attention = dataclasses.replace(TINY, layers=3), 4 * 2 * 10 * 16
+    three = {"none": 3 * (layer + inner), "dots": 3 * (layer + inner) - 2 * attention, "full": 3 * layer + inner}
     of = lambda remat: memory(dataclasses.replace(deep, remat=remat))["update"]
     assert {of(remat) - three[remat] for remat in three} == {2 * footprint.parameters(deep) * 4 + scores + logits}
     long = memory(max_prompt_tokens=252)  # 256 columns: 128 queries at a time
-    assert long["update"] == 2 * params + 256 * (4 * layer + inner) // 10 + 4 * 2 * 2 * 2 * 128 * 256 + logits
+    assert long["update"] == 2 * params + 256 * (layer + inner) // 10 + 4 * 2 * 2 * 2 * 128 * 256 + logits
     fused = dataclasses.replace(TINY, attention="splash")
     assert memory(fused)["update"] == expected["update"] - scores
     refilled = memory(slots=2)  # a row of each prompt, copied from where all are, and a slot for half of them
     assert refilled["rollout"] == expected["rollout"] + cache(2, 6) - cache(2, 4)
     large = memory(dataclasses.replace(TINY, vocab_size=2**22))  # 2 rows of 4 tokens: more logits than half a chunk
-    assert large["update"] == 2 * large["state"] // 3 + 4 * layer + inner + scores + 2 * 4 * CHUNK
+    assert large["update"] == 2 * large["state"] // 3 + layer + inner + scores + 2 * 4 * CHUNK
 
 
 def test_memory_of_optimizers():

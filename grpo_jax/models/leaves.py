@@ -17,22 +17,10 @@ import jax.numpy as jnp
 
 from grpo_jax.types import Array, PyTree, record
 
-__all__ = [
-    "FROM_WIDTH",
-    "MATRICES",
-    "Adapted",
-    "bare",
-    "flat",
-    "merged",
-    "project",
-    "quantized",
-    "quantized_axes",
-    "scattered",
-]
+__all__ = ["MATRICES", "Adapted", "bare", "merged", "project", "quantized", "quantized_axes", "scattered"]
 
 # The matrices of a layer, and how many leading axes of each are inputs.
 MATRICES = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
-FROM_WIDTH = ("query", "key", "value", "gate", "up")  # those whose first axis is the width
 
 
 @record
@@ -45,15 +33,6 @@ class Adapted:
     scale: float = dataclasses.field(metadata={"static": True})  # s
 
 
-def flat(leaf: Any, axes: int = 1) -> Any:
-    """A weight leaf whose first `axes` axes, its inputs, are one, and its outputs another."""
-    if isinstance(leaf, Adapted):
-        return dataclasses.replace(leaf, base=flat(leaf.base, axes), a=flat(leaf.a, axes), b=flat(leaf.b))
-    if hasattr(leaf, "qvalue"):
-        return dataclasses.replace(leaf, qvalue=flat(leaf.qvalue, axes), scale=leaf.scale.reshape(1, -1))
-    return leaf.reshape(math.prod(leaf.shape[:axes]), -1)
-
-
 def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
     """Contracts the last `axes` axes of x with the first of a weight leaf, in x's dtype.
 
@@ -61,23 +40,14 @@ def project(x: jax.Array, leaf: Any, axes: int = 1) -> jax.Array:
     scaling it.
     As a product of matrices, for in the gradient of one with more axes XLA's CPU compiler transposes the cotangents.
     """
-    matrices = flat(leaf, axes)
-    out = _product(x.reshape(-1, math.prod(x.shape[x.ndim - axes :])), matrices)
-    return out.reshape(*x.shape[: x.ndim - axes], *_shape(leaf)[axes:])
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    weight = leaf.base if isinstance(leaf, Adapted) else leaf
-    return getattr(weight, "qvalue", weight).shape
-
-
-def _product(x: jax.Array, leaf: Any) -> jax.Array:
     if isinstance(leaf, Adapted):
-        return _product(x, leaf.base) + _product(leaf.scale * _product(x, leaf.a), leaf.b)
-    if hasattr(leaf, "qvalue"):
-        out = _product(x, leaf.qvalue)
-        return out * jnp.broadcast_to(leaf.scale.astype(x.dtype), out.shape)
-    return jnp.matmul(x, leaf.astype(x.dtype))
+        return project(x, leaf.base, axes) + project(leaf.scale * project(x, leaf.a, axes), leaf.b)
+    matrix, scale = (leaf.qvalue, leaf.scale) if hasattr(leaf, "qvalue") else (leaf, None)
+    inputs, outputs = math.prod(matrix.shape[:axes]), matrix.shape[axes:]
+    out = jnp.matmul(x.reshape(-1, inputs), matrix.astype(x.dtype).reshape(inputs, -1))
+    if scale is not None:
+        out = out * jnp.broadcast_to(scale.astype(x.dtype).reshape(1, -1), out.shape)
+    return out.reshape(*x.shape[: x.ndim - axes], *outputs)
 
 
 @jax.custom_vjp

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models.attention import make_attention
-from grpo_jax.models.leaves import FROM_WIDTH, flat, merged, project, quantized, quantized_axes, scattered
+from grpo_jax.models.leaves import merged, project, quantized, quantized_axes, scattered
 from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
 from grpo_jax.sharding import SAMPLER_RULES, shardings
 from grpo_jax.types import Policy
@@ -119,12 +119,6 @@ class TransformerConfig:
         return self.windows[: self.layers]
 
 
-# What the backward pass makes again, for what is elementwise costs less so than to be stored and read: it keeps what
-# norms and gates are made of. Nothing else keeps JAX from storing each step of it, in float32, for all layers.
-_again = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@functools.partial(_again, static_argnums=2)
 def _rms_norm(x: jax.Array, scale: jax.Array, config: TransformerConfig) -> jax.Array:
     x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
@@ -162,12 +156,20 @@ class _Block(nn.Module):
     """One layer. `attend(query, key, value) -> (mixed, cache)` decides what a token sees."""
 
     config: TransformerConfig
+    trains: bool = False  # a backward pass comes to it
+    scatters: bool = False  # gradients of the matrices behind a norm are made as `scattered` says
 
     @nn.compact
     def __call__(self, x, positions, frequencies, attend):
         c = self.config
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         small = nn.initializers.variance_scaling(1.0 / c.layers, "fan_in", "truncated_normal")
+        # The backward pass keeps what goes into norms, gates and matrices: what is elementwise costs less again than to
+        # be stored and read, in float32 for each step of a norm, and a matrix lies there already, before it was cast.
+        # (XLA may keep it yet where no loop over layers is between both passes. With "dots" and "full", see `hidden`.)
+        as_it_is = lambda function: function
+        again = functools.partial(jax.checkpoint, prevent_cse=False) if self.trains else as_it_is
+        kept = again if c.remat == "none" else as_it_is
 
         def weight(name, shape, axes, init=normal, inputs=1) -> Any:
             # Linen's fan_in of a [D, H, C] kernel would be D*H; initialize it as the matrix it is.
@@ -175,50 +177,47 @@ class _Block(nn.Module):
             matrix = lambda key: init(key, (rows, math.prod(shape) // rows)).reshape(shape)
             return self.param(name, nn.with_partitioning(matrix, axes))
 
-        def scale(name, width, axis="embed") -> Any:
+        def norm_scale(name, width=c.width, axis="embed") -> Any:
             return self.param(name, nn.with_partitioning(lambda key: jnp.full(width, 1.0 - c.unit_offset), (axis,)))
 
-        def norm(name, x) -> jax.Array:
-            return _rms_norm(x, scale(name, c.width), c)
+        normed = kept(lambda x, scale: _rms_norm(x, scale, c))
 
-        @_again
+        @kept
         def products(x, scale, matrices) -> list[jax.Array]:
+            turns = lambda matrix: self.scatters and isinstance(matrix, jax.Array)
             y = _rms_norm(x, scale, c)
-            return [project(y, matrix) for matrix in matrices]
+            return [project(y, scattered(matrix, y.dtype) if turns(matrix) else matrix) for matrix in matrices]
 
         def into_heads(name, count) -> tuple[Any, Any, Any]:
             axis = "heads" if name == "query" else "kv_heads"
             matrix = weight(name, (c.width, count, c.head_width), ("embed", axis, "head"))
             zeros = nn.with_partitioning(lambda key: jnp.zeros((count, c.head_width)), (axis, "head"))
             bias = self.param(f"{name}_bias", zeros) if c.qkv_bias else None
-            norm = scale(f"{name}_norm", c.head_width, "head") if c.qk_norm and name != "value" else None
-            # Where the backward pass makes the product again, XLA would gather a matrix over fsdp once for that and
-            # once for the gradient, had not both the same reshaped one. Else that would be kept beside the parameters.
-            return matrix if c.remat == "none" else flat(matrix), bias, norm
+            has_norm = c.qk_norm and name != "value"
+            return matrix, bias, norm_scale(f"{name}_norm", c.head_width, "head") if has_norm else None
 
-        def finished(name, out, bias, scale) -> jax.Array:
-            out = out.reshape(*x.shape[:-1], -1, c.head_width)
+        def of_heads(name, out, bias, scale) -> jax.Array:
             if bias is not None:
                 out = out + jnp.broadcast_to(bias.astype(out.dtype), out.shape)
-            out = out if scale is None else _rms_norm(out, scale, c)
+            out = out if scale is None else normed(out, scale)
             return out if name == "value" else _rotate(out, positions, frequencies)
 
-        attention_norm = scale("attention_norm", c.width)
+        attention_norm = norm_scale("attention_norm")
         heads = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
-        weights, biases, scales = zip(*(into_heads(*of) for of in heads.items()), strict=True)
-        made = products(x, attention_norm, weights)
-        mixed, cache = attend(*map(finished, heads, made, biases, scales))
+        matrices, biases, scales = zip(*(into_heads(*of) for of in heads.items()), strict=True)
+        made = products(x, attention_norm, matrices)
+        mixed, cache = attend(*map(of_heads, heads, made, biases, scales))
         output = weight("output", (c.heads, c.head_width, c.width), ("heads", "head", "embed"), small, 2)
-        y = project(mixed, output, axes=2)
-        x = x + (norm("attention_post_norm", y) if c.post_norms else y)
+        y = kept(functools.partial(project, axes=2))(mixed, output)
+        x = x + (normed(y, norm_scale("attention_post_norm")) if c.post_norms else y)
 
-        mlp_norm = scale("mlp_norm", c.width)
-        weights = [weight(name, (c.width, c.mlp_width), ("embed", "mlp")) for name in ("gate", "up")]
-        gate, up = products(x, mlp_norm, weights)
+        mlp_norm = norm_scale("mlp_norm")
+        gate, up = products(
+            x, mlp_norm, [weight(name, (c.width, c.mlp_width), ("embed", "mlp")) for name in ("gate", "up")]
+        )
         down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"), small)
-        gated = lambda gate, up, down: project(_ACTIVATIONS[c.activation](gate) * up, down)
-        y = _again(gated)(gate, up, down)
-        return x + (norm("mlp_post_norm", y) if c.post_norms else y), cache
+        y = again(lambda gate, up, down: project(_ACTIVATIONS[c.activation](gate) * up, down))(gate, up, down)
+        return x + (normed(y, norm_scale("mlp_post_norm")) if c.post_norms else y), cache
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
@@ -283,8 +282,9 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     # For libtpu; on CPUs it is tested. (Where data has one part, XLA multiplies and sums in rings, which a gradient
     # that is turned would keep it from.)
     scatters = mesh is not None and min(mesh.shape["data"], mesh.shape["fsdp"]) > 1 and platform != "gpu"
-    block, dtype = _Block(config), jnp.dtype(config.compute_dtype)
-    int8, sampler_dtype = config.sampler_dtype == "int8", jnp.dtype(config.decoding_dtype)
+    block, trained = _Block(config), _Block(config, trains=True, scatters=scatters)
+    dtype, sampler_dtype = jnp.dtype(config.compute_dtype), jnp.dtype(config.decoding_dtype)
+    int8 = config.sampler_dtype == "int8"
     shapes, param_axes = abstract_params(config)
     scale, pattern = (config.query_scale or config.head_width) ** -0.5, config.pattern
     attention = {
@@ -315,10 +315,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     def hidden(params, tokens, positions, segments):
         def layer(window, x, layer_params):
             attend = lambda q, k, v: (attention[window](q, k, v, positions, segments), None)
-            if scatters:
-                arrays = [name for name in FROM_WIDTH if isinstance(layer_params[name], jax.Array)]
-                layer_params = layer_params | {name: scattered(layer_params[name], dtype) for name in arrays}
-            x, _ = block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
+            x, _ = trained.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
             return split(x, "fsdp", None, None)
 
         options = REMAT[config.remat]
