@@ -43,7 +43,7 @@ class ModelConfig:
 
     compute_dtype: str = "bfloat16"  # of activations and products: bfloat16 or float32; parameters are float32
     attention: str = "xla"  # of the training pass: xla (anywhere), cudnn (NVIDIA GPUs) or splash (TPUs)
-    remat: str = "full"  # computed again in the backward pass: none (most memory), dots (all but matrix products), full
+    remat: str = "full"  # computed again in the backward pass: none (norms alone), dots (attention too), full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

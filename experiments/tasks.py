@@ -47,7 +47,7 @@ class ModelConfig:
     compute_dtype: str = "bfloat16"  # of activations and products: bfloat16 or float32; parameters are float32
     sampler_dtype: str = ""  # of the sampler, evaluations too: bfloat16, or int8 (matrices alone); empty: compute_dtype
     attention: str = "xla"  # of the training pass: xla (anywhere), cudnn (NVIDIA GPUs) or splash (TPUs)
-    remat: str = "full"  # computed again in the backward pass: none (most memory), dots (all but matrix products), full
+    remat: str = "full"  # computed again in the backward pass: none (norms alone), dots (attention too), full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

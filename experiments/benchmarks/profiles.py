@@ -24,7 +24,7 @@ class Profiled(Workload):
     operations: int = 20  # that are listed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
     """What devices did, in seconds."""
 
