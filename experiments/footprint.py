@@ -85,6 +85,28 @@ def copies_held(
     return 1 + moments(policy, params, optimizer) + reference
 
 
+def updating(
+    config: TransformerConfig, policy: Policy, mesh: Mesh, *, completions: int, columns: int,
+    update: training.UpdateConfig, adapters: lora.LoraConfig = lora.LoraConfig(),
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of a device while an update is computed, by formulas: gradients, and what layers keep of a microbatch.
+
+    Of one layer all that a backward pass asks for, however the others are made again. `columns`: of a row.
+    """
+    shapes, axes = lora.abstract(config, adapters)
+    gradients = sharding.device_bytes(shapes, axes, mesh) * trained_share(policy, shapes)
+    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    rows = max(1, completions // (update.minibatches * update.microbatches * shards))
+    own = floors.Adapters(rank=adapters.rank, targets=adapters.targets) if adapters.rank else None
+    of_layer = lambda remat: floors.kept(floors.Model.of(config), remat, own, tensor)
+    of_token = round((config.layers - 1) * of_layer(config.remat) + of_layer("none"))
+    scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
+    return {
+        "gradients": round(gradients * (1 + (update.microbatches > 1))),  # and their sum
+        "activations": rows * columns * of_token * jnp.dtype(config.compute_dtype).itemsize + scores,
+    }
+
+
 def estimate(
     config: TransformerConfig, policy: Policy, mesh: Mesh, sampler: Sampler, *, rollout: RolloutConfig,
     update: training.UpdateConfig, optimizer: optimizers.OptimizerConfig, loss: objectives.LossConfig,
@@ -95,25 +117,20 @@ def estimate(
     A compiler needs somewhat more or less: it fuses, and keeps copies.
     """
     shapes, axes = lora.abstract(config, adapters)
-    trained = trained_share(policy, shapes)
     params = sharding.device_bytes(shapes, axes, mesh)
     plan, max_tokens = sampler.plan(shapes, rollout.prompts), sampler.max_tokens
     on_device = moments(policy, shapes, dataclasses.replace(optimizer, offload=False))
     brought = round(params * on_device) if optimizer.offload else 0
+    completions, columns = rollout.prompts * rollout.group_size, sampler.max_prompt_tokens + max_tokens
+    updated = updating(config, policy, mesh, completions=completions, columns=columns, update=update, adapters=adapters)
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    rows = max(1, rollout.prompts * rollout.group_size // (update.minibatches * update.microbatches * shards))
-    columns = sampler.max_prompt_tokens + max_tokens
-    scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
-    own = floors.Adapters(rank=adapters.rank, targets=adapters.targets) if adapters.rank else None
-    of_layer = lambda remat: floors.kept(floors.Model.of(config), remat, own, tensor)
-    of_token = (config.layers - 1) * of_layer(config.remat) + of_layer("none")  # of one layer there is all meanwhile
-    kept = scores + rows * columns * round(of_token) * jnp.dtype(config.compute_dtype).itemsize
+    rows = max(1, completions // (update.minibatches * update.microbatches * shards))
     logits = rows * max_tokens * config.vocab_size // tensor
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {
         "state": round(params * copies_held(policy, shapes, optimizer, loss)),
-        # Gradients, summed up over microbatches; activations; logits. Moments come when the last two have gone.
-        "update": round(params * trained * (1 + (update.microbatches > 1))) + max(kept + logits, brought),
+        # Moments come when activations and logits have gone.
+        "update": updated["gradients"] + max(updated["activations"] + logits, brought),
         "rollout": rollout_bytes(
             policy,
             mesh,

@@ -172,6 +172,16 @@ class Planned:
             "caches of completions": cache(rows, width, rollout.max_tokens),
         }
 
+    @functools.cached_property
+    def updated(self) -> dict[str, int]:
+        """Bytes of a device that gradients and what layers keep for the backward pass take, by formulas."""
+        rollout = self.config["rollout"]
+        return footprint.updating(
+            self.model, self.policy, self.mesh, completions=self.completions,
+            columns=rollout.max_prompt_tokens + rollout.max_tokens, update=self.config["update"],
+            adapters=self.config["lora"],
+        )  # fmt: skip
+
     def train(self) -> Any:
         """The compiled train step, of the batch that a run gives it."""
         step: Any = training.make_train_step(
@@ -298,6 +308,7 @@ def report(
         "parameters": footprint.parameters(planned.model),
         "held": planned.held,
         "sampled": planned.sampled,
+        "updated": planned.updated,
         "plan": dataclasses.asdict(planned.sampler.plan(planned.state.params, planned.config["rollout"].prompts)),
         "work": {
             name: {
@@ -351,6 +362,7 @@ def head(result: dict[str, Any]) -> str:
         f"GB of a device, always: {gb(result['held'])}",
         f"GB of a device, while it samples {plan['prompts']} prompts at a time, "
         f"{plan['slots'] or 'all'} completions of theirs: {gb(result['sampled'])}",
+        f"GB of a device, while it updates, by formulas: {gb(result['updated'])}",
         "",
         f"{'of a step, a device':<12}{'TFLOP':>11}{'GB read':>10}{'GB sent':>10}"
         f"{'compute':>12}{'memory':>12}{'links':>12}   at best, and limited by",

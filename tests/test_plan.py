@@ -44,6 +44,11 @@ def test_what_a_device_holds_is_what_programs_are_given():
     assert found["train"]["arguments"] == sum(planned.held.values()) + 3 * 4 + batch  # and step, cursor, skipped
     assert sum(planned.sampled.values()) <= found["decode"]["arguments"] < sum(planned.sampled.values()) + 8192
     assert found["reference"]["temporaries"] > 0
+    # Two sums of gradients; 4 rows of 24 columns a microbatch, of each of two layers its input and the MLP's, queries,
+    # keys, values, what attention gives, gate and up; scores of all columns and their gradient.
+    kept = 4 * 24 * 2 * (32 + 32 + 32 + 16 + 16 + 32 + 48 + 48) * 4
+    assert planned.updated == {"gradients": parameters, "activations": kept + 2 * 4 * 4 * 24 * 24 * 4}
+    assert kept < found["train"]["temporaries"]
     # Without a reference there is nothing to hold, and no pass.
     planned = plan.Planned(CONFIG, config(loss=plan.LossConfig(kl_coef=0.0)), jax.devices(), None)
     assert planned.held["reference"] == 0
