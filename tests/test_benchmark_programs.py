@@ -20,6 +20,7 @@ from experiments.benchmarks import (
     step,
     workload,
 )
+from experiments.benchmarks.profiles import Profiled
 from experiments.benchmarks.workload import EOS, Ours, Workload
 from grpo_jax.logprobs import unembed
 from grpo_jax.models.pretrained import load, read_config
@@ -151,7 +152,7 @@ def test_step(peers, monkeypatch):
             super().write(step, wave, digest, record)
 
     monkeypatch.setattr(workload, "RewardJournal", Journal)
-    options = Workload(**TINY, lengths="geometric", peer_microbatches=2)
+    options = Profiled(**TINY, lengths="geometric", peer_microbatches=2)
     metrics = ("seconds", "generation_seconds", "update_seconds")
     result = step.run(options)
     check(result, "step", {*metrics}, {"ours", "trl"})
