@@ -77,6 +77,10 @@ CHIPS = {
     ),
 }  # fmt: skip
 
+# Slices that one can have (the pages above): of a plane, and of a torus up to one cube of 64 chips.
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_CUBES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))
+
 # libtpu reads these when it is loaded, and otherwise looks for a TPU, and for the machine that has it.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -103,6 +107,18 @@ def chip_of(topology: str) -> tuple[Chip, str]:
             "hosts x GPUs of a host, or GPUs alone: h100:2x8, h100:8."
         )
     return CHIPS[name], shape
+
+
+def _check_shape(topology: str, sizes: Sequence[int]) -> None:
+    """Raises ValueError where a chip has no slice of this shape: for some of them libtpu ends the process."""
+    flat = topology.startswith(("v5e", "v6e"))
+    known = _FLAT if flat else _CUBES
+    if tuple(sizes) not in known and (flat or len(sizes) != 3 or any(size % 4 for size in sizes)):
+        names = ", ".join("x".join(map(str, shape)) for shape in known)
+        raise ValueError(
+            f"topology={topology}: there is no such slice. There are {names}"
+            + ("." if flat else ", and others of three multiples of 4, 4x4x8.")
+        )
 
 
 def _check_libtpu(topology: str) -> None:
@@ -138,6 +154,7 @@ def devices_of(topology: str, slices: int = 1) -> Sequence[Any]:
     if not chip.target:
         _check_libtpu(topology)
         sizes = [int(size) for size in shape.split("x")]
+        _check_shape(topology, sizes)
         # Hosts have four chips, unless there are fewer.
         few = {"chips_per_host_bounds": [*sizes, 1, 1][:3]} if math.prod(sizes) < 4 else {}
         try:

@@ -321,7 +321,10 @@ def report(
         "programs": {},
     }  # fmt: skip
     keep(result)
-    print(f"compiling {', '.join(programs)}: minutes for a large model", flush=True)
+    print(
+        f"compiling {', '.join(programs)}: minutes, or half of them and some percent more or less memory with "
+        "JAX_OPTIMIZATION_LEVEL=O0 in the environment", flush=True,
+    )  # fmt: skip
     for name, said, program in compiled(planned, programs):
         if program is not None:
             total = sum(said[part] for part in ("arguments", "temporaries", "outputs", "code")) + _beside(name, planned)
@@ -397,6 +400,16 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--programs={','.join(sorted(unknown))} must be among {', '.join(PROGRAMS)}.")
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         chip, _ = chips.chip_of(values.topology)
+        if path and not (folder := pathlib.Path(path).absolute().parent).is_dir():
+            raise ValueError(f"--json={path}: there is no directory {folder}.")
+        kernels = {"cudnn": "needs cuDNN and its GPU", "splash": "is for TPUs"} | (
+            {} if chip.target else {"splash": ""}
+        )
+        if wrong := kernels.get(config["policy"].attention):
+            other = "xla" if chip.target else "splash or xla"
+            raise ValueError(
+                f"--policy.attention={config['policy'].attention} {wrong}: to plan for {values.topology} give {other}."
+            )
         if values.slices > 1 and not chip.rates.network:
             raise ValueError(
                 f"--slices={values.slices} of {values.topology}: what goes from slice to slice in a second is not "

@@ -307,6 +307,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.output.exists():
         sys.exit(f"error: {given.output} is there already: name a new directory.")
+    if given.kills < 1 or given.each < 0:
+        sys.exit(f"error: --kills={given.kills} must be 1 or more, and --each={given.each} 0 or more.")
     given.output.mkdir(parents=True)
     say = lambda line: print(line, flush=True)
     how = signal.Signals[given.signal]

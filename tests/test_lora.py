@@ -234,8 +234,8 @@ def test_a_reference_that_moves_is_refused():
         ({"rank": 2, "targets": ()}, "must be some of"),
         ({"rank": 2, "targets": "query"}, "must be some of"),
         ({"rank": 2, "targets": ("up", "up")}, "must name none twice"),
-        ({"adapter": "there"}, "adapter='there' and base_dtype='float32' of LoRA need a rank"),
-        ({"base_dtype": "bfloat16"}, "need a rank"),
+        ({"adapter": "there"}, "adapter='there' of LoRA without a rank, and 0 makes no adapters: give --lora.rank too"),
+        ({"base_dtype": "bfloat16", "alpha": 8.0}, "alpha=8.0 and base_dtype='bfloat16' of LoRA without a rank"),
         ({"rank": 2, "base_dtype": "int8"}, "base_dtype='int8' of LoRA must be"),
     ],
 )

@@ -103,6 +103,16 @@ def test_what_is_no_topology(topology):
         chips.chip_of(topology)
 
 
+@pytest.mark.parametrize(("topology", "there"), [("v5e:3x1", "1x1, 2x2, .*, 16x16"), ("v5p:3x3x3", "multiples of 4")])
+def test_slices_that_nobody_has(monkeypatch, topology, there):
+    """libtpu ends the process for the first."""
+    monkeypatch.setattr(chips, "_check_libtpu", lambda topology: None)
+    with pytest.raises(ValueError, match=f"topology={topology}: there is no such slice. There are .*{there}"):
+        chips.devices_of(topology)
+    for sizes in ((4, 4, 4), (4, 8, 8), (2, 2, 1), (16, 16, 8)):
+        chips._check_shape("v5p", sizes)
+
+
 def test_gpus_have_no_slices():
     with pytest.raises(ValueError, match="slices=2 of h100:8 must be 1 or more, and of GPUs 1: say hosts x GPUs"):
         chips.devices_of("h100:8", slices=2)

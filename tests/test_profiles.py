@@ -84,4 +84,15 @@ def test_a_turn_is_traced_where_it_is_asked_for(tmp_path):
     (table,) = profiles.profiled(options, sample)
     assert "decode" in table
     assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 3
+    (trace,) = (tmp_path / "of").rglob("*.xplane.pb")
+    assert f"The trace is in {trace.parent}: `tensorboard" in table
     assert profiles.profiled(dataclasses.replace(options, profile=""), pytest.fail) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_where_no_profile_can_be_is_said_before_anything_runs(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"profile='.*/{place}' must be a directory, or make one: .*/file cannot"):
+        Profiled(**TINY, profile=str(tmp_path / place))
+    with pytest.raises(ValueError, match="operations=0 must be 1 or more"):
+        Profiled(**TINY, operations=0)

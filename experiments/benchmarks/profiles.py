@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import heapq
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,18 @@ class Profiled(Workload):
     profile: str = ""  # a directory for a trace of one more turn of ours, whose operations are listed; empty: none
     operations: int = 20  # that are listed
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.operations < 1:
+            raise ValueError(f"operations={self.operations} must be 1 or more.")
+        if self.profile:
+            place = pathlib.Path(self.profile).absolute()
+            there = next(path for path in (place, *place.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                raise ValueError(
+                    f"profile={self.profile!r} must be a directory, or make one: {there} cannot be written."
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -32,7 +45,7 @@ class Profile:
     operations: Mapping[tuple[str, str], tuple[float, int]]  # by program and name: seconds, and how often it ran
 
     def table(self, seconds: float, most: int) -> str:
-        """Those that took longest, of a turn of so many seconds, in Markdown."""
+        """Those that took longest, of a turn of so many seconds, in Markdown; several run at a time."""
         whole = sum(taken for taken, _ in self.operations.values())
         chosen = heapq.nlargest(most, self.operations.items(), key=lambda item: item[1])
         shown = sum(taken for _, (taken, _) in chosen)
@@ -61,7 +74,8 @@ def profiled(options: Profiled, turn: Callable[[], Any]) -> list[str]:
     with jax.profiler.trace(options.profile, profiler_options=tracing):
         seconds, _ = measure.seconds(turn)
     newest = max(pathlib.Path(options.profile).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    return [read(newest).table(seconds, options.operations)]
+    how = f"The trace is in {newest.parent}: `tensorboard --logdir={options.profile}` (pip install tensorboard xprof)."
+    return [f"{read(newest).table(seconds, options.operations)}\n\n{how}"]
 
 
 def read(path: pathlib.Path) -> Profile:

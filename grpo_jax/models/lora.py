@@ -49,10 +49,13 @@ class LoraConfig:
             raise ValueError(f"targets={self.targets!r} of LoRA must name none twice.")
         if self.base_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"base_dtype={self.base_dtype!r} of LoRA must be 'float32' or 'bfloat16'.")
-        if not self.rank and (self.adapter or self.base_dtype != "float32"):
+        given = [
+            f"{f.name}={value!r}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default
+        ]
+        if not self.rank and given:
             raise ValueError(
-                f"adapter={self.adapter!r} and base_dtype={self.base_dtype!r} of LoRA need a rank: an adapter's own, "
-                "as its alpha and targets."
+                f"{' and '.join(given)} of LoRA without a rank, and 0 makes no adapters: give --lora.rank too; of an "
+                "adapter that is there it is r in its adapter_config.json, as its alpha and targets are."
             )
 
     @property
