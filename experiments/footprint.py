@@ -85,6 +85,18 @@ def copies_held(
     return 1 + moments(policy, params, optimizer) + reference
 
 
+def adapters_of(config: lora.LoraConfig) -> floors.Adapters | None:
+    """What floors know of adapters; None where there are none."""
+    base_bytes = jnp.dtype(config.base_dtype).itemsize
+    return floors.Adapters(rank=config.rank, targets=config.targets, base_bytes=base_bytes) if config.rank else None
+
+
+def _rows(completions: int, update: training.UpdateConfig, mesh: Mesh) -> int:
+    """Of a microbatch, on a device."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return max(1, completions // (update.minibatches * update.microbatches * shards))
+
+
 def updating(
     config: TransformerConfig, policy: Policy, mesh: Mesh, *, completions: int, columns: int,
     update: training.UpdateConfig, adapters: lora.LoraConfig = lora.LoraConfig(),
@@ -95,10 +107,8 @@ def updating(
     """
     shapes, axes = lora.abstract(config, adapters)
     gradients = sharding.device_bytes(shapes, axes, mesh) * trained_share(policy, shapes)
-    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    rows = max(1, completions // (update.minibatches * update.microbatches * shards))
-    own = floors.Adapters(rank=adapters.rank, targets=adapters.targets) if adapters.rank else None
-    of_layer = lambda remat: floors.kept(floors.Model.of(config), remat, own, tensor)
+    rows, model, own = _rows(completions, update, mesh), floors.Model.of(config), adapters_of(adapters)
+    of_layer = lambda remat: floors.kept(model, remat, own, mesh.shape["tensor"])
     of_token = round((config.layers - 1) * of_layer(config.remat) + of_layer("none"))
     scores = 0 if config.attention != "xla" else 2 * rows * config.heads * queries_at_a_time(columns) * columns * 4
     return {
@@ -123,9 +133,7 @@ def estimate(
     brought = round(params * on_device) if optimizer.offload else 0
     completions, columns = rollout.prompts * rollout.group_size, sampler.max_prompt_tokens + max_tokens
     updated = updating(config, policy, mesh, completions=completions, columns=columns, update=update, adapters=adapters)
-    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    rows = max(1, completions // (update.minibatches * update.microbatches * shards))
-    logits = rows * max_tokens * config.vocab_size // tensor
+    logits = _rows(completions, update, mesh) * max_tokens * config.vocab_size // mesh.shape["tensor"]
     logits = min(5 * 4 * logits, 2 * 4 * CHUNK)  # whole, with their softmax and its gradient, or in chunks
     return {
         "state": round(params * copies_held(policy, shapes, optimizer, loss)),

@@ -202,9 +202,7 @@ class Planned:
     def work(self) -> dict[str, floors.Work]:
         """What the parts of a step need at least, all completions full."""
         c, rollout, update = self.model, self.config["rollout"], self.config["update"]
-        plan, own = self.sampler.plan(self.state.params, rollout.prompts), self.config["lora"]
-        base_bytes = jnp.dtype(own.base_dtype).itemsize
-        adapters = floors.Adapters(rank=own.rank, targets=own.targets, base_bytes=base_bytes) if own.rank else None
+        plan = self.sampler.plan(self.state.params, rollout.prompts)
         count, _ = sampling.chunks(
             plan.prompts, rollout.max_prompt_tokens, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         )
@@ -213,7 +211,7 @@ class Planned:
             lengths=np.full((rollout.prompts, rollout.group_size), rollout.max_tokens), slots=plan.slots, chunks=count,
             waves=rollout.prompts // plan.prompts, epochs=update.epochs, minibatches=update.minibatches,
             microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat,
-            adapters=adapters, compute_bytes=jnp.dtype(c.compute_dtype).itemsize,
+            adapters=footprint.adapters_of(self.config["lora"]), compute_bytes=jnp.dtype(c.compute_dtype).itemsize,
             cache_bytes=jnp.dtype(c.decoding_dtype).itemsize,
             sampler_bytes=1 if c.sampler_dtype == "int8" else jnp.dtype(c.decoding_dtype).itemsize,
         )  # fmt: skip
@@ -402,9 +400,7 @@ def main(argv: list[str]) -> None:
         chip, _ = chips.chip_of(values.topology)
         if path and not (folder := pathlib.Path(path).absolute().parent).is_dir():
             raise ValueError(f"--json={path}: there is no directory {folder}.")
-        kernels = {"cudnn": "needs cuDNN and its GPU", "splash": "is for TPUs"} | (
-            {} if chip.target else {"splash": ""}
-        )
+        kernels = {"cudnn": "needs cuDNN and its GPU"} | ({"splash": "is for TPUs"} if chip.target else {})
         if wrong := kernels.get(config["policy"].attention):
             other = "xla" if chip.target else "splash or xla"
             raise ValueError(

@@ -12,7 +12,14 @@ from grpo_jax import storage
 from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError
 
-__all__ = ["Profiler", "check_steps", "steps_of"]
+__all__ = ["Profiler", "check_steps", "options", "steps_of"]
+
+
+def options() -> jax.profiler.ProfileOptions:
+    """How is traced: without every call of Python, which would drown the rest, and slow it."""
+    chosen = jax.profiler.ProfileOptions()
+    chosen.python_tracer_level = 0
+    return chosen
 
 
 def steps_of(text: str | None, steps: int) -> range:
@@ -67,12 +74,10 @@ class Profiler:
             self.close()
 
     def _start(self) -> None:
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # every call of Python would drown the rest, and slow it
         if storage.is_remote(self._directory):
             self._scratch = tempfile.TemporaryDirectory(prefix="grpo_jax_profile_")
         place = self._scratch.name if self._scratch else self._directory
-        jax.profiler.start_trace(place, create_perfetto_trace=True, profiler_options=options)
+        jax.profiler.start_trace(place, create_perfetto_trace=True, profiler_options=options())
 
     def close(self) -> None:
         """Writes the trace, if one is open.

@@ -74,7 +74,8 @@ def test_a_program_is_named_with_its_operations(tmp_path):
     profile = profiles.read(next(tmp_path.rglob("*.xplane.pb")))
     own = {name: value for (program, name), value in profile.operations.items() if program == "square"}
     assert max(times for _, times in own.values()) >= 7
-    assert 0 < profile.busy <= sum(seconds for seconds, _ in profile.operations.values())
+    together = sum(seconds for seconds, _ in profile.operations.values())
+    assert 0 < profile.busy <= together * (1 + 1e-12)  # the same where none ran beside another, added up otherwise
 
 
 def test_a_turn_is_traced_where_it_is_asked_for(tmp_path):

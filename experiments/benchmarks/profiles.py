@@ -13,6 +13,7 @@ import jax
 
 from experiments.benchmarks import measure
 from experiments.benchmarks.workload import Workload
+from grpo_jax import profiling
 
 __all__ = ["Profile", "Profiled", "profiled", "read"]
 
@@ -69,9 +70,7 @@ def profiled(options: Profiled, turn: Callable[[], Any]) -> list[str]:
     """A turn under the profiler, if it is asked for: the table, for `measure.report`'s `tables`."""
     if not options.profile:
         return []
-    tracing = jax.profiler.ProfileOptions()
-    tracing.python_tracer_level = 0  # every call of Python would drown the rest, and slow it
-    with jax.profiler.trace(options.profile, profiler_options=tracing):
+    with jax.profiler.trace(options.profile, profiler_options=profiling.options()):
         seconds, _ = measure.seconds(turn)
     newest = max(pathlib.Path(options.profile).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     how = f"The trace is in {newest.parent}: `tensorboard --logdir={options.profile}` (pip install tensorboard xprof)."
