@@ -50,6 +50,7 @@ __all__ = [
     "description",
     "devices",
     "directory_of",
+    "enough_threads",
     "export",
     "finish",
     "interruptible",
@@ -393,8 +394,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def enough_threads(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets a CPU that XLA_FLAGS makes several devices of have the threads for them; PJRT_NPROC that is set wins.
+
+    What each device runs, and what is handed to it next, takes a thread of one pool, which has as many as there are
+    cores or devices. A device that finds none lets the others wait in their collective until XLA ends the process.
+    """
+    devices = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", ""))
+    if devices:
+        environ.setdefault("PJRT_NPROC", str(max(4 * int(devices[-1]), os.cpu_count() or 1)))
+
+
 def interruptible(main: Callable[[list[str]], None]) -> None:
     """absl's `app.run`, in which Ctrl-C is one line and the status that shells expect."""
+    enough_threads()
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app.run(main)

@@ -82,7 +82,10 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        more = f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} makes so many of a CPU.)"
+        more = (
+            f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)}, and PJRT_NPROC="
+            f"{4 * math.prod(sizes)} threads for them, make so many of a CPU.)"
+        )
         raise ValueError(
             f"mesh {wanted} needs {math.prod(sizes)} devices with every axis at least 1; there are "
             f"{len(devices)} {devices[0].platform} devices."

@@ -35,6 +35,7 @@ def environment(devices: int = 1, **variables: str) -> dict[str, str]:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
+        "PJRT_NPROC": str(4 * devices),
         "JAX_COMPILATION_CACHE_DIR": _compiled(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **variables,

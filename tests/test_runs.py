@@ -1,3 +1,4 @@
+import os
 import pathlib
 import signal
 import subprocess
@@ -123,6 +124,22 @@ runs.cache_compilations(sys.argv[1])
 assert jax.jit(lambda x: x * 2 + 1)(3) == 7
 print(counts["/jax/compilation_cache/cache_hits"], counts["/jax/compilation_cache/cache_misses"])
 """
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, None),
+        ({"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}, None),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=64"}, "256"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PJRT_NPROC": "9"}, "9"),
+    ],
+)
+def test_devices_that_a_cpu_is_made_to_be_have_threads(monkeypatch, given, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    environ = dict(given)
+    runs.enough_threads(environ)
+    assert environ.get("PJRT_NPROC") == threads
 
 
 INTERRUPTED = """
