@@ -86,24 +86,26 @@ class Decoding:
     written: Choice  # [R, W, T], tokens in the columns that their keys have
     prefix: PyTree | None  # caches of the rows' prompts, leaves [R, ...]; None: a row for every prompt, as in Prefilled
     results: Results | None  # None: a slot for every completion
+    oldest: jax.Array  # [] int32, tokens of the longest completion in a slot; 0: every one has ended or is full
 
     def done(self) -> jax.Array:
         """[] bool: every completion has ended or is full."""
-        return ~self.slots.alive.any()
+        return self.oldest == 0
 
 
-def blocks(policy: Policy, columns: int, refilled: bool) -> list[int]:
-    """The columns that a cache of completions is cut into: a step reads only the blocks that there is something in.
+def blocks(policy: Policy, columns: int) -> list[int]:
+    """The columns that a cache of completions is cut into: a step reads only the blocks that a slot sees something of.
 
     A quarter, a quarter and a half of them, each a loop of its own, since a slice of columns would be a copy of them.
-    One block where the policy reads only what is visible, and where slots are refilled: their columns, which go round,
-    are soon of all ages.
+    One block where the policy reads only what is visible.
     """
     part = -(-columns // (4 * _BLOCK)) * _BLOCK
-    ends = (
-        [columns] if refilled or policy.reads_visible else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
-    )
+    ends = [columns] if policy.reads_visible else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
     return [end - first for first, end in itertools.pairwise([0, *ends])]
+
+
+def _oldest(slots: Slots) -> jax.Array:
+    return jnp.where(slots.alive, slots.length, 0).max().astype(jnp.int32)
 
 
 def _keys(key: jax.Array, prompt_ids: jax.Array, members: jax.Array, index: jax.Array) -> jax.Array:
@@ -231,10 +233,10 @@ def start(
     written = jax.tree.map(lambda x: jnp.zeros((rows, width, max_tokens), x.dtype), first)
     state = Decoding(
         step=jnp.zeros((), jnp.int32), slots=at_once(queue, devices), written=written, prefix=None, results=None,
-        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens, (rows, width) != shape)],
+        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens)], oldest=jnp.int32(0),
     )  # fmt: skip
     if (rows, width) == shape:
-        state = dataclasses.replace(state, written=write(written, first, 0))
+        state = dataclasses.replace(state, written=write(written, first, 0), oldest=_oldest(state.slots))
         return dataclasses.replace(prefilled, queue=queue), state
     queue = sharding.per_device(in_order, mesh, sharding.BATCH_AXES)(queue)
     prefilled = dataclasses.replace(prefilled, queue=queue)
@@ -263,6 +265,7 @@ def placement(policy: Policy, prefilled: Prefilled, state: Decoding, mesh: Mesh)
         dataclasses.replace(
             every(rows, state),
             step=whole,
+            oldest=whole,
             cache=[place(block, policy.cache_axes) for block in state.cache],
             prefix=None if state.prefix is None else place(state.prefix, policy.cache_axes),
         ),
@@ -288,7 +291,9 @@ def _refill(policy: Policy, prefilled: Prefilled, state: Decoding, leaving: jax.
             copy_rows, mesh=mesh, in_specs=(rows, rows, specs, specs), out_specs=specs, check_vma=False
         )
     prefix = copy(new_row, slots.prompt, prefilled.prompts, state.prefix)
-    return dataclasses.replace(state, slots=slots, written=written, results=results, prefix=prefix)
+    return dataclasses.replace(
+        state, slots=slots, written=written, results=results, prefix=prefix, oldest=_oldest(slots)
+    )
 
 
 def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int, state: Decoding) -> Decoding:
@@ -299,15 +304,23 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
     position = slots.prompt_length[:, None] + slots.length - 1
     read = slots.alive[..., None] & (age[None, None] < slots.length[..., None])
     positions = jnp.where(read, position[..., None] - age[None, None], -1)
-    starts = list(itertools.accumulate(blocks(policy, columns, state.results is not None), initial=0))
+    starts = list(itertools.accumulate(blocks(policy, columns), initial=0))
     positions = jnp.split(positions, starts[1:-1], axis=-1)
     index = prefilled.columns[None, None]
     of_prompts = jnp.where(index < slots.prompt_length[:, None, None], index, -1)
-    prompts = prefilled.prompts if state.prefix is None else state.prefix
+    if state.results is None:  # columns are written once: those before have been, and those behind have not
+        others = [(state.cache[i], positions[i], None) for i in range(block)]
+        prompts = prefilled.prompts
+    else:  # and here a slot may see what was written a round ago; the last column of a block is its youngest
+        others = [
+            (state.cache[i], positions[i], age[starts[i + 1] - 1] < state.oldest)
+            for i in range(len(positions))
+            if i != block
+        ]
+        prompts = state.prefix
     hidden, written = policy.extend(
         prefilled.params, jax.lax.dynamic_index_in_dim(state.written.ids, column, axis=2), position[..., None],
-        state.cache[block], column - starts[block], positions[block],
-        [*zip(state.cache[:block], positions, strict=False), (prompts, of_prompts)],
+        state.cache[block], column - starts[block], positions[block], [*others, (prompts, of_prompts, None)],
     )  # fmt: skip
     keys = _keys(prefilled.key, slots.prompt_id, slots.member, slots.length)
     choice = choose_tokens(unembed(hidden[:, :, 0], policy.head(prefilled.params)), keys, prefilled.sampling)
@@ -321,17 +334,27 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
         cache=[*state.cache[:block], written, *state.cache[block + 1 :]],
         written=write(state.written, choice, (column + 1) % columns),
     )
-    return state if state.results is None else _refill(policy, prefilled, state, slots.alive & ~alive, mesh)
+    if state.results is None:
+        return dataclasses.replace(state, oldest=_oldest(state.slots))
+    return _refill(policy, prefilled, state, slots.alive & ~alive, mesh)
 
 
 def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int, mesh: Mesh | None = None) -> Decoding:
-    """Appends up to `steps` tokens in every slot, in a `while_loop` for each block of the cache."""
-    stop = state.step + steps
-    *ends, _ = itertools.accumulate(blocks(policy, state.written.ids.shape[-1], state.results is not None))
-    for block, end in enumerate([*(jnp.minimum(stop, end) for end in ends), stop]):
-        going = lambda state, end=end: ~state.done() & (state.step < end)
-        state = jax.lax.while_loop(going, functools.partial(_append, policy, prefilled, mesh, block), state)
-    return state
+    """Appends up to `steps` tokens in every slot, in a `while_loop` for each block of the cache, round and round."""
+    stop, columns = state.step + steps, state.written.ids.shape[-1]
+    ends = list(itertools.accumulate(blocks(policy, columns), initial=0))
+    going = lambda state: ~state.done() & (state.step < stop)
+
+    def one_round(state: Decoding) -> Decoding:
+        for block, (first, end) in enumerate(itertools.pairwise(ends)):
+            inside = lambda column, first=first, end=end: (first <= column) & (column < end)
+            within = lambda state, inside=inside: going(state) & inside(state.step % columns)
+            state = jax.lax.while_loop(within, functools.partial(_append, policy, prefilled, mesh, block), state)
+        return state
+
+    # A single loop goes round by itself, and where no slot is refilled there is one round.
+    once = state.results is None or len(state.cache) == 1
+    return one_round(state) if once else jax.lax.while_loop(going, one_round, state)
 
 
 def collect(

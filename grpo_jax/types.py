@@ -76,7 +76,8 @@ class Policy:
     # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column of the first of them,
     #  key_positions [R, W, columns] (-1 = empty, the new columns included), before = ())
     #   -> (hidden [R, W, J, D], cache)
-    # before: what else is attended to, pairs of a cache and its key_positions, whose W may be 1: all slots read it
+    # before: what else is attended to, (cache, key_positions, live); W may be 1 there: all slots read it. live [] bool:
+    # whether a slot sees anything of it, or else it need not be read; None: yes
     extend: Callable[..., tuple[jax.Array, PyTree]]
     # (params, sampler params, as `extend` with W = 1, without `before`) -> as `extend`; None: `extend` does it.
     # What prompts are extended by: it may scan over layers that `prepare` takes apart, and so compile one of them.

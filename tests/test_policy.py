@@ -46,7 +46,8 @@ class MyDecoder(nnx.Module):
         cache = jax.lax.dynamic_update_slice(cache, x, (0, 0, column, 0))
         to_all = lambda y: jnp.broadcast_to(y, (*tokens.shape[:2], *y.shape[2:]))
         values, keys = (
-            jnp.concatenate([*map(to_all, x)], axis=2) for x in zip(*before, (cache, key_positions), strict=True)
+            jnp.concatenate([*map(to_all, x)], axis=2)
+            for x in zip(*[pair for *pair, _ in before], (cache, key_positions), strict=True)
         )
         visible = (keys[:, :, None, :] >= 0) & (keys[:, :, None, :] <= positions[..., None])
         return self._mixed(x, values, visible), cache

@@ -126,7 +126,7 @@ def test_what_a_gpu_reads_of_caches_does_not_matter(config, params, rollout, qua
     monkeypatch.setattr(slot_attention, "_SMALLEST_WIDTH", 1)
     policy = make_policy(config)
     assert policy.reads_visible
-    assert sampling.blocks(policy, 512, False) == [512]
+    assert sampling.blocks(policy, 512) == [512]
     for slots in (0, 5):
         assert_same_up_to_near_ties(rollout, generate(policy, params, slots=slots), quantiles)
 
@@ -172,6 +172,24 @@ def test_through_windows_slots_and_chunks_of_prompts_the_trainer_agrees(kind, sl
     prompts = (np.repeat(x, G, axis=0) for x in oracle.pad(PROMPTS, 5))
     expected, _, _ = completion_logprobs(*long_model(kind), *prompts, got.completion_tokens, got.mask)
     np.testing.assert_allclose(got.logprobs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "reads"), [(9, False), (30, True)], ids=["short", "long"])
+def test_of_the_cache_of_refilled_slots_a_token_reads_the_blocks_that_a_slot_sees(length, reads, narrow):
+    """Columns go round: in the second round those of the first are behind, and seen by what is longer than a block."""
+    policy, params = long_model("all")
+    arguments = policy, params, *oracle.pad(PROMPTS, 5), IDS, KEY
+    options = options_of(NEVER, max_tokens=LONG, limits=np.full((P, G), length), slots=3)
+    prefilled, state = jax.jit(sampling.start, static_argnums=0, static_argnames=STATIC)(*arguments, **options)
+    decode = jax.jit(functools.partial(sampling.decode, policy))
+    sizes = [jax.tree.leaves(block)[-1].shape[-2] for block in state.cache]
+    assert sizes == sampling.blocks(policy, LONG) == [12, 12, 16]
+    state = decode(prefilled, state, LONG + 11)  # as far as the last column of the first block
+    assert (int(state.step), bool(state.done())) == (LONG + 11, False)
+    assert int(state.oldest) == np.where(state.slots.alive, state.slots.length, 0).max()
+    spoiled = [state.cache[0], *jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.cache[1:])]
+    after = decode(prefilled, dataclasses.replace(state, cache=spoiled), 1)
+    assert bool(np.isnan(after.written.logprobs).any()) == reads
 
 
 @pytest.mark.parametrize("slots", [0, 6])

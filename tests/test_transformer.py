@@ -227,7 +227,7 @@ def test_cached_is_uncached(policy, params, extend, hidden_of, chunk, steps):
         now = slice(t, t + steps)
         positions = np.array([len(p) for p in prompts])[:, None, None] + np.arange(4)[now] + np.zeros((2, 3, 1), int)
         seen[:, :, now] = positions
-        args = continuations[:, :, now], positions, cache, t, jnp.array(seen), [(prefix, prefix_positions)]
+        args = continuations[:, :, now], positions, cache, t, jnp.array(seen), [(prefix, prefix_positions, None)]
         hidden, cache = extend(params, *args)
         for i, w in np.ndindex(2, 3):
             first = len(prompts[i]) + t
@@ -250,7 +250,7 @@ def test_what_the_sampler_says_is_what_the_trainer_says(family):
         now = slice(t, t + 3)
         seen[:, :, now] = positions = np.broadcast_to(8 + np.arange(12)[now], (1, 2, 3))
         hidden, cache = extend(
-            params, ends[None, :, now], positions, cache, t, jnp.array(seen), [(prefix, prefix_positions)]
+            params, ends[None, :, now], positions, cache, t, jnp.array(seen), [(prefix, prefix_positions, None)]
         )
         np.testing.assert_allclose(hidden[0], expected[:, 8:][:, now], atol=2e-4)
 

@@ -97,8 +97,9 @@ def attend_slots(query, key, value, cache, column, visible, before, *, scale, so
     """Writes key/value into `cache` at `column`, then attends to it and to the caches `before`, which are only read.
 
     query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `cache_axes`, visible [R, W, J, columns]; `before`:
-    pairs of a cache and what of it is visible, [R, W, J, columns]. A cache of R rows, as of their prompts, is read by
-    all slots of a row: their queries are the rows of one product, and nothing is copied. `kernel`: of `make_kernel`.
+    a cache, what of it is visible, [R, W, J, columns], and whether anything is, [] bool: where it says no, nothing is
+    read; None: yes. A cache of R rows, as of their prompts, is read by all slots of a row: their queries are the rows
+    of one product, and nothing is copied. `kernel`: of `make_kernel`.
 
     Returns:
       What was mixed, like the query, and the cache.
@@ -138,13 +139,17 @@ def attend_slots(query, key, value, cache, column, visible, before, *, scale, so
         )
         return map(apart, products(together(grouped), cache, visible.reshape(r, w * j, -1)))
 
-    most, total, mixed = read(written, visible)
-    for block in before:
-        block_most, block_total, block_mixed = read(*block)
+    def join(cache, visible, most, total, mixed):
+        block_most, block_total, block_mixed = read(cache, visible)
         largest = jnp.maximum(most, block_most)
         ours, theirs = jnp.exp(most - largest), jnp.exp(block_most - largest)
-        total, mixed = ours * total + theirs * block_total, ours * mixed + theirs * block_mixed
-        most = largest
+        return largest, ours * total + theirs * block_total, ours * mixed + theirs * block_mixed
+
+    most, total, mixed = read(written, visible)
+    for *block, live in before:
+        add = functools.partial(join, *block)
+        joined = (most, total, mixed)
+        most, total, mixed = add(*joined) if live is None else jax.lax.cond(live, add, lambda *same: same, *joined)
     # Finite also for a slot that sees nothing, in whose cache a NaN would stay; others have a total of at least exp(0).
     mixed = (mixed / jnp.maximum(total, 1)).astype(query.dtype)
     mixed = mixed.reshape(r, w, kv_heads, j, -1, c).transpose(0, 1, 3, 2, 4, 5)

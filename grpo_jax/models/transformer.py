@@ -385,17 +385,18 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
             own, *others = visible[window]
             attend = functools.partial(
                 attend_slots, cache=layer_cache, column=column, visible=own, scale=scale,
-                soft_cap=config.attention_cap, kernel=kernel, before=[*zip(before, others, strict=True)],
+                soft_cap=config.attention_cap, kernel=kernel,
+                before=[(of_layer, seen, live) for (of_layer, live), seen in zip(before, others, strict=True)],
             )  # fmt: skip
             return block.apply({"params": layer_params}, x, positions, _frequencies(config, window), attend)
 
         return layer
 
     def extend(params, tokens, positions, cache, column, key_positions, before=()):
-        layer = extending(positions, column, [key_positions, *(keys for _, keys in before)])
+        layer = extending(positions, column, [key_positions, *(keys for _, keys, _ in before)])
         x, written = embed(params, tokens, sampler_dtype), []
         for i, (window, layer_params) in enumerate(zip(windows, params["layers"], strict=True)):
-            x, of_layer = layer(window, x, layer_params, cache[i], [layers[i] for layers, _ in before])
+            x, of_layer = layer(window, x, layer_params, cache[i], [(layers[i], live) for layers, _, live in before])
             written.append(of_layer)
         return final_norm(params, x), written
 
