@@ -307,11 +307,12 @@ def test_what_the_sampler_sends_is_what_xla_sends(layout):
             want[getattr(layout, what.split(" over ")[1])] += size
         for one in sent(program.as_text(), loops):
             got[one.group] += one.bytes / times
-        assert want[layout.fsdp] <= got[layout.fsdp] <= 1.01 * want[layout.fsdp]
+        number = 8 * (MAX_TOKENS - 1) if name == "decode" else 0  # the oldest slot's tokens, at every token
+        assert want[layout.fsdp] <= got[layout.fsdp] <= 1.01 * want[layout.fsdp] + number
         if layout.tensor > 1:
             tokens, each = choice[name]
             assert got[layout.tensor] - want[layout.tensor] == pytest.approx(tokens * each, rel=0.1)
-    assert layout.tensor == 1 or got[layout.tensor] > 0  # of decoding; nothing goes over fsdp for a token
+    assert layout.tensor == 1 or got[layout.tensor] > 0  # of decoding; nothing else goes over fsdp for a token
 
 
 def test_what_is_sent_is_counted():
