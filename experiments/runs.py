@@ -395,14 +395,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def enough_threads(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Lets a CPU that XLA_FLAGS makes several devices of have the threads for them; PJRT_NPROC that is set wins.
+    """Lets a CPU that the environment makes several devices of have threads for them; PJRT_NPROC that is set wins.
 
     What each device runs, and what is handed to it next, takes a thread of one pool, which has as many as there are
     cores or devices. A device that finds none lets the others wait in their collective until XLA ends the process.
     """
-    devices = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", ""))
-    if devices:
-        environ.setdefault("PJRT_NPROC", str(max(4 * int(devices[-1]), os.cpu_count() or 1)))
+    asked = re.findall(r"--xla_force_host_platform_device_count=[\"']?(\d+)", environ.get("XLA_FLAGS", ""))
+    asked += re.findall(r"^\d+$", environ.get("JAX_NUM_CPU_DEVICES", ""))
+    if asked:
+        environ.setdefault("PJRT_NPROC", str(max(4 * max(map(int, asked)), os.cpu_count() or 1)))
 
 
 def interruptible(main: Callable[[list[str]], None]) -> None:

@@ -7,7 +7,8 @@ slot for every completion, completions stay where they are and nothing of that i
 
 All slots write the same column of the cache at a time, which goes round and round in the T columns there are: column c
 was written (now - c) mod T tokens ago, and counts where the slot's completion is at least that old. So a slot that
-changes hands forgets without being cleared.
+changes hands forgets without being cleared. The columns are cut into blocks, of which those are read that there is
+something in.
 
 The random numbers of a completion depend on (key, prompt id, member, token index) alone, so that no batch size, order,
 padding, number of slots or mesh changes them.
@@ -86,21 +87,25 @@ class Decoding:
     written: Choice  # [R, W, T], tokens in the columns that their keys have
     prefix: PyTree | None  # caches of the rows' prompts, leaves [R, ...]; None: a row for every prompt, as in Prefilled
     results: Results | None  # None: a slot for every completion
-    oldest: jax.Array  # [] int32, tokens of the longest completion in a slot; 0: every one has ended or is full
+    # [] int32, tokens of the longest completion in a slot; 0: every one has ended or is full. Made anew whenever slots
+    # change, so that over a mesh a token sends one number: it says when to stop, and how far back a block is seen.
+    oldest: jax.Array
 
     def done(self) -> jax.Array:
         """[] bool: every completion has ended or is full."""
         return self.oldest == 0
 
 
-def blocks(policy: Policy, columns: int) -> list[int]:
+def blocks(policy: Policy, columns: int, refilled: bool) -> list[int]:
     """The columns that a cache of completions is cut into: a step reads only the blocks that a slot sees something of.
 
     A quarter, a quarter and a half of them, each a loop of its own, since a slice of columns would be a copy of them.
-    One block where the policy reads only what is visible.
+    One block where the policy reads only what is visible. And where slots are refilled and it does not skip blocks:
+    columns go round there, and how many a token needs is known when it is sampled.
     """
     part = -(-columns // (4 * _BLOCK)) * _BLOCK
-    ends = [columns] if policy.reads_visible else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
+    whole = policy.reads_visible or (refilled and not policy.skips_blocks)
+    ends = [columns] if whole else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
     return [end - first for first, end in itertools.pairwise([0, *ends])]
 
 
@@ -233,7 +238,8 @@ def start(
     written = jax.tree.map(lambda x: jnp.zeros((rows, width, max_tokens), x.dtype), first)
     state = Decoding(
         step=jnp.zeros((), jnp.int32), slots=at_once(queue, devices), written=written, prefix=None, results=None,
-        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens)], oldest=jnp.int32(0),
+        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens, (rows, width) != shape)],
+        oldest=jnp.int32(0),
     )  # fmt: skip
     if (rows, width) == shape:
         state = dataclasses.replace(state, written=write(written, first, 0), oldest=_oldest(state.slots))
@@ -304,14 +310,14 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
     position = slots.prompt_length[:, None] + slots.length - 1
     read = slots.alive[..., None] & (age[None, None] < slots.length[..., None])
     positions = jnp.where(read, position[..., None] - age[None, None], -1)
-    starts = list(itertools.accumulate(blocks(policy, columns), initial=0))
+    starts = list(itertools.accumulate(blocks(policy, columns, state.results is not None), initial=0))
     positions = jnp.split(positions, starts[1:-1], axis=-1)
     index = prefilled.columns[None, None]
     of_prompts = jnp.where(index < slots.prompt_length[:, None, None], index, -1)
     if state.results is None:  # columns are written once: those before have been, and those behind have not
         others = [(state.cache[i], positions[i], None) for i in range(block)]
         prompts = prefilled.prompts
-    else:  # and here a slot may see what was written a round ago; the last column of a block is its youngest
+    else:  # and here slots may see what was written a round ago; the last column of those blocks is their youngest
         others = [
             (state.cache[i], positions[i], age[starts[i + 1] - 1] < state.oldest)
             for i in range(len(positions))
@@ -342,7 +348,7 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
 def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int, mesh: Mesh | None = None) -> Decoding:
     """Appends up to `steps` tokens in every slot, in a `while_loop` for each block of the cache, round and round."""
     stop, columns = state.step + steps, state.written.ids.shape[-1]
-    ends = list(itertools.accumulate(blocks(policy, columns), initial=0))
+    ends = list(itertools.accumulate(blocks(policy, columns, state.results is not None), initial=0))
     going = lambda state: ~state.done() & (state.step < stop)
 
     def one_round(state: Decoding) -> Decoding:

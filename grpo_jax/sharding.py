@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -82,9 +83,10 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        threads = max(4 * math.prod(sizes), os.cpu_count() or 1)
         more = (
-            f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)}, and PJRT_NPROC="
-            f"{4 * math.prod(sizes)} threads for them, make so many of a CPU.)"
+            f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} PJRT_NPROC={threads} in the "
+            "environment make so many of a CPU, with threads enough.)"
         )
         raise ValueError(
             f"mesh {wanted} needs {math.prod(sizes)} devices with every axis at least 1; there are "
@@ -164,7 +166,7 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any
     """
 
     def one(path, leaf, leaf_axes):
-        name = jax.tree_util.keystr(path)
+        name = jax.tree_util.keystr(path) or "an array"
         return NamedSharding(mesh, _spec(leaf_axes, leaf.shape, mesh, rules, name))
 
     return jax.tree_util.tree_map_with_path(one, abstract, axes)

@@ -73,8 +73,10 @@ def arrange(prompts: int, group_size: int, slots: int, devices: int = 1) -> tupl
     G = W = 8, 0.65 for W = 4, 0.89 for W = 2. Many, since they share what is read of the prompt.
 
     Raises:
-      ValueError: prompts do not divide over the devices.
+      ValueError: slots are less than 0, or prompts do not divide over the devices.
     """
+    if slots < 0:
+        raise ValueError(f"slots={slots} must be 1 or more, or 0 for one for every completion.")
     if prompts % devices:
         raise ValueError(
             f"{prompts} prompts do not divide over {devices} devices (data x fsdp); use a multiple of {devices}."

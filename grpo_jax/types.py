@@ -76,8 +76,9 @@ class Policy:
     # (sampler params, tokens [R, W, J], positions [R, W, J] (-1 = padding), cache, column of the first of them,
     #  key_positions [R, W, columns] (-1 = empty, the new columns included), before = ())
     #   -> (hidden [R, W, J, D], cache)
-    # before: what else is attended to, (cache, key_positions, live); W may be 1 there: all slots read it. live [] bool:
-    # whether a slot sees anything of it, or else it need not be read; None: yes
+    # before: a sequence of (cache, key_positions, live), what else is attended to, each of columns of its own; W may be
+    # 1 there: all slots read it. live: None, or where the policy `skips_blocks` [] bool: false where no slot sees
+    # anything of that cache, which then need not be read
     extend: Callable[..., tuple[jax.Array, PyTree]]
     # (params, sampler params, as `extend` with W = 1, without `before`) -> as `extend`; None: `extend` does it.
     # What prompts are extended by: it may scan over layers that `prepare` takes apart, and so compile one of them.
@@ -88,6 +89,7 @@ class Policy:
     reads_visible: bool = (
         False  # `extend` of a token reads of a cache what is visible, so that it need not be in blocks
     )
+    skips_blocks: bool = False  # `extend` skips a block that no slot sees, and a condition costs little there
     max_segments: int | None = None  # a row for `hidden` holds no more; None: any number
     split: Split = ALL  # which parameters train
 

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ.setdefault("PJRT_NPROC", "32")  # as in conftest
 
 import jax
 import jax.numpy as jnp

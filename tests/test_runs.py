@@ -131,7 +131,10 @@ print(counts["/jax/compilation_cache/cache_hits"], counts["/jax/compilation_cach
     [
         ({}, None),
         ({"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}, None),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=64"}, "256"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=64"}, "256"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count='8'"}, "32"),
+        ({"JAX_NUM_CPU_DEVICES": "8"}, "32"),
+        ({"JAX_NUM_CPU_DEVICES": "-1"}, None),
         ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PJRT_NPROC": "9"}, "9"),
     ],
 )
@@ -140,6 +143,39 @@ def test_devices_that_a_cpu_is_made_to_be_have_threads(monkeypatch, given, threa
     environ = dict(given)
     runs.enough_threads(environ)
     assert environ.get("PJRT_NPROC") == threads
+
+
+UPDATES = """
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from experiments import runs
+
+@jax.jit
+def updated(w, x):
+    step = lambda _, w: w - 1e-3 * jax.grad(lambda w: jnp.sin(x @ w).mean())(w)
+    return jax.lax.fori_loop(0, 4, step, w)
+
+def main(argv):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    w, x = put(jnp.ones((256, 256))), put(jnp.ones((64, 256)), "data")
+    for _ in range(300):  # the next are handed over while one still runs
+        w = updated(w, x)
+    print(jax.block_until_ready(w).shape)
+
+runs.command(main)
+"""
+
+
+def test_with_as_many_as_experiments_ask_for_no_device_waits_for_another():
+    """With eight, one each, nearly every such run ends in an error of XLA's after a long silence."""
+    environ = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    del environ["PJRT_NPROC"]  # of conftest
+    done = subprocess.run(
+        [sys.executable, "-c", UPDATES], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, "(256, 256)\n"), done.stderr[-3000:]
 
 
 INTERRUPTED = """

@@ -66,9 +66,11 @@ def test_arrangements(slots, devices, expected):
     assert arrange(64, 8, slots, devices) == expected
 
 
-def test_prompts_must_divide_over_the_devices():
+def test_what_cannot_be_arranged():
     with pytest.raises(ValueError, match="9 prompts do not divide over 4 devices"):
         arrange(9, 8, 0, 4)
+    with pytest.raises(ValueError, match="slots=-1 must be 1 or more, or 0 for one for every completion"):
+        arrange(8, 8, -1)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 17])
@@ -126,7 +128,7 @@ def test_what_a_gpu_reads_of_caches_does_not_matter(config, params, rollout, qua
     monkeypatch.setattr(slot_attention, "_SMALLEST_WIDTH", 1)
     policy = make_policy(config)
     assert policy.reads_visible
-    assert sampling.blocks(policy, 512) == [512]
+    assert sampling.blocks(policy, 512, False) == [512]
     for slots in (0, 5):
         assert_same_up_to_near_ties(rollout, generate(policy, params, slots=slots), quantiles)
 
@@ -183,7 +185,7 @@ def test_of_the_cache_of_refilled_slots_a_token_reads_the_blocks_that_a_slot_see
     prefilled, state = jax.jit(sampling.start, static_argnums=0, static_argnames=STATIC)(*arguments, **options)
     decode = jax.jit(functools.partial(sampling.decode, policy))
     sizes = [jax.tree.leaves(block)[-1].shape[-2] for block in state.cache]
-    assert sizes == sampling.blocks(policy, LONG) == [12, 12, 16]
+    assert sizes == sampling.blocks(policy, LONG, True) == [12, 12, 16]
     state = decode(prefilled, state, LONG + 11)  # as far as the last column of the first block
     assert (int(state.step), bool(state.done())) == (LONG + 11, False)
     assert int(state.oldest) == np.where(state.slots.alive, state.slots.length, 0).max()
