@@ -441,6 +441,6 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         sampler_axes={**rest, "layers": sampler_layers},
         cache_axes=[layer_cache] * config.layers,
         reads_visible=kernel is not None,
-        skips_blocks=platform == "cpu",  # a condition costs a GPU a trip to the host, and a TPU's compiler long
+        skips_blocks=platform != "gpu",  # where a condition costs a trip to the host
         max_segments=1 if config.attention == "cudnn" else None,  # its kernel knows no segments
     )
