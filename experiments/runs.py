@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from grpo_jax import hosts, objectives, optimizers, storage, training  # noqa: E402
+from grpo_jax import hosts, objectives, optimizers, sharding, storage, training  # noqa: E402
 from grpo_jax.checkpoints import Checkpoints  # noqa: E402
 from grpo_jax.guard import NotFiniteError  # noqa: E402
 from grpo_jax.models import peft, pretrained  # noqa: E402
@@ -395,15 +395,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def enough_threads(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Lets a CPU that the environment makes several devices of have threads for them; PJRT_NPROC that is set wins.
-
-    What each device runs, and what is handed to it next, takes a thread of one pool, which has as many as there are
-    cores or devices. A device that finds none lets the others wait in their collective until XLA ends the process.
-    """
+    """Lets a CPU that the environment makes several devices of have `cpu_threads`; PJRT_NPROC that is set wins."""
     asked = re.findall(r"--xla_force_host_platform_device_count=[\"']?(\d+)", environ.get("XLA_FLAGS", ""))
     asked += re.findall(r"^\d+$", environ.get("JAX_NUM_CPU_DEVICES", ""))
     if asked:
-        environ.setdefault("PJRT_NPROC", str(max(4 * max(map(int, asked)), os.cpu_count() or 1)))
+        environ.setdefault("PJRT_NPROC", str(sharding.cpu_threads(max(map(int, asked)))))
 
 
 def interruptible(main: Callable[[list[str]], None]) -> None:

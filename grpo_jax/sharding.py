@@ -21,6 +21,7 @@ __all__ = [
     "MeshConfig",
     "batch_sharding",
     "between_slices",
+    "cpu_threads",
     "device_bytes",
     "make_mesh",
     "per_device",
@@ -62,6 +63,15 @@ def _slice_of(device: Any) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
+def cpu_threads(devices: int) -> int:
+    """PJRT_NPROC for a CPU that is made so many devices.
+
+    What each device runs, and what is handed to it next, takes a thread of one pool, which has as many as there are
+    cores or devices. A device that finds none lets the others wait in their collective until XLA ends the process.
+    """
+    return max(4 * devices, os.cpu_count() or 1)
+
+
 def make_mesh(
     config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None, slice_of: Callable[[Any], int] = _slice_of
 ) -> Mesh:
@@ -83,10 +93,9 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        threads = max(4 * math.prod(sizes), os.cpu_count() or 1)
         more = (
-            f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} PJRT_NPROC={threads} in the "
-            "environment make so many of a CPU, with threads enough.)"
+            f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} PJRT_NPROC="
+            f"{cpu_threads(math.prod(sizes))} in the environment make so many of a CPU, with threads enough.)"
         )
         raise ValueError(
             f"mesh {wanted} needs {math.prod(sizes)} devices with every axis at least 1; there are "

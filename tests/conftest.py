@@ -9,7 +9,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300 "
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
-# And enough threads for them, as `experiments.runs.enough_threads` says: with one each, collectives wait forever.
+# And enough threads for them, as `sharding.cpu_threads` says: with one each, collectives wait forever.
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import hypothesis

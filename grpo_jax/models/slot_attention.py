@@ -96,10 +96,10 @@ def _tiled(x: jax.Array, tiles: int) -> jax.Array:
 def attend_slots(query, key, value, cache, column, visible, before, *, scale, soft_cap, kernel=None):
     """Writes key/value into `cache` at `column`, then attends to it and to the caches `before`, which are only read.
 
-    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `cache_axes`, visible [R, W, J, columns]; `before`:
-    a cache, what of it is visible, [R, W, J, columns], and whether anything is, [] bool: where it says no, nothing is
-    read; None: yes. A cache of R rows, as of their prompts, is read by all slots of a row: their queries are the rows
-    of one product, and nothing is copied. `kernel`: of `make_kernel`.
+    query [R, W, J, H, C], key/value [R, W, J, K, C], cache as in `cache_axes`, visible [R, W, J, columns]; each of
+    `before`: a cache, what of it is visible, [R, W, J, columns], and whether anything is, [] bool: where it says no, it
+    is not read; None: yes. A cache of R rows, as of their prompts, is read by all slots of a row: their queries are the
+    rows of one product, and nothing is copied. `kernel`: of `make_kernel`.
 
     Returns:
       What was mixed, like the query, and the cache.
