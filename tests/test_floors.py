@@ -181,7 +181,7 @@ def test_products_are_those_of_the_gradient(adapters):
     scores = 4 * 4 * 6 * 3
     forward = floors.reference(model, step, adapted=True).flop - scores * 28
     assert dots(jax.make_jaxpr(loss)(trained, frozen).jaxpr).tolist() == [forward, scores * 49]
-    # What is made again does not count: inside of adapters, see `_Block`, and scores.
+    # What is made again does not count: inside of adapters, see `Block`, and scores.
     inputs = [inputs for name, (inputs, _) in MODEL.matrices.items() if adapters and name in adapters.targets]
     again = 2 * 7 * 3 * adapters.rank * sum(inputs) if adapters else 0
     whole = floors.update(model, step).flop - 3 * scores * 28 + again

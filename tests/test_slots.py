@@ -14,7 +14,7 @@ import pytest
 from grpo_jax import sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.models import slot_attention, transformer
+from grpo_jax.models import decoding, slot_attention
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.slots import arrange
 from grpo_jax.types import SamplingParams
@@ -116,7 +116,7 @@ def test_stop_strings_in_slots(policy, flat_params):
 
 
 def test_the_layout_of_a_tpus_caches_does_not_matter(config, params, rollout, quantiles, monkeypatch):
-    monkeypatch.setattr(transformer, "cache_axes", lambda _, heads: slot_attention.cache_axes("tpu", heads))
+    monkeypatch.setattr(decoding, "cache_axes", lambda _, heads: slot_attention.cache_axes("tpu", heads))
     policy = make_policy(config)
     assert jax.tree.map(jnp.shape, policy.init_cache(3, 2, 7))[0] == dict.fromkeys(("key", "turned"), (6, 2, 4, 7))
     for slots in (0, 5):
