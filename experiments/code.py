@@ -13,7 +13,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import footprint, games, runs
+from experiments import footprint, games, process, runs
 from grpo_jax import evaluation, loop, profiling, sharding
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.puzzles import PuzzleConfig, Puzzles
@@ -100,13 +100,13 @@ def main(given: games.Given, argv: list[str]) -> None:
         saved = workdir if given.eval_only.value else None
         config = games.configuration(makers, Puzzles.tokenizer, saved, given.reward.value)
         profile = profiling.steps_of(given.profile.value, config["train"].steps)
-        print(runs.cache_compilations(given.cache.value), flush=True)
+        print(process.cache_compilations(given.cache.value), flush=True)
         experiment = Experiment(config, debug_nans=given.debug_nans.value)
         experiment.check()
         if not given.eval_only.value:
             print(experiment.check_rewards(workdir), end="", flush=True)
     except RewardError:
-        raise  # `runs.command` says it, and where in a user's file it was
+        raise  # `process.command` says it, and where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     if given.eval_only.value:
@@ -134,7 +134,7 @@ def description(experiment: Experiment) -> str:
     """What runs, in lines."""
     config = experiment.config
     return (
-        f"{runs.devices()}; {footprint.parameters(config['model']):,} parameters\n"
+        f"{process.devices()}; {footprint.parameters(config['model']):,} parameters\n"
         f"{footprint.batch_arithmetic(config['rollout'], config['update'], experiment.mesh, experiment.max_tokens)}\n"
         f"{runs.remarks(config['loss'], config['update'])}"
     )
@@ -144,4 +144,4 @@ if __name__ == "__main__":
     GIVEN = games.define_flags(SECTIONS)
     for module in (games, sections):
         flags.adopt_module_key_flags(module)  # so that --help shows them
-    runs.command(functools.partial(main, GIVEN))
+    process.command(functools.partial(main, GIVEN))

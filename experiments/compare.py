@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import countdown, footprint, plots, runs
+from experiments import countdown, footprint, plots, process, runs
 from experiments import flags as sections
 from grpo_jax import loop, profiling
 from grpo_jax.rewards import RewardError
@@ -202,12 +202,12 @@ def main(argv: list[str]) -> None:
         check_flags()
         configs = configurations(countdown.configuration(workdir), OBJECTIVES.value, SEEDS.value)
         profile = profiling.steps_of(countdown.PROFILE.value, next(iter(configs.values()))["train"].steps)
-        print(runs.cache_compilations(countdown.CACHE.value), flush=True)
+        print(process.cache_compilations(countdown.CACHE.value), flush=True)
         for config in configs.values():
             countdown.Experiment(config).check()
         print(countdown.Experiment(next(iter(configs.values()))).check_rewards(workdir), end="", flush=True)
     except RewardError:
-        raise  # `runs.command` shows where in a user's file it was
+        raise  # `process.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     open_workdirs(workdir, configs)
@@ -226,4 +226,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     for flag, default in DEFAULTS.items():
         flags.FLAGS.set_default(flag, default)
-    runs.command(main)
+    process.command(main)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as sections
-from experiments import footprint, games, runs
+from experiments import footprint, games, process, runs
 from grpo_jax import loop, objectives, profiling, sharding, storage
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
@@ -161,19 +161,19 @@ def main(argv: list[str]) -> None:
     if PROFILE.value and (EVAL_ONLY.value or WARM_START_ONLY.value):
         raise app.UsageError("--profile is of steps of GRPO: leave it out.")
     if DETERMINISTIC.value:
-        runs.make_deterministic(workdir)
+        process.make_deterministic(workdir)
     try:
         config = configuration(workdir)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.said_of_deterministic(workdir), flush=True)
-        print(runs.cache_compilations(CACHE.value), flush=True)
+            print(process.said_of_deterministic(workdir), flush=True)
+        print(process.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(config, debug_nans=DEBUG_NANS.value)
         experiment.check()
         if not EVAL_ONLY.value:
             print(experiment.check_rewards(workdir), end="", flush=True)
     except RewardError:
-        raise  # `runs.command` shows where in a user's file it was
+        raise  # `process.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     if EVAL_ONLY.value:
@@ -210,4 +210,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

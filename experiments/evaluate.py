@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as sections
-from experiments import phases, runs, tasks
+from experiments import phases, process, runs, tasks
 from experiments.flags import section
 from grpo_jax import objectives, rollouts, sharding, storage
 from grpo_jax.models import lora, pretrained
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
     directory = given / "model" if ours else given
     try:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()}, of_run(given) if ours else None)
-        print(runs.cache_compilations(CACHE.value), flush=True)
+        print(process.cache_compilations(CACHE.value), flush=True)
         opened = tasks.Opened(directory, config)
         if ours:
             opened.policy = lora.adapted_policy(opened.policy, opened.model, adapters_of(given))
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
     metrics = evaluator.summarize(records)
     described = {"model": str(given), "step": step, **runs.as_json(config), "metrics": metrics}
     write_atomically(output / "metrics.json", json.dumps(described, indent=2) + "\n")
-    print(f"{given}{'' if step is None else f' at step {step}'}: {len(records)} completions; {runs.devices()}")
+    print(f"{given}{'' if step is None else f' at step {step}'}: {len(records)} completions; {process.devices()}")
     for name, value in metrics.items():
         count = name.endswith(("/not_applicable", "/failed"))
         print(f"  {name.removeprefix('eval/'):<28}{value:8.0f}" if count else f"  {name[5:]:<28}{value:8.2%}")
@@ -145,4 +145,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

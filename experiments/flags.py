@@ -74,7 +74,7 @@ def profile() -> "flags.FlagHolder[str | None]":
 
 
 def deterministic() -> "flags.FlagHolder[bool]":
-    """Defines `--deterministic`, of experiments that train; `runs.make_deterministic` does what it says."""
+    """Defines `--deterministic`, of experiments that train; `process.make_deterministic` does what it says."""
     return flags.DEFINE_bool(
         "deterministic", False, "On GPUs, only kernels that give the same bits every time, and the same ones in every "
         "process of the run. It costs speed (docs/performance.md), and "
@@ -130,7 +130,7 @@ def seeds_of(given: Sequence[str]) -> list[int]:
 
 
 def compilation_cache() -> "flags.FlagHolder[str | None]":
-    """Defines `--compilation_cache`, of experiments that compile; `runs.cache_compilations` does what it says."""
+    """Defines `--compilation_cache`, of experiments that compile; `process.cache_compilations` does what it says."""
     return flags.DEFINE_string(
         "compilation_cache",
         "auto",

@@ -23,7 +23,7 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import footprint, phases, runs, scorers, tasks, user_rewards
+from experiments import footprint, phases, process, runs, scorers, tasks, user_rewards
 from experiments.flags import section
 from grpo_jax import loop, objectives, optimizers, outcomes, profiling, rollouts, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -182,7 +182,7 @@ class Experiment(tasks.Opened):
         )  # fmt: skip
         epoch = len(self.task.train) / rollout.prompts
         print(
-            f"{runs.devices()}; {parameters:,} parameters of {MODEL.value}"
+            f"{process.devices()}; {parameters:,} parameters of {MODEL.value}"
             f"{footprint.trains(self.model, config['lora'])}\n"
             f"{footprint.batch_arithmetic(rollout, config['update'], self.mesh, rollout.max_tokens)}\n"
             f"{runs.remarks(config['loss'], config['update'])}"
@@ -197,21 +197,21 @@ def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the final policy."""
     workdir, model = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     if DETERMINISTIC.value:
-        runs.make_deterministic(workdir)
+        process.make_deterministic(workdir)
     try:
-        runs.join_hosts(DISTRIBUTED.value)
+        process.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         config |= user_rewards.named(REWARD.value)
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.said_of_deterministic(workdir), flush=True)
-        print(runs.cache_compilations(CACHE.value), flush=True)
+            print(process.said_of_deterministic(workdir), flush=True)
+        print(process.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
         experience, parameters = experiment.rollouts(), experiment.print_plan()
         print(experiment.check_rewards(workdir, experience.rewards), end="", flush=True)
     except RewardError:
-        raise  # `runs.command` shows where in a user's file it was
+        raise  # `process.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
     loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
@@ -236,4 +236,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import chips, collectives, footprint, runs, tasks
+from experiments import chips, collectives, footprint, process, runs, tasks
 from experiments import flags as sections
 from experiments.flags import section
 from grpo_jax import floors, objectives, optimizers, rollouts, sampling, sharding, training
@@ -329,7 +329,7 @@ def report(
             said |= {"total": total, "fits": total <= chip.memory}
             if name == "train":
                 said["sent"], said["sent_to_slices"] = _sent(program, planned)
-        said["peak_rss"] = runs.peak_rss()
+        said["peak_rss"] = process.peak_rss()
         result["programs"][name] = said
         print(line(name, said, chip), flush=True)
         keep(result)
@@ -447,4 +447,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("json", "", "A file for everything that is known, written after each program; empty: none.")
     FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}
     flags.adopt_module_key_flags(sections)
-    runs.command(main)
+    process.command(main)

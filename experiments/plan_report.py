@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import runs
+from experiments import process
 from grpo_jax.telemetry import write_atomically
 
 __all__ = ["CASES", "OPTIONS", "WEAK", "Case", "options_table", "table", "weak_table", "written"]
@@ -275,4 +275,4 @@ if __name__ == "__main__":
         "cases", [], "Cases that are done, again where they are known; empty: all that are not, as they are now."
     )
     LIMIT = flags.DEFINE_float("limit", 600.0, "Seconds that a case may take.")
-    runs.command(main)
+    process.command(main)

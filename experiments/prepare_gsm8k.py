@@ -6,7 +6,7 @@ python -m experiments.prepare_gsm8k --data_dir=DIR --files=FILES  # offline, fro
 
 from absl import app, flags
 
-from experiments import runs
+from experiments import process
 from grpo_jax.data.gsm8k import PUBLISHED, prepare
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where data sets lie; left out: TFDS_DATA_DIR, ~/tensorflow_datasets.")
@@ -23,4 +23,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import footprint, phases, runs, scorers
+from experiments import footprint, phases, process, runs, scorers
 from experiments.flags import section
 from grpo_jax import hosts, loop, objectives, optimizers, profiling, reward_model, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -201,17 +201,17 @@ def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the reward model."""
     workdir, given = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     try:
-        runs.join_hosts(DISTRIBUTED.value)
+        process.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
-        print(runs.cache_compilations(CACHE.value), flush=True)
+        print(process.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(given, workdir), config)
         sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
     except ValueError as error:
         sys.exit(f"error: {error}")
     train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.pairs)
     print(
-        f"{runs.devices()}; {parameters:,} parameters of {given}\n"
+        f"{process.devices()}; {parameters:,} parameters of {given}\n"
         f"{count} pairs; {train.batch} a step, an epoch is {count / train.batch:.1f} steps",
         flush=True,
     )
@@ -244,4 +244,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from experiments import flags as sections
-from experiments import footprint, rlhf_run, runs
+from experiments import footprint, process, rlhf_run, runs
 from experiments.flags import section
 from grpo_jax import hosts, loop, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -101,10 +101,10 @@ def main(argv: list[str]) -> None:
     """Runs, or goes on with, every seed in --workdir."""
     workdir, started = runs.directory_of(argv, WORKDIR), time.perf_counter()
     try:
-        runs.join_hosts(DISTRIBUTED.value)
+        process.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         seeds = sections.seeds_of(SEEDS.value)
-        print(runs.cache_compilations(CACHE.value), flush=True)
+        print(process.cache_compilations(CACHE.value), flush=True)
         experiments = {seed: rlhf_run.Experiment(config, seed, debug_nans=DEBUG_NANS.value) for seed in seeds}
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
     parameters, rollout = footprint.parameters(config["model"].transformer), config["rollout"]
     mesh = experiments[seeds[0]].mesh
     print(
-        f"{runs.devices()}; {parameters:,} parameters\n"
+        f"{process.devices()}; {parameters:,} parameters\n"
         f"{footprint.batch_arithmetic(rollout, config['update'], mesh, rollout.max_tokens)}",
         flush=True,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
                         "evaluations": result["evaluations"]}
             for seed, result in results.items()
         },
-        "wall_seconds": time.perf_counter() - started, "device": runs.devices(), "parameters": parameters,
+        "wall_seconds": time.perf_counter() - started, "device": process.devices(), "parameters": parameters,
     }  # fmt: skip
 
     def write() -> None:
@@ -141,4 +141,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 from experiments import flags as sections
-from experiments import footprint, phases, runs, tasks
+from experiments import footprint, phases, process, runs, tasks
 from experiments.flags import section
 from grpo_jax import loop, objectives, optimizers, profiling, sharding, training
 from grpo_jax.checkpoints import CheckpointConfig
@@ -108,14 +108,14 @@ def main(argv: list[str]) -> None:
     """Trains, or goes on with, the run in --workdir, and exports the model."""
     workdir, model = runs.directory_of(argv, WORKDIR), runs.place_of(MODEL)
     if DETERMINISTIC.value:
-        runs.make_deterministic(workdir)
+        process.make_deterministic(workdir)
     try:
-        runs.join_hosts(DISTRIBUTED.value)
+        process.join_hosts(DISTRIBUTED.value)
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         profile = profiling.steps_of(PROFILE.value, config["train"].steps)
         if DETERMINISTIC.value:
-            print(runs.said_of_deterministic(workdir), flush=True)
-        print(runs.cache_compilations(CACHE.value), flush=True)
+            print(process.said_of_deterministic(workdir), flush=True)
+        print(process.cache_compilations(CACHE.value), flush=True)
         experiment = Experiment(runs.description(model, workdir), config)
         sections.check_debugging(DEBUG_NANS.value, experiment.mesh)
     except ValueError as error:
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     train, parameters, count = config["train"], footprint.parameters(experiment.model), len(experiment.prompts)
     dropped = len(experiment.task.train) - count
     print(
-        f"{runs.devices()}; {parameters:,} parameters of {model}"
+        f"{process.devices()}; {parameters:,} parameters of {model}"
         f"{footprint.trains(experiment.model, config['lora'])}\n"
         f"{count} demonstrations ({dropped} more, the end included, have more than {train.max_tokens} tokens); "
         f"{train.batch} a step, an epoch is {count / train.batch:.1f} steps",
@@ -149,4 +149,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

@@ -21,7 +21,7 @@ import tokenizers
 from absl import flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from experiments import footprint, runs
+from experiments import footprint, process, runs
 from grpo_jax.data.gsm8k import gsm8k_record
 from grpo_jax.data.sources import json_records
 from grpo_jax.data.templates import qa
@@ -131,4 +131,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

@@ -22,7 +22,7 @@ from absl import logging
 from jax._src import compiler, distributed
 from jax.sharding import Mesh
 
-from experiments import runs
+from experiments import process
 from grpo_jax import hosts, loop, objectives, optimizers, preemption, rollouts, sharding, storage, training
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
@@ -162,4 +162,4 @@ def main(asked: dict) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(lambda argv: main(json.loads(argv[1])))
+    process.command(lambda argv: main(json.loads(argv[1])))

@@ -11,7 +11,7 @@ import importlib
 import os
 import signal
 
-from experiments import runs
+from experiments import process
 from grpo_jax import checkpoints, leases, rollouts, telemetry
 
 leases.RENEWAL, leases.PATIENCE = 0.5, 2.0  # who is killed in a store is started again at once
@@ -41,4 +41,4 @@ kill("journal", telemetry.RewardJournal, "write", lambda self, step, *_: step, a
 kill("update", telemetry.RunLog, "write", lambda self, step, *_: step - 1)
 kill("log", telemetry.RunLog, "write", lambda self, step, *_: step - 1, after=True)
 kill("save", checkpoints.Checkpoints, "save", lambda self, state, *_: int(state.step) - 1, after=True)
-runs.command(importlib.import_module(f"experiments.{os.environ['KILL_IN']}").main)
+process.command(importlib.import_module(f"experiments.{os.environ['KILL_IN']}").main)

@@ -112,7 +112,7 @@ def test_a_broken_sandbox_is_an_error_in_one_line(monkeypatch, tmp_path):
     )  # fmt: skip
     with pytest.raises(RewardError, match=r"^no sandbox can be started: bwrap is not installed$") as stopped:
         code.main(given, ["code"])  # pyright: ignore[reportArgumentType]
-    assert stopped.value.__cause__ is None  # so that `runs.command` makes a line of it
+    assert stopped.value.__cause__ is None  # so that `process.command` makes a line of it
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -258,9 +258,12 @@ def test_an_error_on_one_process_ends_all_and_is_its_status(place, how, status, 
     assert "Fatal Python error" not in said
 
 
-JOINS = (
-    "from experiments import runs; from grpo_jax import hosts; runs.command(lambda argv: print(hosts.initialize({})))"
-)
+JOINS = """
+from experiments import process
+from grpo_jax import hosts
+
+process.command(lambda argv: print(hosts.initialize({})))
+"""
 
 
 def test_who_waits_for_others_says_so_and_ends_with_a_line_or_at_once():

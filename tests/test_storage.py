@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import runs, scorers
+from experiments import process, runs, scorers
 from grpo_jax import loop, sharding, storage
 from grpo_jax.checkpoints import CheckpointConfig, CheckpointError, Checkpoints
 from grpo_jax.telemetry import RewardJournal, WorkdirError, read_jsonl
@@ -75,15 +75,15 @@ def test_what_a_paths_own_methods_raise_is_one_line(bucket, monkeypatch):
         raise object_store.Refused(409, "not\nnow")
 
     monkeypatch.setattr(store, "before", ill)
-    monkeypatch.setattr(runs, "interruptible", lambda main: main([]))
+    monkeypatch.setattr(process, "interruptible", lambda main: main([]))
     with pytest.raises(SystemExit, match=r"^error: Google Cloud Storage: HttpError: not now, 409$"):
-        runs.command(lambda argv: runs.saved_configuration(place / "a"))
+        process.command(lambda argv: runs.saved_configuration(place / "a"))
 
     def bug(argv):
         raise KeyError("a")
 
     with pytest.raises(KeyError):
-        runs.command(bug)
+        process.command(bug)
 
 
 def test_a_reward_model_is_looked_for_before_anything_begins(bucket):
@@ -274,4 +274,4 @@ def test_deterministic_kernels_are_of_a_workdir_on_disk(bucket, monkeypatch):
     _, place = bucket
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match=r"--deterministic.*on disk alone, and --workdir is gs://bucket/x"):
-        runs.said_of_deterministic(place / "x")
+        process.said_of_deterministic(place / "x")

@@ -77,11 +77,11 @@ def told_in_background(original: Callable[..., Any]) -> Callable[..., Any]:
 
 jax.profiler.TraceAnnotation, jax.profiler.StepTraceAnnotation = part, step  # pyright: ignore[reportAttributeAccessIssue]
 
-from experiments import runs  # noqa: E402  its loop remembers what annotates
+from experiments import process, runs  # noqa: E402  its loop remembers what annotates
 from grpo_jax import telemetry  # noqa: E402
 
 told(telemetry.RewardJournal, "write", "rewards")
 told(runs, "export", "export")
 saver = ocp.training.Checkpointer
 saver.save_checkpointables_async = told_in_background(saver.save_checkpointables_async)
-runs.command(importlib.import_module(f"experiments.{os.environ['TOLD_IN']}").main)
+process.command(importlib.import_module(f"experiments.{os.environ['TOLD_IN']}").main)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import runs
+from experiments import process
 from experiments.benchmarks import measure
 from grpo_jax.logprobs import CHUNK, token_logprobs
 
@@ -92,7 +92,7 @@ def _alone(options: Options) -> dict[str, float]:
     before = measure.rss()
     run()
     run()
-    return {"peak_beyond_arguments_bytes": runs.peak_rss() - before}
+    return {"peak_beyond_arguments_bytes": process.peak_rss() - before}
 
 
 def run(options: Options) -> dict[str, Any]:

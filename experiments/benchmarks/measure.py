@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments.flags import field_comments
-from experiments.runs import interruptible, peak_rss, resident
+from experiments.process import interruptible, peak_rss, resident
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 __all__ = [

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from experiments import runs
+from experiments import process
 from experiments.benchmarks import measure
 from experiments.benchmarks.workload import Ours, Workload
 
@@ -61,7 +61,7 @@ def _alone(options: Options) -> dict[str, float]:
         loaded = measure.rss()
         for _ in range(options.repeats):
             step()
-        peak = runs.peak_rss()
+        peak = process.peak_rss()
         if options.only == "trl":
             step.close()  # pyright: ignore[reportFunctionMemberAccess]
     return {

@@ -8,7 +8,7 @@ from importlib import metadata
 import jax
 import pytest
 
-from experiments import runs
+from experiments import process
 from tests import processes
 from tests.test_resume import TINY
 
@@ -29,32 +29,32 @@ def cache():
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_compilations_are_kept_on_accelerators(cache, platform, tmp_path):
     user = f"{tmp_path}/.cache/grpo_jax/xla"
-    assert runs.cache_compilations("auto", platform, {"HOME": str(tmp_path)}) == f"compilation cache: {user}"
+    assert process.cache_compilations("auto", platform, {"HOME": str(tmp_path)}) == f"compilation cache: {user}"
     assert cache() == (True, user)
     assert pathlib.Path(user).is_dir()
     assert not any(pathlib.Path(user).iterdir())
     assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0
     elsewhere = {"XDG_CACHE_HOME": f"{tmp_path}/xdg"}
-    assert runs.cache_compilations("auto", platform, elsewhere).endswith(f"{tmp_path}/xdg/grpo_jax/xla")
+    assert process.cache_compilations("auto", platform, elsewhere).endswith(f"{tmp_path}/xdg/grpo_jax/xla")
 
 
 def test_compilations_are_not_kept_on_cpus_unless_asked_for(cache, tmp_path):
-    said = runs.cache_compilations("auto", "cpu", {"HOME": str(tmp_path)})
+    said = process.cache_compilations("auto", "cpu", {"HOME": str(tmp_path)})
     assert said == "compilation cache: off, by default on CPUs; --compilation_cache=DIR switches it on"
     assert not cache()[0]
     assert not any(tmp_path.iterdir())
-    assert runs.cache_compilations(f"{tmp_path}/mine", "cpu", {}) == f"compilation cache: {tmp_path}/mine"
+    assert process.cache_compilations(f"{tmp_path}/mine", "cpu", {}) == f"compilation cache: {tmp_path}/mine"
     assert cache() == (True, f"{tmp_path}/mine")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_the_environment_goes_before_the_default_and_flags_before_the_environment(cache, tmp_path, platform):
     environ = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/there", "HOME": str(tmp_path)}
-    assert runs.cache_compilations("auto", platform, environ) == f"compilation cache: {tmp_path}/there"
-    assert runs.cache_compilations(f"{tmp_path}/flag", platform, environ) == f"compilation cache: {tmp_path}/flag"
-    assert runs.cache_compilations("off", platform, environ) == "compilation cache: off"
+    assert process.cache_compilations("auto", platform, environ) == f"compilation cache: {tmp_path}/there"
+    assert process.cache_compilations(f"{tmp_path}/flag", platform, environ) == f"compilation cache: {tmp_path}/flag"
+    assert process.cache_compilations("off", platform, environ) == "compilation cache: off"
     assert not cache()[0]
-    assert runs.cache_compilations("gs://bucket/cache", platform, environ) == "compilation cache: gs://bucket/cache"
+    assert process.cache_compilations("gs://bucket/cache", platform, environ) == "compilation cache: gs://bucket/cache"
 
 
 def test_a_cache_that_cannot_be_written(cache, tmp_path):
@@ -62,20 +62,21 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path):
     with pytest.raises(
         ValueError, match=r"the compilation cache .*/file/x cannot be written: .* Name another, or off\."
     ):
-        runs.cache_compilations(f"{tmp_path}/file/x", "gpu", {})
-    said = runs.cache_compilations("auto", "gpu", {"XDG_CACHE_HOME": f"{tmp_path}/file"})  # nobody asked for this one
+        process.cache_compilations(f"{tmp_path}/file/x", "gpu", {})
+    nobody_asked_for = {"XDG_CACHE_HOME": f"{tmp_path}/file"}
+    said = process.cache_compilations("auto", "gpu", nobody_asked_for)
     assert said.startswith(f"compilation cache: off, for {tmp_path}/file/grpo_jax/xla cannot be written (")
     assert not cache()[0]
     with pytest.raises(ValueError, match=r"--compilation_cache= must be auto, off or a directory"):
-        runs.cache_compilations("", "gpu", {})
+        process.cache_compilations("", "gpu", {})
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_what_is_said_of_deterministic_kernels(cache, monkeypatch, tmp_path, platform):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     environ, place = {"XLA_FLAGS": "--theirs=1"}, f"{tmp_path}/xla/jaxlib-{JAXLIB}"
-    runs.make_deterministic(tmp_path, environ)
-    said = runs.said_of_deterministic(tmp_path)
+    process.make_deterministic(tmp_path, environ)
+    said = process.said_of_deterministic(tmp_path)
     if platform == "gpu":
         assert said == "deterministic kernels, the same in every process"
     else:
@@ -117,10 +118,10 @@ def test_other_experiments_have_it_too(tmp_path, experiment):
 PROGRAM = """
 import collections, sys
 import jax
-from experiments import runs
+from experiments import process
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event]))
-runs.cache_compilations(sys.argv[1])
+process.cache_compilations(sys.argv[1])
 assert jax.jit(lambda x: x * 2 + 1)(3) == 7
 print(counts["/jax/compilation_cache/cache_hits"], counts["/jax/compilation_cache/cache_misses"])
 """
@@ -141,7 +142,7 @@ print(counts["/jax/compilation_cache/cache_hits"], counts["/jax/compilation_cach
 def test_devices_that_a_cpu_is_made_to_be_have_threads(monkeypatch, given, threads):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     environ = dict(given)
-    runs.enough_threads(environ)
+    process.enough_threads(environ)
     assert environ.get("PJRT_NPROC") == threads
 
 
@@ -149,7 +150,7 @@ UPDATES = """
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from experiments import runs
+from experiments import process
 
 @jax.jit
 def updated(w, x):
@@ -164,7 +165,7 @@ def main(argv):
         w = updated(w, x)
     print(jax.block_until_ready(w).shape)
 
-runs.command(main)
+process.command(main)
 """
 
 
@@ -180,7 +181,7 @@ def test_with_as_many_as_experiments_ask_for_no_device_waits_for_another():
 
 INTERRUPTED = """
 import gc, os, signal, time
-from experiments import runs
+from experiments import process
 
 def _xla_gc_callback(phase, info):  # as JAX calls its own; what is raised here is ignored
     gc.callbacks.clear()
@@ -194,7 +195,7 @@ def main(argv):
     time.sleep(10)
     print("went on")
 
-runs.command(main)
+process.command(main)
 """
 
 
