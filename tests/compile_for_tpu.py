@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 
-from experiments import chips, plan, tasks
+from experiments import ahead_of_time, chips, tasks
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.optimizers import OptimizerConfig
 from grpo_jax.sharding import MeshConfig
@@ -33,16 +33,17 @@ def main(topology, directory):
     chips.absent()
     devices = chips.devices_of(topology)
     for mesh, program, attention, microbatches, slots in PROGRAMS[topology]:
-        rollout = plan.RolloutConfig(
+        rollout = ahead_of_time.RolloutConfig(
             prompts=PROMPTS, max_prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, slots=slots
         )
         config = {
-            "lora": LoraConfig(), "rollout": rollout, "loss": plan.LossConfig(kl_coef=0.04),
-            "update": plan.UpdateConfig(microbatches=microbatches), "optimizer": OptimizerConfig(), "mesh": mesh,
+            "lora": LoraConfig(), "rollout": rollout, "loss": ahead_of_time.LossConfig(kl_coef=0.04),
+            "update": ahead_of_time.UpdateConfig(microbatches=microbatches), "optimizer": OptimizerConfig(),
+            "mesh": mesh,
         }  # fmt: skip
-        model = plan.model_of("qwen2.5-0.5b", tasks.ModelConfig(attention=attention))
-        planned = plan.Planned(model, config, devices, memory=None)
-        for kind, said, compiled in plan.compiled(planned, (program,)):
+        model = ahead_of_time.model_of("qwen2.5-0.5b", tasks.ModelConfig(attention=attention))
+        planned = ahead_of_time.Planned(model, config, devices, memory=None)
+        for kind, said, compiled in ahead_of_time.compiled(planned, (program,)):
             name = f"{kind} data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}"
             pathlib.Path(directory, f"{name}.txt").write_text(compiled.as_text())
             print(json.dumps({"name": name, **said}), flush=True)

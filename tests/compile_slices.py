@@ -7,7 +7,7 @@ from slice to slice by the formula, in bytes of a chip and a step, is printed.
 import pathlib
 import sys
 
-from experiments import chips, plan
+from experiments import ahead_of_time, chips
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.transformer import TransformerConfig
 from grpo_jax.optimizers import OptimizerConfig
@@ -23,11 +23,11 @@ def main(file):
         compute_dtype="bfloat16", remat="full",
     )  # fmt: skip
     config = {
-        "rollout": plan.RolloutConfig(prompts=8, group_size=4, max_prompt_tokens=128, max_tokens=128),
-        "lora": LoraConfig(), "loss": plan.LossConfig(kl_coef=0.0), "optimizer": OptimizerConfig(),
-        "update": plan.UpdateConfig(microbatches=MICROBATCHES), "mesh": MeshConfig(data=2, fsdp=4),
+        "rollout": ahead_of_time.RolloutConfig(prompts=8, group_size=4, max_prompt_tokens=128, max_tokens=128),
+        "lora": LoraConfig(), "loss": ahead_of_time.LossConfig(kl_coef=0.0), "optimizer": OptimizerConfig(),
+        "update": ahead_of_time.UpdateConfig(microbatches=MICROBATCHES), "mesh": MeshConfig(data=2, fsdp=4),
     }  # fmt: skip
-    planned = plan.Planned(model, config, chips.devices_of("v5e:2x2", slices=2), memory=None)
+    planned = ahead_of_time.Planned(model, config, chips.devices_of("v5e:2x2", slices=2), memory=None)
     assert between_slices(planned.mesh) == ("data",)
     pathlib.Path(file).write_text(planned.train().as_text())
     print(sum(planned.work()["update"].network.values()))

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from experiments import chips, plan, plan_report, tasks
+from experiments.ahead_of_time import LossConfig, Planned, RolloutConfig, UpdateConfig, compiled, model_of
 from grpo_jax import optimizers, sharding
 from grpo_jax.models import lora, pretrained
 from grpo_jax.models.shapes import shape
@@ -25,8 +26,8 @@ CONFIG = TransformerConfig(vocab_size=300, layers=2, width=32, heads=4, kv_heads
 def config(**changes):
     """Sections of a small step."""
     values = {
-        "rollout": plan.RolloutConfig(prompts=8, group_size=4, max_tokens=16, max_prompt_tokens=8),
-        "lora": lora.LoraConfig(), "loss": plan.LossConfig(), "update": plan.UpdateConfig(microbatches=2),
+        "rollout": RolloutConfig(prompts=8, group_size=4, max_tokens=16, max_prompt_tokens=8),
+        "lora": lora.LoraConfig(), "loss": LossConfig(), "update": UpdateConfig(microbatches=2),
         "optimizer": optimizers.OptimizerConfig(), "mesh": sharding.MeshConfig(data=2, fsdp=2),
     }  # fmt: skip
     return values | changes
@@ -34,8 +35,8 @@ def config(**changes):
 
 def test_what_a_device_holds_is_what_programs_are_given():
     """On CPU devices: the state of the train step, and what the sampler carries, by shapes and as compiled."""
-    planned = plan.Planned(CONFIG, config(), jax.devices(), None)
-    found = {name: said for name, said, _ in plan.compiled(planned)}
+    planned = Planned(CONFIG, config(), jax.devices(), None)
+    found = {name: said for name, said, _ in compiled(planned)}
     assert list(found) == ["train", "reference", "start", "decode"]
     parameters = 4 * (2 * (32 * 8 * 12 + 3 * 32 * 48 + 2 * 32) + 300 * 32 + 32)
     assert planned.held["parameters"] == planned.held["reference"] == parameters // 2  # split over fsdp
@@ -50,49 +51,49 @@ def test_what_a_device_holds_is_what_programs_are_given():
     assert planned.updated == {"gradients": parameters, "activations": kept + 2 * 4 * 4 * 24 * 24 * 4}
     assert kept < found["train"]["temporaries"]
     # Without a reference there is nothing to hold, and no pass.
-    planned = plan.Planned(CONFIG, config(loss=plan.LossConfig(kl_coef=0.0)), jax.devices(), None)
+    planned = Planned(CONFIG, config(loss=LossConfig(kl_coef=0.0)), jax.devices(), None)
     assert planned.held["reference"] == 0
     assert "reference" not in planned.work()
-    assert not list(plan.compiled(planned, ("reference",)))
+    assert not list(compiled(planned, ("reference",)))
 
 
 def test_what_waits_between_steps_and_what_an_objective_asks_of_the_batch_are_counted():
     """With process supervision advantages and what waits have a number a token."""
     rollout = dataclasses.replace(config()["rollout"], max_waves=2)
-    planned = plan.Planned(
+    planned = Planned(
         CONFIG,
-        config(rollout=rollout, loss=plan.LossConfig(objective="grpo_process", kl_coef=0.0)),
+        config(rollout=rollout, loss=LossConfig(objective="grpo_process", kl_coef=0.0)),
         jax.devices(),
         None,
     )
     waiting = (8 * 8 * 5 + 32 * (16 * 13 + 1) + 8 * 4 * 4 + 32 * 16 * 4) // 4 + 4
     assert planned.held["groups that wait"] == waiting
-    ((_, said, _),) = plan.compiled(planned, ("train",))
+    ((_, said, _),) = compiled(planned, ("train",))
     batch = 32 * (8 * 5 + 16 * 9 + 16 * 4 + 4) // 4
     assert said["arguments"] == sum(planned.held.values()) + 3 * 4 + batch
 
 
 def test_work_with_adapters_is_that_of_what_trains():
-    planned = plan.Planned(CONFIG, config(lora=lora.LoraConfig(rank=2, base_dtype="bfloat16")), jax.devices(), None)
+    planned = Planned(CONFIG, config(lora=lora.LoraConfig(rank=2, base_dtype="bfloat16")), jax.devices(), None)
     trained, _ = planned.policy.split.parts(planned.state.params)
     own = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(trained))
     work = planned.work()
     assert work["update"].memory["optimizer"] == 7 * own
-    whole = plan.Planned(CONFIG, config(), jax.devices(), None).work()
+    whole = Planned(CONFIG, config(), jax.devices(), None).work()
     assert whole["update"].flop * 2 / 3 < work["update"].flop < whole["update"].flop
     assert work["prefill"].memory["weights"] < whole["prefill"].memory["weights"]
 
 
 def test_a_model_is_a_shape_or_a_directory(tmp_path):
     policy = tasks.ModelConfig(attention="splash")
-    of_shape = plan.model_of("qwen2.5-0.5b", policy)
+    of_shape = model_of("qwen2.5-0.5b", policy)
     assert of_shape == dataclasses.replace(
         shape("qwen2.5-0.5b"), compute_dtype="bfloat16", attention="splash", remat="full"
     )
     (tmp_path / "config.json").write_text(json.dumps(pretrained.write_config(shape("qwen2.5-0.5b"))))
-    assert plan.model_of(str(tmp_path), policy) == of_shape
+    assert model_of(str(tmp_path), policy) == of_shape
     with pytest.raises(ValueError, match=r"--model=nowhere is no directory, and no shape that is known: qwen2\.5"):
-        plan.model_of("nowhere", policy)
+        model_of("nowhere", policy)
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:2xx2", "h100:0", "h100:"])
@@ -210,7 +211,7 @@ def test_the_command_plans_for_gpus_that_are_not_here(topology, memory, tmp_path
 
 
 def test_the_report_says_what_fits_and_what_does_not():
-    planned = plan.Planned(CONFIG, config(), jax.devices(), None)
+    planned = Planned(CONFIG, config(), jax.devices(), None)
     result = {
         **plan.report(planned, chips.CHIPS["v5e"], (), lambda _: None), "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
         "stopped": "not compiled within 5 s",
