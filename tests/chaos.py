@@ -2,7 +2,8 @@
 
     python -m tests.chaos --output=runs/chaos --kills=50 --each=5
 
-With `--signal=SIGTERM` it is asked to stop, as one is whose machine is taken away: how long that takes is counted.
+With `--signal=SIGTERM` it is asked to stop, as one is whose machine is taken away: how long that takes is counted. With
+`--here` it runs on the devices that JAX finds, a GPU or a TPU, and with `--deterministic`; else on a CPU.
 
 The run is `experiments.gsm8k` with a tiny model and problems of its own making: from its start to its export, through
 `tests.told`, which tells the part of the step that it is in. Each start has one part as its aim, where there is still
@@ -13,6 +14,7 @@ that comes to its end is compared and, while kills are missing, another one begi
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -27,6 +29,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
+from grpo_jax.checkpoints import Checkpoints
 from tests import processes
 from tests.test_resume import last_state, untimed
 
@@ -75,7 +80,10 @@ class Kill:
 class Life:
     """One process of the run: what it tells, and its end."""
 
-    def __init__(self, flags: Sequence[str], log: pathlib.Path, aim: Aim | None, how: signal.Signals = signal.SIGKILL):
+    def __init__(
+        self, flags: Sequence[str], log: pathlib.Path, aim: Aim | None, how: signal.Signals = signal.SIGKILL,
+        here: bool = False,
+    ):  # fmt: skip
         """Runs until it ends, or gets the signal as aimed and ends of that.
 
         Raises:
@@ -90,7 +98,7 @@ class Life:
         self._sent: float | None = None
         self._then: list[str] = []  # what it was in
         reader, writer = os.pipe()
-        environment = processes.environment(TOLD_IN="gsm8k", TOLD_TO=str(writer))
+        environment = processes.environment(None if here else 1, TOLD_IN="gsm8k", TOLD_TO=str(writer))
         started = time.monotonic()
         with log.open("a") as said:
             process = subprocess.Popen(
@@ -187,7 +195,8 @@ def next_aim(
 
 def newest(workdir: pathlib.Path) -> int:
     """The step of a workdir's newest checkpoint that is whole; 0 where there is none."""
-    return max((int(path.name) for path in workdir.glob("checkpoints/[0-9]*") if path.name.isdecimal()), default=0)
+    place = workdir / "checkpoints"
+    return max(Checkpoints(place, read_only=True).steps if place.is_dir() else [], default=0)
 
 
 def prepare(output: pathlib.Path, steps: int, every: int) -> list[str]:
@@ -204,8 +213,9 @@ def prepare(output: pathlib.Path, steps: int, every: int) -> list[str]:
 
 
 def chaos(
-    output: pathlib.Path, *, kills: int, each: int, seed: int, how: signal.Signals = signal.SIGKILL, say: Any = print
-) -> dict[str, Any]:
+    output: pathlib.Path, *, kills: int, each: int, seed: int, how: signal.Signals = signal.SIGKILL, here: bool = False,
+    say: Any = print,
+) -> dict[str, Any]:  # fmt: skip
     """Kills runs in `output` until there were enough kills in all and in each part, and compares their ends.
 
     Returns:
@@ -215,7 +225,8 @@ def chaos(
     rng, started, steps = random.Random(seed), time.monotonic(), 4 + kills // 2
     # Killed, it must come to new steps before the next kill; asked to stop, it saves where it is.
     flags, log = prepare(output, steps, 1 if how == signal.SIGKILL else 3), output / "log.txt"
-    straight = Life([f"--workdir={output / 'straight'}", *flags], log, None)
+    flags += ["--deterministic"] * here
+    straight = Life([f"--workdir={output / 'straight'}", *flags], log, None, here=here)
     say(f"never killed: {steps} steps in {straight.seconds:.1f} s")
     done: list[Kill] = []
     different: list[str] = []
@@ -231,7 +242,7 @@ def chaos(
         workdir = output / f"run{runs}"
         if (workdir / "export").exists():  # the last kill came too late for its aim, and there is no other export
             aim = None
-        life = Life([f"--workdir={workdir}", *flags], log, aim, how)
+        life = Life([f"--workdir={workdir}", *flags], log, aim, how, here)
         for part, seconds in life.took.items():
             took[part] += seconds
         if life.killed and aim:
@@ -250,6 +261,7 @@ def chaos(
     figures = {
         "signal": how.name, "kills": len(done), "runs": runs, "steps": steps, "seed": seed, "different": different,
         "seconds": time.monotonic() - started, "machine": f"{os.cpu_count()} x {platform.machine()}",
+        "device": json.loads((output / "straight" / "summary.json").read_text())["device"],
         "parts": {part: _figures([kill for kill in done if kill.part == part]) for part in _parts(done)},
         "log": [dataclasses.asdict(kill) for kill in done],
     }  # fmt: skip
@@ -293,7 +305,9 @@ def table(figures: Mapping[str, Any]) -> str:
         lines.append(f"| {part} | {row['kills']} | {row['steps']} | {row['torn']} | {row['grace']:.2f} |")
     ends = "all with the same bits" if not figures["different"] else f"DIFFERENT: {figures['different']}"
     total = f"{figures['kills']} times {figures['signal']} in {figures['runs']} runs of {figures['steps']} steps"
-    return "\n".join([*lines, "", f"{total}, {ends}; seed {figures['seed']}, {figures['seconds']:.0f} s."])
+    return "\n".join(
+        [*lines, "", f"{total}, {ends}; seed {figures['seed']}, {figures['device']}, {figures['seconds']:.0f} s."]
+    )
 
 
 def main() -> None:
@@ -304,15 +318,18 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=5, help="in each part, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="that it gets")
+    parser.add_argument("--here", action="store_true", help="on the devices that JAX finds, with --deterministic")
     given = parser.parse_args()
     if given.output.exists():
         sys.exit(f"error: {given.output} is there already: name a new directory.")
     if given.kills < 1 or given.each < 0:
         sys.exit(f"error: --kills={given.kills} must be 1 or more, and --each={given.each} 0 or more.")
     given.output.mkdir(parents=True)
-    say = lambda line: print(line, flush=True)
-    how = signal.Signals[given.signal]
-    figures = chaos(given.output, kills=given.kills, each=given.each, seed=given.seed, how=how, say=say)
+    jax.config.update("jax_platforms", "cpu")  # the devices are for the runs: this process only compares
+    figures = chaos(
+        given.output, kills=given.kills, each=given.each, seed=given.seed, how=signal.Signals[given.signal],
+        here=given.here, say=functools.partial(print, flush=True),
+    )  # fmt: skip
     sys.exit(bool(figures["different"]))
 
 

@@ -32,9 +32,14 @@ def test_killed_at_random_moments_in_every_part_a_run_ends_with_the_same_bits(tm
 
 
 def test_a_run_that_is_asked_to_stop_in_any_part_has_saved_within_the_grace_period(tmp_path):
-    """Of 30 s, which machines that are taken away give: the step that was done last, and that of an update."""
-    figures = chaos.chaos(tmp_path, kills=4, each=1, seed=1, how=signal.SIGTERM)
+    """Of 30 s, which machines that are taken away give: the step that was done last, and that of an update.
+
+    On the devices that JAX finds, as where there are others than CPUs.
+    """
+    figures = chaos.chaos(tmp_path, kills=4, each=1, seed=1, how=signal.SIGTERM, here=True)
     assert figures["different"] == []
+    assert figures["device"] == "8 x cpu"
+    assert json.loads((tmp_path / "straight" / "config.json").read_text())["deterministic"]
     assert all(figures["parts"][part]["kills"] >= 1 for part in chaos.PARTS)
     assert max(part["grace"] for part in figures["parts"].values()) < 30
     for kill in figures["log"]:

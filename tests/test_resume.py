@@ -33,13 +33,18 @@ def untimed(path: pathlib.Path) -> list[dict]:
 
 
 def last_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint, by name: parameters, reference, optimizer state, step, cursor."""
+    """Every array of the newest checkpoint, by name: parameters, reference, optimizer state, step, cursor.
+
+    Whatever the devices were that saved it.
+    """
     import jax
     from orbax.checkpoint import v1 as ocp
 
     with ocp.training.Checkpointer((workdir / "checkpoints").absolute()) as checkpointer:
-        state = checkpointer.load_checkpointables(None, {"state": None})["state"]
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+        described = checkpointer.checkpointables_metadata(None).metadata["state"]
+        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), described)
+        state = checkpointer.load_checkpointables(None, {"state": like})["state"]
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def different_files(killed: pathlib.Path, straight: pathlib.Path) -> set[str]:
