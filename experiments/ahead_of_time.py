@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import collectives, footprint, runs, tasks
-from grpo_jax import floors, objectives, optimizers, rollouts, sampling, sharding, training
+from grpo_jax import floors, objectives, optimizers, prefill, rollouts, sampling, sharding, training
 from grpo_jax.data.sources import Prompt
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models import lora, pretrained
@@ -157,7 +157,7 @@ class Planned:
         rollout, plan = self.config["rollout"], self.sampler.plan(self.state.params, self.config["rollout"].prompts)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows, width = sampling.arrange(plan.prompts, rollout.group_size, plan.slots, shards)
-        count, columns = sampling.chunks(plan.prompts, rollout.max_prompt_tokens, shards)
+        count, columns = prefill.chunks(plan.prompts, rollout.max_prompt_tokens, shards)
         place = functools.partial(sharding.device_bytes, mesh=self.mesh, rules=sharding.SAMPLER_RULES)
         cache = lambda *sizes: place(jax.eval_shape(lambda: self.policy.init_cache(*sizes)), self.policy.cache_axes)
         weights = jax.eval_shape(self.policy.prepare, self.state.params)
@@ -199,7 +199,7 @@ class Planned:
         """What the parts of a step need at least, all completions full."""
         c, rollout, update = self.model, self.config["rollout"], self.config["update"]
         plan = self.sampler.plan(self.state.params, rollout.prompts)
-        count, _ = sampling.chunks(
+        count, _ = prefill.chunks(
             plan.prompts, rollout.max_prompt_tokens, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         )
         step = floors.Step(

@@ -14,7 +14,7 @@ from absl import app, flags
 
 from experiments import flags as sections
 from experiments import footprint, games, process, runs
-from grpo_jax import evaluation, loop, profiling, sharding
+from grpo_jax import evaluation, profiling, sharding, workdirs
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.puzzles import PuzzleConfig, Puzzles
 from grpo_jax.models.transformer import TransformerConfig
@@ -112,7 +112,7 @@ def main(given: games.Given, argv: list[str]) -> None:
     if given.eval_only.value:
         games.evaluate_only(experiment, workdir, given.eval_step.value)
         return
-    loop.open_workdir(workdir, runs.as_json(config))
+    workdirs.open_workdir(workdir, runs.as_json(config))
     run(experiment, workdir, profile)
 
 

@@ -24,7 +24,7 @@ from absl import flags
 
 from experiments import countdown, footprint, plots, process, runs
 from experiments import flags as sections
-from grpo_jax import loop, profiling
+from grpo_jax import profiling, workdirs
 from grpo_jax.rewards import RewardError
 from grpo_jax.storage import Path
 from grpo_jax.telemetry import read_jsonl, write_atomically
@@ -114,9 +114,9 @@ def open_workdirs(workdir: Path, configs: Mapping[tuple[str, int], Mapping[str, 
     for name in VARIED:
         section, field = name.split(".")
         del shared[section][field]
-    loop.open_workdir(workdir, shared)
+    workdirs.open_workdir(workdir, shared)
     for run, config in configs.items():
-        loop.open_workdir(place(workdir, *run), runs.as_json(config))
+        workdirs.open_workdir(place(workdir, *run), runs.as_json(config))
 
 
 def place(workdir: Path, objective: str, seed: int) -> Path:

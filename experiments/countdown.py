@@ -18,7 +18,7 @@ from absl import app, flags
 
 from experiments import flags as sections
 from experiments import footprint, games, process, runs
-from grpo_jax import loop, objectives, profiling, sharding, storage
+from grpo_jax import objectives, profiling, sharding, storage, workdirs
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data.countdown import Countdown, CountdownConfig
 from grpo_jax.evaluation import EvaluationConfig
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> None:
     if EVAL_ONLY.value:
         games.evaluate_only(experiment, workdir, EVAL_STEP.value)
         return
-    loop.open_workdir(workdir, runs.as_json(config, DETERMINISTIC.value))
+    workdirs.open_workdir(workdir, runs.as_json(config, DETERMINISTIC.value))
     params = warm_start(experiment, workdir)
     if WARM_START_ONLY.value:
         return

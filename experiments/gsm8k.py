@@ -25,7 +25,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, process, runs, scorers, tasks, user_rewards
 from experiments.flags import section
-from grpo_jax import loop, objectives, optimizers, outcomes, profiling, rollouts, sharding, training
+from grpo_jax import objectives, optimizers, outcomes, profiling, rollouts, sharding, training, workdirs
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.models import lora, pretrained
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
         raise  # `process.command` shows where in a user's file it was
     except ValueError as error:
         sys.exit(f"error: {error}")
-    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
+    workdirs.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
     runs.keep_description(model, workdir)
     state, rows = phases.phase(
         lambda: pretrained.load(model, experiment.mesh, dtype=config["lora"].base_dtype), policy=experiment.policy,

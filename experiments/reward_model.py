@@ -23,7 +23,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, process, runs, scorers
 from experiments.flags import section
-from grpo_jax import hosts, loop, objectives, optimizers, profiling, reward_model, sharding, training
+from grpo_jax import hosts, objectives, optimizers, profiling, reward_model, sharding, training, workdirs
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.templates import make_template
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> None:
         f"{count} pairs; {train.batch} a step, an epoch is {count / train.batch:.1f} steps",
         flush=True,
     )
-    loop.open_workdir(workdir, {"model": str(given), **runs.as_json(config)})
+    workdirs.open_workdir(workdir, {"model": str(given), **runs.as_json(config)})
     runs.keep_description(given, workdir)
     state, rows = phases.phase(
         lambda: pretrained.load(given, experiment.mesh, score=True), policy=experiment.policy, model=experiment.model,

@@ -24,7 +24,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, process, rlhf_run, runs
 from experiments.flags import section
-from grpo_jax import hosts, loop, sharding, training
+from grpo_jax import hosts, sharding, training, workdirs
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     # Seeds may be added later.
-    loop.open_workdir(workdir, {"iterations": ITERATIONS.value, **runs.as_json(config)})
+    workdirs.open_workdir(workdir, {"iterations": ITERATIONS.value, **runs.as_json(config)})
     parameters, rollout = footprint.parameters(config["model"].transformer), config["rollout"]
     mesh = experiments[seeds[0]].mesh
     print(

@@ -187,7 +187,7 @@ def saved_configuration(workdir: Path) -> dict[str, Any]:
 
 
 def as_json(config: Mapping[str, Any], deterministic: bool = False) -> dict[str, Any]:
-    """Sections as plain values, for `loop.open_workdir`; and that kernels are deterministic, where they are to be."""
+    """Sections as plain values, for `open_workdir`; and that kernels are deterministic, where they are to be."""
     said = {"deterministic": True} if deterministic else {}
     return {**said, **{name: dataclasses.asdict(section) for name, section in config.items()}}
 

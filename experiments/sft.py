@@ -16,7 +16,7 @@ from absl import flags
 from experiments import flags as sections
 from experiments import footprint, phases, process, runs, tasks
 from experiments.flags import section
-from grpo_jax import loop, objectives, optimizers, profiling, sharding, training
+from grpo_jax import objectives, optimizers, profiling, sharding, training, workdirs
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.demonstrations import Demonstrations
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
         f"{train.batch} a step, an epoch is {count / train.batch:.1f} steps",
         flush=True,
     )
-    loop.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
+    workdirs.open_workdir(workdir, {"model": str(model), **runs.as_json(config, DETERMINISTIC.value)})
     runs.keep_description(model, workdir)
     state, rows = phases.phase(
         lambda: pretrained.load(model, experiment.mesh, dtype=config["lora"].base_dtype), policy=experiment.policy,

@@ -7,7 +7,6 @@ started again goes on from the newest checkpoint, with its logs cut back to it, 
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -19,19 +18,18 @@ import jax
 import numpy as np
 import optax
 
-from grpo_jax import hosts, incidents, preemption, storage
+from grpo_jax import hosts, incidents, preemption
 from grpo_jax.checkpoints import PATIENCE, CheckpointConfig, Checkpoints
-from grpo_jax.locks import lock
 from grpo_jax.profiling import Profiler, check_steps
 from grpo_jax.rewards import RewardError
 from grpo_jax.rollouts import Experience
 from grpo_jax.scoring import Journal
 from grpo_jax.screen import Screen, say
 from grpo_jax.storage import Path
-from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError, write_atomically
+from grpo_jax.telemetry import RewardJournal, RunLog, WorkdirError
 from grpo_jax.types import PyTree, TrainState
 
-__all__ = ["Evaluation", "StopSignals", "Stopped", "open_workdir", "train"]
+__all__ = ["Evaluation", "StopSignals", "Stopped", "train"]
 
 
 class Evaluation(Protocol):
@@ -93,106 +91,15 @@ class StopSignals:
             self.received = number
         return number or None
 
+    @property
+    def name(self) -> str:
+        """Of what has come."""
+        return "preempted" if self._notice.is_set() else signal.Signals(self.received or signal.SIGTERM).name
+
     def check(self) -> None:
         """Raises Stopped once a signal has come, to this process or another; all must ask."""
         if self.heard() is not None:
             raise Stopped
-
-
-# What changes nothing but roundings, what is kept, or when a run gives up; and what files hold that a user may have to
-# mend, which is said.
-_FREE = ("mesh", "checkpoints", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
-
-
-def open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
-    """Makes the workdir and writes `config.json`, or checks that the one there is the same.
-
-    From here on the workdir is this process's, of several the first's, until it ends.
-
-    Args:
-      workdir: the directory.
-      configuration: sections of plain values.
-      free: sections, and fields by section.field, that may change between restarts.
-
-    Raises:
-      WorkdirError: it cannot be written, another process has it, or it belongs to another configuration; the fields
-        are named.
-    """
-    _check_same(configuration)
-    hosts.first_does(lambda: _open_workdir(workdir, configuration, free), kind=WorkdirError)
-    hosts.together(lambda: _check_shared(workdir, configuration), kind=WorkdirError)
-
-
-def _as_text(configuration: Mapping[str, Any]) -> str:
-    return json.dumps(configuration, indent=2, sort_keys=True) + "\n"
-
-
-def _check_same(configuration: Mapping[str, Any]) -> None:
-    """Raises WorkdirError where one process was given other flags than the first."""
-    first, *others = hosts.gathered(configuration)
-    for process, other in enumerate(others, 1):
-        if differ := _differences(first, other, (), ("process 0 has", f"process {process} has")):
-            raise WorkdirError("processes of one run must be given the same flags:\n  " + "\n  ".join(differ))
-
-
-def _differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[str, ...], names: tuple[str, str]
-) -> list[str]:
-    """Fields that are not the same, ten at most, as `name: there 1, now 2` with these names of the two."""
-    one, other = _flat(ours), _flat(theirs)
-    differ = [
-        f"{name}: {names[0]} {one.get(name, 'absent')!r}, {names[1]} {other.get(name, 'absent')!r}"
-        for name in sorted({**one, **other})
-        if one.get(name) != other.get(name) and not {name, name.split(".")[0]} & {*free}
-    ]
-    return differ[:10] + ([f"and {len(differ) - 10} more"] if len(differ) > 10 else [])
-
-
-def _check_shared(workdir: Path, configuration: Mapping[str, Any]) -> None:
-    """Raises WorkdirError unless this process sees what the first wrote; a network's file system may take a while."""
-    path, until = workdir / "config.json", time.monotonic() + 60
-    while not (path.exists() and path.read_text() == _as_text(configuration)):
-        if time.monotonic() > until:
-            raise WorkdirError(
-                f"{path}, which process 0 has written, is not what process {jax.process_index()} finds there: "
-                "--workdir must be the same, on a file system that all hosts share."
-            )
-        time.sleep(0.5)
-
-
-_OF_A_START = (".lock", "config.json", "model", "xla")
-
-
-def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
-    path, text = workdir / "config.json", _as_text(configuration)
-    try:
-        storage.make_directory(workdir)
-        storage.probe(workdir)
-    except OSError as error:
-        raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
-    lock(workdir)
-    try:
-        if (workdir / "checkpoints").exists():  # which may be on another disk, or another user's
-            storage.probe(workdir / "checkpoints")
-    except OSError as error:
-        raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
-    # What a start that failed has left binds nobody.
-    nothing = lambda name: name in _OF_A_START or name.startswith(".writable-") or name.endswith(".part")
-    belongs = path.exists() and not all(nothing(item.name) for item in workdir.iterdir())
-    theirs = json.loads(path.read_text() if belongs else text)
-    if differ := _differences(theirs, json.loads(text), free, ("there", "now")):
-        raise WorkdirError(
-            f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"
-            "Give the same flags to continue it, or another --workdir to start a new run."
-        )
-    write_atomically(path, text)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def train(
@@ -240,13 +147,7 @@ def train(
     """
     check_steps(profile, steps)
     store = Checkpoints(workdir / "checkpoints", checkpoints)
-    if store.steps:
-        state = store.restore(state)
-        done = int(state.step)
-        how = f"continuing at step {done} from" if done < steps else f"all {done} steps are in"
-        say(f"{title}: {how} {workdir}")
-    else:
-        store.prepare(state)
+    state = _begin(store, state, steps, title, workdir)
     step = begun = int(state.step)
     first = hosts.is_first()  # it alone writes, but for the rewards: all have their own
     files = lambda: (RunLog(workdir, step, write=first), RewardJournal(workdir, say, jax.process_index()))
@@ -275,12 +176,9 @@ def train(
                     with _annotated("update"):
                         rate = rate_at(optimizer_steps)
                         state, measured = train_step(state, experienced.batch)
-                        # All that the host asks of a step, at once; an array remembers what was fetched of it.
-                        asked = {**measured, **rate}, _optimizer_count(state), state.step, state.cursor
-                        metrics, count, *_ = hosts.fetched(asked)
+                        metrics, optimizer_steps = _fetched(state, {**measured, **rate})
                     ended = time.perf_counter()
-                    step, elapsed, optimizer_steps = step + 1, elapsed + ended - started, int(count)
-                    metrics = {name: float(value) for name, value in metrics.items()} | dict(experienced.metrics)
+                    step, elapsed, metrics = step + 1, elapsed + ended - started, metrics | dict(experienced.metrics)
                     cursor, state = int(state.cursor), _advance(state, experienced)
                     in_a_row = metrics.get("skipped_in_a_row", 0.0)
                     sightings = [*sightings, incidents.seen(step, cursor, metrics, experienced)] if in_a_row else []
@@ -315,10 +213,21 @@ def train(
                 for thing in (store, profiler, journal, log, screen):
                     closing.callback(thing.close)
     if received := stop.heard():  # also where it came during the last step, for there may be another phase
-        name = "preempted" if preemption.notice().is_set() else signal.Signals(received).name
-        say(f"{name}: stopped after step {step}, which is saved. The same command continues it.")
+        say(f"{stop.name}: stopped after step {step}, which is saved. The same command continues it.")
         sys.exit(128 + received)
     return state, log.rows
+
+
+def _begin(store: Checkpoints, state: TrainState, steps: int, title: str, workdir: Path) -> TrainState:
+    """The state to go on from: of the newest checkpoint, where there is one."""
+    if not store.steps:
+        store.prepare(state)
+        return state
+    state = store.restore(state)
+    done = int(state.step)
+    how = f"continuing at step {done} from" if done < steps else f"all {done} steps are in"
+    say(f"{title}: {how} {workdir}")
+    return state
 
 
 _annotated = jax.profiler.TraceAnnotation  # a part of a step, in its profile
@@ -330,6 +239,15 @@ def _advance(state: TrainState, experienced: Experience) -> TrainState:
     if surplus is not None:
         surplus = jax.tree.map(lambda new, old: hosts.put(new, old.sharding), surplus, state.surplus)
     return dataclasses.replace(state, cursor=hosts.put(cursor, state.cursor.sharding), surplus=surplus)
+
+
+def _fetched(state: TrainState, measured: Mapping[str, jax.Array]) -> tuple[dict[str, float], int]:
+    """What was measured of a step, and the optimizer steps so far.
+
+    All that the host asks of a step, at once; an array remembers what was fetched of it.
+    """
+    metrics, count, *_ = hosts.fetched((measured, _optimizer_count(state), state.step, state.cursor))
+    return {name: float(value) for name, value in metrics.items()}, int(count)
 
 
 def _optimizer_count(state: TrainState) -> jax.Array | int:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from grpo_jax import hosts, sampling, sharding
+from grpo_jax import hosts, prefill, sampling, sharding
 from grpo_jax.compiling import Lowering
 from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizer import Tokenizer, pad
@@ -70,7 +70,7 @@ def rollout_bytes(
     """
     devices, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows, width = arrange(prompts, group_size, slots, devices)
-    chunks, chunk = sampling.chunks(prompts, max_prompt_tokens, devices)
+    chunks, chunk = prefill.chunks(prompts, max_prompt_tokens, devices)
     weights = jax.eval_shape(policy.prepare, params)
     vocabulary = len(jax.eval_shape(policy.head, weights)[0])
     caches = lambda *shape: jax.eval_shape(lambda: policy.init_cache(*shape))
@@ -82,7 +82,7 @@ def rollout_bytes(
     refilled = (rows, width) != (prompts, group_size)
     ids = lambda columns: jax.ShapeDtypeStruct((prompts, 1, columns), jnp.int32)
     columns, first = chunks * chunk, (params,) if policy.prefill else ()
-    prefill = jax.make_jaxpr(policy.prefill or policy.extend)(
+    extended = jax.make_jaxpr(policy.prefill or policy.extend)(
         *first, weights, ids(chunk), ids(chunk), caches(prompts, 1, columns), 0, ids(columns)
     )
     # Logits, and four times as much of what is made of them; of the first tokens those of all prompts.
@@ -92,7 +92,7 @@ def rollout_bytes(
         + cache(prompts, 1, columns)
         + refilled * cache(rows, 1, columns)
         + cache(rows, width, max_tokens)
-        + max(most_alive(prefill.jaxpr), choice) // devices
+        + max(most_alive(extended.jaxpr), choice) // devices
         + 2 * 12 * prompts * group_size * max_tokens // devices  # token and two log-probabilities, twice
     )
 

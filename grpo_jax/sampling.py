@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import chex
 import jax
@@ -29,6 +30,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.logprobs import unembed
+from grpo_jax.prefill import prefill
 from grpo_jax.slots import (
     Queue,
     Results,
@@ -49,7 +51,6 @@ __all__ = [
     "Decoding",
     "Prefilled",
     "blocks",
-    "chunks",
     "collect",
     "decode",
     "generate",
@@ -57,8 +58,6 @@ __all__ = [
     "start",
 ]
 
-_PREFILL_TOKENS = 2**14  # a device extends its prompts' caches by at most so many tokens at a time, which bounds memory
-_SMALLEST_CHUNK = 64
 _BLOCK = 64  # columns; blocks of the cache are multiples of it
 
 
@@ -121,50 +120,16 @@ def _keys(key: jax.Array, prompt_ids: jax.Array, members: jax.Array, index: jax.
     return of
 
 
-def _ends(prefilled: Prefilled, stop_state: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _ends(
+    eos_ids: jax.Array, table: jax.Array | None, stop_state: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Whether tokens end their completions, and the rows of the stop table behind them; all of one shape."""
-    ended = jnp.isin(ids, prefilled.eos_ids)
-    if (table := prefilled.stop_table) is not None:
+    ended = jnp.isin(ids, eos_ids)
+    if table is not None:
         # Ids that the tokenizer does not know write nothing that a stop string could continue.
         stop_state = table.at[stop_state, ids].get(mode="fill", fill_value=0)
         ended |= stop_state == table.shape[0] - 1
     return ended, stop_state
-
-
-def chunks(prompts: int, columns: int, devices: int) -> tuple[int, int]:
-    """In how many chunks of how many columns prompts are prefilled."""
-    chunks = -(-columns // max(_SMALLEST_CHUNK, _PREFILL_TOKENS * devices // prompts))
-    return chunks, -(-columns // chunks)
-
-
-def _prefill(
-    policy: Policy, params: PyTree, prepared: PyTree, tokens: jax.Array, lengths: jax.Array, devices: int
-) -> tuple[jax.Array, PyTree, jax.Array]:  # fmt: skip
-    """The hidden state [P, D] behind each prompt, the caches of all, and their columns; in chunks of columns."""
-    prefill = functools.partial(policy.prefill, params) if policy.prefill else policy.extend
-    prompts = len(tokens)
-    count, width = chunks(prompts, tokens.shape[1], devices)
-    columns = jnp.arange(count * width)
-    tokens, index = jnp.pad(tokens, ((0, 0), (0, columns.size - tokens.shape[1]))), columns[None]
-    positions = jnp.where(index < lengths[:, None], index, -1)[:, None]  # [P, 1, columns]
-
-    def extend(i, cache: PyTree) -> tuple[jax.Array, PyTree]:
-        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1)
-        column = i * width
-        hidden, cache = prefill(prepared, part(tokens)[:, None], part(positions), cache, column, positions)
-        last = jnp.clip(lengths - 1 - i * width, 0, width - 1)
-        return jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0], cache
-
-    def step(i, carry):
-        last, cache = carry
-        hidden, cache = extend(i, cache)
-        return jnp.where((lengths > i * width)[:, None], hidden, last), cache
-
-    cache = policy.init_cache(prompts, 1, columns.size)
-    last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(extend, 0, cache)[0])
-    if count == 1:  # not worth a loop
-        return *step(0, (last, cache)), columns
-    return *jax.lax.fori_loop(0, -(-lengths.max() // width), step, (last, cache)), columns
 
 
 def _placed(policy: Policy, mesh: Mesh | None) -> Policy:
@@ -213,47 +178,54 @@ def start(
     lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
     prepared = policy.prepare(params)
     prompt_tokens = jnp.take_along_axis(prompt_tokens, to_the_left, axis=1)
-    hidden, cache, columns = _prefill(policy, params, prepared, prompt_tokens, lengths, devices)
-    logits, prompt_ids = unembed(hidden, policy.head(prepared)), prompt_ids.astype(jnp.uint32)
+    hidden, cache, columns = prefill(policy, params, prepared, prompt_tokens, lengths, devices)
+    eos_ids = jnp.asarray(eos_ids, jnp.int32)
+    stop_table = None if stop_table is None else jnp.asarray(stop_table, jnp.int32)
+    queue = _queue(
+        unembed(hidden, policy.head(prepared)), prompt_ids.astype(jnp.uint32), lengths, limits, key, sampling,
+        functools.partial(_ends, eos_ids, stop_table), at_a_time=max(1, rows * width // prompts),
+    )  # fmt: skip
+    if refilled := (rows, width) != shape:
+        queue = sharding.per_device(in_order, mesh, sharding.BATCH_AXES)(queue)
+    prefilled = Prefilled(
+        params=prepared, prompts=cache, queue=queue, columns=columns, key=key, sampling=sampling, eos_ids=eos_ids,
+        pad_id=jnp.asarray(pad_id, jnp.int32), stop_table=stop_table,
+    )  # fmt: skip
+    blank = lambda *of: jax.tree.map(lambda x: jnp.zeros((*of, max_tokens), x.dtype), queue.first)
+    begun = lambda: write(blank(*shape), queue.first, 0)
+    state = Decoding(
+        step=jnp.zeros((), jnp.int32),
+        slots=empty(rows, width, prompts // devices, devices) if refilled else at_once(queue, devices),
+        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens, refilled)],
+        written=blank(rows, width) if refilled else begun(),
+        prefix=policy.init_cache(rows, 1, columns.size) if refilled else None,
+        results=Results(tokens=begun(), lengths=jnp.minimum(limits, 1), finished=queue.ended) if refilled else None,
+        oldest=jnp.int32(0),
+    )
+    if refilled:
+        return prefilled, _refill(policy, prefilled, state, jnp.zeros((rows, width), bool), mesh)
+    return prefilled, dataclasses.replace(state, oldest=_oldest(state.slots))
+
+
+def _queue(
+    logits: jax.Array, prompt_ids: jax.Array, lengths: jax.Array, limits: jax.Array, key: jax.Array,
+    sampling: SamplingParams, ends: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], at_a_time: int,
+) -> Queue:  # fmt: skip
+    """Every completion with its first token, of the logits [P, V] behind the prompts; so many members at a time."""
+    prompts, group = limits.shape
 
     def first_of(member):
         same = jnp.full((prompts, 1), member)
         return choose_tokens(logits, _keys(key, prompt_ids, same, jnp.zeros_like(same))[:, 0], sampling)
 
-    # As many members at a time as there are slots for.
-    first = jax.lax.map(first_of, jnp.arange(group), batch_size=max(1, rows * width // prompts))
+    first = jax.lax.map(first_of, jnp.arange(group), batch_size=at_a_time)
     first = jax.tree.map(lambda x: x.swapaxes(0, 1), first)
-    queue = Queue(
-        prompt_ids=prompt_ids, lengths=lengths, first=first, limits=limits, ended=jnp.zeros(shape, bool),
-        stop_state=jnp.zeros(shape, jnp.int32), members=jnp.zeros(shape, jnp.int32), waiting=lengths,
+    nothing = jnp.zeros(limits.shape, jnp.int32)
+    ended, stop_state = ends(nothing, first.ids)
+    return Queue(
+        prompt_ids=prompt_ids, lengths=lengths, first=first, limits=limits, ended=ended & (limits > 0),
+        stop_state=stop_state, members=nothing, waiting=lengths,
     )  # fmt: skip
-    prefilled = Prefilled(
-        params=prepared, prompts=cache, queue=queue, columns=columns, key=key, sampling=sampling,
-        eos_ids=jnp.asarray(eos_ids, jnp.int32), pad_id=jnp.asarray(pad_id, jnp.int32),
-        stop_table=None if stop_table is None else jnp.asarray(stop_table, jnp.int32),
-    )  # fmt: skip
-    ended, stop_state = _ends(prefilled, queue.stop_state, first.ids)
-    ended &= limits > 0
-    queue = dataclasses.replace(queue, ended=ended, stop_state=stop_state)
-    written = jax.tree.map(lambda x: jnp.zeros((rows, width, max_tokens), x.dtype), first)
-    state = Decoding(
-        step=jnp.zeros((), jnp.int32), slots=at_once(queue, devices), written=written, prefix=None, results=None,
-        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens, (rows, width) != shape)],
-        oldest=jnp.int32(0),
-    )  # fmt: skip
-    if (rows, width) == shape:
-        state = dataclasses.replace(state, written=write(written, first, 0), oldest=_oldest(state.slots))
-        return dataclasses.replace(prefilled, queue=queue), state
-    queue = sharding.per_device(in_order, mesh, sharding.BATCH_AXES)(queue)
-    prefilled = dataclasses.replace(prefilled, queue=queue)
-    tokens = jax.tree.map(lambda x: jnp.zeros((*shape, max_tokens), x.dtype), first)
-    state = dataclasses.replace(
-        state,
-        slots=empty(rows, width, prompts // devices, devices),
-        prefix=policy.init_cache(rows, 1, columns.size),
-        results=Results(tokens=write(tokens, first, 0), lengths=jnp.minimum(limits, 1), finished=ended),
-    )
-    return prefilled, _refill(policy, prefilled, state, jnp.zeros((rows, width), bool), mesh)
 
 
 def placement(policy: Policy, prefilled: Prefilled, state: Decoding, mesh: Mesh) -> tuple[Prefilled, Decoding]:
@@ -330,7 +302,7 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
     )  # fmt: skip
     keys = _keys(prefilled.key, slots.prompt_id, slots.member, slots.length)
     choice = choose_tokens(unembed(hidden[:, :, 0], policy.head(prefilled.params)), keys, prefilled.sampling)
-    ended, stop_state = _ends(prefilled, slots.stop_state, choice.ids)
+    ended, stop_state = _ends(prefilled.eos_ids, prefilled.stop_table, slots.stop_state, choice.ids)
     length, ended = slots.length + slots.alive, slots.ended | (slots.alive & ended)
     alive = slots.alive & ~ended & (length < slots.limit)
     state = dataclasses.replace(

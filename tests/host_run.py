@@ -23,7 +23,7 @@ from jax._src import compiler, distributed
 from jax.sharding import Mesh
 
 from experiments import process
-from grpo_jax import hosts, loop, objectives, optimizers, preemption, rollouts, sharding, storage, training
+from grpo_jax import hosts, loop, objectives, optimizers, preemption, rollouts, sharding, storage, training, workdirs
 from grpo_jax.checkpoints import CheckpointConfig
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Prompt
@@ -91,7 +91,7 @@ def main(asked: dict) -> None:
     hosts.initialize(asked["distributed"], heartbeat=10)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
     hosts.check_mesh(mesh)
-    loop.open_workdir(workdir, {"steps": {"of": STEPS}})
+    workdirs.open_workdir(workdir, {"steps": {"of": STEPS}})
 
     def die_at(step: int) -> None:
         if (dies_on, dies_at) == (jax.process_index(), step):

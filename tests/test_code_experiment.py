@@ -12,7 +12,7 @@ import pytest
 
 from experiments import code
 from experiments.flags import field_comments
-from grpo_jax import loop
+from grpo_jax import workdirs
 from grpo_jax.data.puzzles import Puzzles
 from grpo_jax.rewards import RewardError, programs, sandbox
 from grpo_jax.rewards.code import CodeReward
@@ -52,7 +52,7 @@ def strong():
 def test_a_run_from_start_to_end(strong, tmp_path, capsys):
     experiment = code.Experiment(config())
     experiment.check()
-    loop.open_workdir(tmp_path, code.runs.as_json(experiment.config))
+    workdirs.open_workdir(tmp_path, code.runs.as_json(experiment.config))
     code.run(experiment, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 2

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from grpo_jax import loop
+from grpo_jax import workdirs
 from grpo_jax.locks import lock
 from grpo_jax.telemetry import WorkdirError
 
@@ -41,13 +41,13 @@ def test_a_second_run_is_refused_until_the_first_is_gone_even_by_sigkill(tmp_pat
     try:
         for _ in range(2):  # to be refused changes nothing
             with pytest.raises(WorkdirError) as refused:
-                loop.open_workdir(tmp_path, {})
+                workdirs.open_workdir(tmp_path, {})
             assert re.search(rf"is in use by process {holder.pid} on \S+, since \d{{4}}-\d\d-\d\d ", str(refused.value))
             assert "\n" not in str(refused.value)
         assert not (tmp_path / "config.json").exists()
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-        loop.open_workdir(tmp_path, {})  # its child is alive, and holds nothing
+        workdirs.open_workdir(tmp_path, {})  # its child is alive, and holds nothing
     finally:
         holder.stdin.close()
     assert f'"pid": {os.getpid()}' in (tmp_path / ".lock").read_text()
@@ -55,7 +55,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone_even_by_sigkill(tmp_pat
 
 def test_a_process_opens_its_workdir_as_often_as_it_likes_and_keeps_it(tmp_path):
     for _ in range(3):
-        loop.open_workdir(tmp_path, {"train": {"steps": 1}})
+        workdirs.open_workdir(tmp_path, {"train": {"steps": 1}})
     refused = subprocess.run(
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, input="", capture_output=True, text=True, check=False
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import sampling, sharding
+from grpo_jax import prefill, sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models import decoding, slot_attention
@@ -143,8 +143,8 @@ def narrow(monkeypatch):
     """Caches in blocks of 4 columns and more, keys in tiles of at most 3, and prompts in chunks of 2."""
     monkeypatch.setattr(sampling, "_BLOCK", 4)
     monkeypatch.setattr(slot_attention, "_TILE", 3)
-    monkeypatch.setattr(sampling, "_SMALLEST_CHUNK", 2)
-    monkeypatch.setattr(sampling, "_PREFILL_TOKENS", 1)
+    monkeypatch.setattr(prefill, "_SMALLEST_CHUNK", 2)
+    monkeypatch.setattr(prefill, "_PREFILL_TOKENS", 1)
 
 
 @functools.lru_cache

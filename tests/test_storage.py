@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import process, runs, scorers
-from grpo_jax import loop, sharding, storage
+from grpo_jax import loop, sharding, storage, workdirs
 from grpo_jax.checkpoints import CheckpointConfig, CheckpointError, Checkpoints
 from grpo_jax.telemetry import RewardJournal, WorkdirError, read_jsonl
 from tests import object_store, processes
@@ -53,7 +53,7 @@ def test_what_is_no_place_for_a_run_is_one_line(bucket, monkeypatch):
     with pytest.raises(ValueError, match=r"may not be read.*storage\.objects\.list access denied"):
         storage.check(place / "empty")
     with pytest.raises(WorkdirError, match=r"cannot write to workdir gs://bucket/a.*denied.*Choose another"):
-        loop.open_workdir(place / "a", {})
+        workdirs.open_workdir(place / "a", {})
     monkeypatch.undo()
     with pytest.raises(OSError, match="nowhere"):
         storage.write(storage.path("gs://nowhere/a"), b"")

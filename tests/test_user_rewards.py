@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import countdown, runs, user_rewards
-from grpo_jax import loop
+from grpo_jax import workdirs
 from grpo_jax.data.countdown import Countdown, CountdownConfig
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.rewards.style import think_answer_format
@@ -232,7 +232,7 @@ def test_a_reward_model_is_tried_too_and_changed_files_are_said(file, tmp_path):
     assert asked({}, True) == "reward m x 1: 1 of right answers, 1 of empty ones\n"
     assert asked({}, False) == ""
     mine = user_rewards.named([f"{file}:brevity"])
-    loop.open_workdir(tmp_path, runs.as_json(mine))
+    workdirs.open_workdir(tmp_path, runs.as_json(mine))
     file.write_text(FILE + "\n")
     first, second = asked(user_rewards.named([f"{file}:brevity"]), False).splitlines()
     assert first.startswith("reward m x 1")
@@ -245,7 +245,7 @@ def test_a_reward_model_is_tried_too_and_changed_files_are_said(file, tmp_path):
 def test_a_run_does_not_go_on_with_other_rewards_and_says_when_a_file_has_changed(file, tmp_path):
     workdir = tmp_path / "run"
     section = lambda *functions: {"train": countdown.TrainConfig(), **user_rewards.named(functions)}
-    open_ = lambda config: loop.open_workdir(workdir, runs.as_json(config))
+    open_ = lambda config: workdirs.open_workdir(workdir, runs.as_json(config))
     config = section(f"{file}:brevity", f"{file}:short")
     assert user_rewards.said_of_changes(workdir, config) == ""
     open_(config)

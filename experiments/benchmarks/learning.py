@@ -25,7 +25,7 @@ import numpy as np
 from experiments import countdown, plots, runs
 from experiments.benchmarks import measure
 from experiments.flags import check_distinct
-from grpo_jax import loop, objectives
+from grpo_jax import objectives, workdirs
 from grpo_jax.models.pretrained import load, read_config, save
 from grpo_jax.telemetry import read_jsonl, write_atomically
 
@@ -115,7 +115,7 @@ def run_trl(config: dict[str, Any], directory: pathlib.Path, workdir: pathlib.Pa
 def finished(side: str, config: dict[str, Any], directory: pathlib.Path, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The log of one run: read where it is finished, else made now."""
     place = workdir / side / f"seed_{config['train'].seed}"
-    loop.open_workdir(place, runs.as_json(config))
+    workdirs.open_workdir(place, runs.as_json(config))
     path = place / "finished.jsonl"
     if not path.exists():
         started = time.perf_counter()

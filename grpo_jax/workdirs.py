@@ -1,0 +1,110 @@
+"""Whose a workdir is: one run's, of one configuration, which `config.json` holds, and of one process at a time."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from grpo_jax import hosts, storage
+from grpo_jax.locks import lock
+from grpo_jax.storage import Path
+from grpo_jax.telemetry import WorkdirError, write_atomically
+
+__all__ = ["open_workdir"]
+
+# What changes nothing but roundings, what is kept, or when a run gives up; and what files hold that a user may have to
+# mend, which is said.
+_FREE = ("mesh", "checkpoints", "rollout.slots", "rewards.digests", "optimizer.max_skipped")
+
+
+def open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...] = _FREE) -> None:
+    """Makes the workdir and writes `config.json`, or checks that the one there is the same.
+
+    From here on the workdir is this process's, of several the first's, until it ends.
+
+    Args:
+      workdir: the directory.
+      configuration: sections of plain values.
+      free: sections, and fields by section.field, that may change between restarts.
+
+    Raises:
+      WorkdirError: it cannot be written, another process has it, or it belongs to another configuration; the fields
+        are named.
+    """
+    _check_same(configuration)
+    hosts.first_does(lambda: _open_workdir(workdir, configuration, free), kind=WorkdirError)
+    hosts.together(lambda: _check_shared(workdir, configuration), kind=WorkdirError)
+
+
+def _as_text(configuration: Mapping[str, Any]) -> str:
+    return json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+
+
+def _check_same(configuration: Mapping[str, Any]) -> None:
+    """Raises WorkdirError where one process was given other flags than the first."""
+    first, *others = hosts.gathered(configuration)
+    for process, other in enumerate(others, 1):
+        if differ := _differences(first, other, (), ("process 0 has", f"process {process} has")):
+            raise WorkdirError("processes of one run must be given the same flags:\n  " + "\n  ".join(differ))
+
+
+def _differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[str, ...], names: tuple[str, str]
+) -> list[str]:
+    """Fields that are not the same, ten at most, as `name: there 1, now 2` with these names of the two."""
+    one, other = _flat(ours), _flat(theirs)
+    differ = [
+        f"{name}: {names[0]} {one.get(name, 'absent')!r}, {names[1]} {other.get(name, 'absent')!r}"
+        for name in sorted({**one, **other})
+        if one.get(name) != other.get(name) and not {name, name.split(".")[0]} & {*free}
+    ]
+    return differ[:10] + ([f"and {len(differ) - 10} more"] if len(differ) > 10 else [])
+
+
+def _check_shared(workdir: Path, configuration: Mapping[str, Any]) -> None:
+    """Raises WorkdirError unless this process sees what the first wrote; a network's file system may take a while."""
+    path, until = workdir / "config.json", time.monotonic() + 60
+    while not (path.exists() and path.read_text() == _as_text(configuration)):
+        if time.monotonic() > until:
+            raise WorkdirError(
+                f"{path}, which process 0 has written, is not what process {jax.process_index()} finds there: "
+                "--workdir must be the same, on a file system that all hosts share."
+            )
+        time.sleep(0.5)
+
+
+_OF_A_START = (".lock", "config.json", "model", "xla")
+
+
+def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    path, text = workdir / "config.json", _as_text(configuration)
+    try:
+        storage.make_directory(workdir)
+        storage.probe(workdir)
+    except OSError as error:
+        raise WorkdirError(f"cannot write to workdir {workdir}: {error}. Choose another --workdir.") from error
+    lock(workdir)
+    try:
+        if (workdir / "checkpoints").exists():  # which may be on another disk, or another user's
+            storage.probe(workdir / "checkpoints")
+    except OSError as error:
+        raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
+    # What a start that failed has left binds nobody.
+    nothing = lambda name: name in _OF_A_START or name.startswith(".writable-") or name.endswith(".part")
+    belongs = path.exists() and not all(nothing(item.name) for item in workdir.iterdir())
+    theirs = json.loads(path.read_text() if belongs else text)
+    if differ := _differences(theirs, json.loads(text), free, ("there", "now")):
+        raise WorkdirError(
+            f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"
+            "Give the same flags to continue it, or another --workdir to start a new run."
+        )
+    write_atomically(path, text)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
