@@ -149,11 +149,18 @@ def narrow(monkeypatch):
 
 @functools.lru_cache
 def long_model(kind):
-    windows = {"all": (0,), "windows": (0, 7)}[kind]
-    config = TransformerConfig(
-        vocab_size=V, layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=24, windows=windows
-    )
-    return make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
+    changes = {
+        "windows": {"windows": (0, 7)},
+        "one head of keys": {"kv_heads": 1},
+        "soft cap": {"attention_cap": 0.5},
+        "int8": {"sampler_dtype": "int8"},
+    }.get(kind, {})
+    sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "mlp_width": 24, **changes}
+    config = TransformerConfig(vocab_size=V, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "a TPU's caches":
+            patch.setattr(decoding, "cache_axes", lambda _, heads: slot_attention.cache_axes("tpu", heads))
+        return make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
 
 
 def long_rollout(kind, slots, **sampling_params):
@@ -166,7 +173,7 @@ def long_rollout(kind, slots, **sampling_params):
     return sample(params, *oracle.pad(PROMPTS, 5), IDS, KEY, **options), limits.reshape(-1, 1)
 
 
-@pytest.mark.parametrize("kind", ["all", "windows"])
+@pytest.mark.parametrize("kind", ["plain", "windows", "one head of keys", "soft cap", "a TPU's caches"])
 @pytest.mark.parametrize("slots", [0, 6])
 def test_through_windows_slots_and_chunks_of_prompts_the_trainer_agrees(kind, slots, narrow):
     got, limits = long_rollout(kind, slots)
@@ -179,7 +186,7 @@ def test_through_windows_slots_and_chunks_of_prompts_the_trainer_agrees(kind, sl
 @pytest.mark.parametrize(("length", "reads"), [(9, False), (30, True)], ids=["short", "long"])
 def test_of_the_cache_of_refilled_slots_a_token_reads_the_blocks_that_a_slot_sees(length, reads, narrow):
     """Columns go round: in the second round those of the first are behind, and seen by what is longer than a block."""
-    policy, params = long_model("all")
+    policy, params = long_model("plain")
     arguments = policy, params, *oracle.pad(PROMPTS, 5), IDS, KEY
     options = options_of(NEVER, max_tokens=LONG, limits=np.full((P, G), length), slots=3)
     prefilled, state = jax.jit(sampling.start, static_argnums=0, static_argnames=STATIC)(*arguments, **options)
@@ -194,11 +201,12 @@ def test_of_the_cache_of_refilled_slots_a_token_reads_the_blocks_that_a_slot_see
     assert bool(np.isnan(after.written.logprobs).any()) == reads
 
 
+@pytest.mark.parametrize("kind", ["windows", "int8"])
 @pytest.mark.parametrize("slots", [0, 6])
-def test_greedy_tokens_are_those_of_the_plain_way(slots, request):
-    expected, _ = long_rollout("windows", 0, temperature=0.0)
+def test_greedy_tokens_are_those_of_the_plain_way(kind, slots, request):
+    expected, _ = long_rollout(kind, 0, temperature=0.0)
     request.getfixturevalue("narrow")
-    got, _ = long_rollout("windows", slots, temperature=0.0)
+    got, _ = long_rollout(kind, slots, temperature=0.0)
     np.testing.assert_array_equal(got.completion_tokens, expected.completion_tokens)
     assert len(np.unique(got.completion_tokens)) > 3
 
