@@ -10,7 +10,7 @@ import functools
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments import flags as sections
 from experiments import footprint, games, process, runs
@@ -94,7 +94,7 @@ def main(given: games.Given, argv: list[str]) -> None:
     """Runs, goes on with, or evaluates the run in --workdir."""
     workdir = runs.directory_of(argv, given.workdir)
     if given.eval_step.value is not None and not given.eval_only.value:
-        raise app.UsageError("--eval_step needs --eval_only.")
+        sys.exit("error: --eval_step needs --eval_only.")
     try:
         makers = {name: flag.value for name, flag in given.sections.items()}
         saved = workdir if given.eval_only.value else None

@@ -14,7 +14,7 @@ from typing import Any
 import flax.serialization
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import flags as sections
 from experiments import footprint, games, process, runs
@@ -157,9 +157,9 @@ def main(argv: list[str]) -> None:
     """Runs, goes on with, or evaluates the run in --workdir."""
     workdir = runs.directory_of(argv, WORKDIR)
     if EVAL_STEP.value is not None and not EVAL_ONLY.value:
-        raise app.UsageError("--eval_step needs --eval_only.")
+        sys.exit("error: --eval_step needs --eval_only.")
     if PROFILE.value and (EVAL_ONLY.value or WARM_START_ONLY.value):
-        raise app.UsageError("--profile is of steps of GRPO: leave it out.")
+        sys.exit("error: --profile is of steps of GRPO: leave it out.")
     if DETERMINISTIC.value:
         process.make_deterministic(workdir)
     try:

@@ -4,10 +4,11 @@ python -m experiments.countdown_report --picture=docs/countdown.png runs/seed0 r
 """
 
 import json
+import sys
 
-from absl import app, flags
+from absl import flags
 
-from experiments import plots
+from experiments import plots, process
 from grpo_jax import storage
 from grpo_jax.storage import Path
 from grpo_jax.telemetry import read_jsonl
@@ -37,11 +38,15 @@ def main(argv: list[str]) -> None:
     """Prints the table and draws the picture."""
     workdirs = [storage.path(name) for name in argv[1:]]
     if not workdirs:
-        raise app.UsageError("name the workdirs of finished runs with --baselines.")
+        sys.exit("error: name the workdirs of finished runs with --baselines.")
+    needed = ["summary.json", *(f"{place}/metrics.jsonl" for place in METHODS.values())]
+    for path in (workdir / name for workdir in workdirs for name in needed):
+        if not path.exists():
+            sys.exit(f"error: there is no {path}: name the workdirs of finished runs with --baselines.")
     runs = {name: [read_jsonl(w / place / "metrics.jsonl") for w in workdirs] for name, place in METHODS.items()}
     plots.comparison(runs, storage.path(PICTURE.value))
     print(table(workdirs))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    process.command(main)

@@ -55,7 +55,9 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch) < 1 or self.learning_rate <= 0:
-            raise ValueError(f"{self}: steps, batch and learning_rate must be above 0.")
+            raise ValueError(
+                f"steps={self.steps}, batch={self.batch} and learning_rate={self.learning_rate} must be above 0."
+            )
 
 
 # Defaults for a model of this size, where the library's are for language models of the usual sizes.

@@ -123,10 +123,9 @@ def head(result: dict[str, Any]) -> str:
 
 def check(values: Any, config: dict[str, Any], chip: chips.Chip) -> None:
     """Raises ValueError where what is asked for is not to be had on this chip, before anything is built."""
-    if unknown := {*values.programs} - {*PROGRAMS}:
-        raise ValueError(f"--programs={','.join(sorted(unknown))} must be among {', '.join(PROGRAMS)}.")
-    if values.json and not (folder := pathlib.Path(values.json).absolute().parent).is_dir():
-        raise ValueError(f"--json={values.json}: there is no directory {folder}.")
+    if not values.programs or {*values.programs} - {*PROGRAMS}:
+        raise ValueError(f"--programs={','.join(values.programs)} must be among {', '.join(PROGRAMS)}.")
+    process.check_file("json", values.json)
     kernels = {"cudnn": "needs cuDNN and its GPU"} | ({"splash": "is for TPUs"} if chip.target else {})
     if wrong := kernels.get(config["policy"].attention):
         other = "xla" if chip.target else "splash or xla"
@@ -177,7 +176,7 @@ if __name__ == "__main__":
         required=True,
     )  # fmt: skip
     flags.DEFINE_integer("slices", 1, "So many of the topology, joined by a data-centre network (TPUs).", lower_bound=1)
-    flags.DEFINE_list("programs", list(PROGRAMS), f"What is compiled, among {', '.join(PROGRAMS)}.")
+    flags.DEFINE_list("programs", list(PROGRAMS), f"What is compiled, among {', '.join(PROGRAMS)} (start and decode).")
     flags.DEFINE_string("json", "", "A file for everything that is known, written after each program; empty: none.")
     FLAGS_OF = {name: section(name, cls) for name, cls in SECTIONS.items()}
     flags.adopt_module_key_flags(sections)

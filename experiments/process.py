@@ -25,6 +25,7 @@ from grpo_jax.telemetry import WorkdirError
 
 __all__ = [
     "cache_compilations",
+    "check_file",
     "command",
     "devices",
     "enough_threads",
@@ -139,6 +140,15 @@ def peak_rss() -> int:
     """
     unit = 1 if sys.platform == "darwin" else 1024
     return resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_file(name: str, value: str) -> None:
+    """Raises ValueError where a file that a flag names cannot be written; empty: there is none to write."""
+    path = pathlib.Path(value).absolute()
+    if value and not path.parent.is_dir():
+        raise ValueError(f"--{name}={value}: there is no directory {path.parent}.")
+    if value and path.is_dir():
+        raise ValueError(f"--{name}={value} is a directory: name a file.")
 
 
 def version(package: str) -> str:

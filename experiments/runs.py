@@ -13,7 +13,7 @@ _STARTED = time.perf_counter()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from absl import app, flags, logging  # noqa: E402
+from absl import flags, logging  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from experiments import process  # noqa: E402
@@ -146,13 +146,16 @@ def finish(workdir: Path, rows: list[dict[str, Any]], summarized: Mapping[str, A
 def directory_of(argv: list[str], flag: flags.FlagHolder) -> Path:
     """`place_of` a flag, once the command line is what it should be."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
+        sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
         logging_of_python.getLogger("grpo_jax").setLevel("INFO")  # how well programs are isolated
     if not flag.value.strip():
-        raise app.UsageError(f"--{flag.name} is empty: name a directory.")
-    return place_of(flag)
+        sys.exit(f"error: --{flag.name} is empty: name a directory.")
+    place = place_of(flag)
+    if not storage.is_remote(place) and place.is_file():
+        sys.exit(f"error: --{flag.name}={flag.value} is a file: name a directory.")
+    return place
 
 
 def place_of(flag: flags.FlagHolder) -> Path:
@@ -171,7 +174,13 @@ def configured(makers: Mapping[str, Callable[..., Any]], saved: Mapping[str, Any
     Raises:
       ValueError: a value that a section refuses.
     """
-    return {name: make(**(saved or {}).get(name, {})) for name, make in makers.items()}
+    made = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make(**(saved or {}).get(name, {}))
+        except ValueError as error:
+            raise ValueError(f"--{name}.*: {error}") from error
+    return made
 
 
 def saved_configuration(workdir: Path) -> dict[str, Any]:
@@ -206,7 +215,17 @@ def begun(workdir: Path) -> bool:
 
 
 def description(model: Path, workdir: Path) -> Path:
-    """Where a run reads all but the weights: once it has begun what it kept, else the model's own directory."""
+    """Where a run reads all but the weights: once it has begun what it kept, else the model's own directory.
+
+    Raises:
+      ValueError: the model lies where the run would keep that.
+    """
+    whole = lambda place: place if storage.is_remote(place) else place.resolve()
+    if whole(workdir / "model") in (whole(model), *whole(model).parents):
+        raise ValueError(
+            f"--model={model} lies where a run in --workdir={workdir} keeps what it was given: move it, or choose "
+            "another --workdir."
+        )
     return workdir / "model" if begun(workdir) and saved_configuration(workdir)["model"] == str(model) else model
 
 

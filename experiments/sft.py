@@ -43,7 +43,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.max_tokens) < 1 or self.seed < 0:
-            raise ValueError(f"{self}: steps, batch and max_tokens must be 1 or more, seed 0 or more.")
+            raise ValueError(
+                f"steps={self.steps}, batch={self.batch} and max_tokens={self.max_tokens} must be 1 or more, "
+                f"seed={self.seed} 0 or more."
+            )
 
 
 WORKDIR = flags.DEFINE_string(

@@ -40,7 +40,10 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_latest < 1 or self.keep_best < 0:
-            raise ValueError(f"{self}: every and keep_latest must be 1 or more, keep_best 0 or more.")
+            raise ValueError(
+                f"every={self.every} and keep_latest={self.keep_latest} must be 1 or more, "
+                f"keep_best={self.keep_best} 0 or more."
+            )
 
 
 class _Bad(Exception):

@@ -38,7 +38,10 @@ class OptimizerConfig:
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay={self.decay!r} must be 'constant', 'linear' or 'cosine'.")
         if self.learning_rate < 0 or self.clip_norm < 0 or self.warmup_steps < 0:
-            raise ValueError(f"{self}: learning_rate, clip_norm and warmup_steps must be 0 or more.")
+            raise ValueError(
+                f"learning_rate={self.learning_rate}, clip_norm={self.clip_norm} and warmup_steps={self.warmup_steps} "
+                "must be 0 or more."
+            )
         if self.max_skipped < 1:
             raise ValueError(f"max_skipped={self.max_skipped} must be 1 or more.")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}

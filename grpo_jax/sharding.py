@@ -91,16 +91,17 @@ def make_mesh(
     """
     sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
     devices = list(jax.devices() if devices is None else devices)
-    if min(sizes) < 1 or math.prod(sizes) > len(devices):
-        wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    if min(sizes) < 1:
+        raise ValueError(f"mesh {wanted}: every axis must be 1 or more.")
+    if math.prod(sizes) > len(devices):
         more = (
             f" (XLA_FLAGS=--xla_force_host_platform_device_count={math.prod(sizes)} PJRT_NPROC="
             f"{cpu_threads(math.prod(sizes))} in the environment make so many of a CPU, with threads enough.)"
         )
         raise ValueError(
-            f"mesh {wanted} needs {math.prod(sizes)} devices with every axis at least 1; there are "
-            f"{len(devices)} {devices[0].platform} devices."
-            + (more if min(sizes) >= 1 and devices[0].platform == "cpu" else "")
+            f"mesh {wanted} needs {math.prod(sizes)} devices; there are {len(devices)} {devices[0].platform} devices."
+            + (more if devices[0].platform == "cpu" else "")
         )
     chosen = sorted(devices, key=slice_of)[: math.prod(sizes)]
     of_slices = collections.Counter(map(slice_of, chosen))

@@ -51,7 +51,10 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.minibatches, self.microbatches) < 1:
-            raise ValueError(f"{self}: epochs, minibatches and microbatches must be 1 or more.")
+            raise ValueError(
+                f"epochs={self.epochs}, minibatches={self.minibatches} and microbatches={self.microbatches} must be 1 "
+                "or more."
+            )
         if self.reference_every < 0 or not 0 < self.reference_mix <= 1:
             raise ValueError(
                 f"reference_every={self.reference_every} must be 0 or more, "

@@ -76,6 +76,10 @@ def _check_shared(workdir: Path, configuration: Mapping[str, Any]) -> None:
 
 
 _OF_A_START = (".lock", "config.json", "model", "xla")
+# What a run writes over, or goes on from; config.json is there before.
+_OF_A_RUN = {
+    "adapter", "checkpoints", "export", "metrics.jsonl", "model", "rewards.jsonl", "samples.jsonl", "summary.json",
+}  # fmt: skip
 
 
 def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
@@ -91,16 +95,31 @@ def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[s
             storage.probe(workdir / "checkpoints")
     except OSError as error:
         raise WorkdirError(f"cannot write checkpoints to workdir {workdir}: {error}. Mend this first.") from error
+    names = {item.name for item in workdir.iterdir()}
+    if path.name not in names and (others := sorted(names & _OF_A_RUN)):
+        raise WorkdirError(
+            f"workdir {workdir} has {', '.join(others)} and no config.json, with which every run begins: what is there "
+            "is of no run that could go on, and would be written over. Choose another --workdir, or move it away."
+        )
     # What a start that failed has left binds nobody.
     nothing = lambda name: name in _OF_A_START or name.startswith(".writable-") or name.endswith(".part")
-    belongs = path.exists() and not all(nothing(item.name) for item in workdir.iterdir())
-    theirs = json.loads(path.read_text() if belongs else text)
+    belongs = path.name in names and not all(map(nothing, names))
+    theirs = _read(path) if belongs else json.loads(text)
     if differ := _differences(theirs, json.loads(text), free, ("there", "now")):
         raise WorkdirError(
             f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"
             "Give the same flags to continue it, or another --workdir to start a new run."
         )
     write_atomically(path, text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise WorkdirError(
+            f"{path} is damaged ({error}): put back what the run was begun with, or choose another --workdir."
+        ) from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

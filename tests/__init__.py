@@ -3,8 +3,6 @@
 import os
 from typing import NoReturn
 
-import pytest
-
 # Of a process that compiles for TPUs where there are none.
 TPU_COMPILER = {
     **os.environ,
@@ -19,6 +17,8 @@ TPU_COMPILER = {
 
 def unavailable(what: str) -> NoReturn:
     """Skips a test of what this machine has not got; in CI, where everything has to run, it fails."""
+    import pytest  # `tests.chaos` and what it runs have no need of it
+
     if os.environ.get("CI", "").lower() in ("true", "1"):
         pytest.fail(f"not to be missing in CI: {what}")
     pytest.skip(what)

@@ -33,7 +33,7 @@ import jax
 
 from grpo_jax.checkpoints import Checkpoints
 from tests import processes
-from tests.test_resume import last_state, untimed
+from tests.ends import last_state, untimed
 
 __all__ = ["PARTS", "Kill", "chaos", "differences"]
 

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,25 @@ def test_ctrl_c_is_one_line_and_not_lost_where_jax_is_called_by_the_garbage_coll
     assert done.stdout == ""
     assert done.stderr == "interrupted; the same command goes on with what is saved\n"
     assert done.returncode == 128 + signal.SIGINT
+
+
+def test_ctrl_c_while_it_imports_ends_it(tmp_path):
+    """By the signal itself: libraries take Python's exception for an error of theirs, and the run goes on."""
+    with processes.begin("-m", "experiments.countdown", f"--workdir={tmp_path / 'run'}") as run:
+        maps = pathlib.Path(f"/proc/{run.pid}/maps")
+        while "jaxlib" not in maps.read_text():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=300)
+    assert (run.returncode, said) == (-signal.SIGINT, ("", ""))
+
+
+@pytest.mark.parametrize(("path", "said"), [(".", "--json={} is a directory"), ("no/x", "--json={}: there is no dir")])
+def test_a_file_that_cannot_be_written(tmp_path, path, said):
+    process.check_file("json", "")
+    process.check_file("json", f"{tmp_path}/x.json")
+    with pytest.raises(ValueError, match=re.escape(said.format(f"{tmp_path}/{path}"))):
+        process.check_file("json", f"{tmp_path}/{path}")
 
 
 def test_the_next_process_finds_what_this_one_compiled(tmp_path):

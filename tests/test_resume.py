@@ -3,11 +3,11 @@
 import json
 import pathlib
 
-import numpy as np
 import pytest
 
 from experiments import countdown_report
 from tests import processes
+from tests.ends import last_state, untimed
 
 TINY = [
     "--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1", "--model.head_width=8",
@@ -25,26 +25,6 @@ SEVERAL_UPDATES = ["--update.epochs=2", "--update.minibatches=2", "--update.micr
 def run(workdir: pathlib.Path, *flags: str, kill_at: str = "", kill_with: str = "SIGKILL", check: bool = True):
     command = [f"--workdir={workdir}", *TINY, *flags]
     return processes.killed("countdown", kill_at, *command, kill_with=kill_with, status=0 if check else None)
-
-
-def untimed(path: pathlib.Path) -> list[dict]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
-
-
-def last_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint, by name: parameters, reference, optimizer state, step, cursor.
-
-    Whatever the devices were that saved it.
-    """
-    import jax
-    from orbax.checkpoint import v1 as ocp
-
-    with ocp.training.Checkpointer((workdir / "checkpoints").absolute()) as checkpointer:
-        described = checkpointer.checkpointables_metadata(None).metadata["state"]
-        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), described)
-        state = checkpointer.load_checkpointables(None, {"state": like})["state"]
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def different_files(killed: pathlib.Path, straight: pathlib.Path) -> set[str]:

@@ -11,8 +11,8 @@ from experiments import scorers
 from grpo_jax import sharding
 from grpo_jax.data.tokenizer import PretrainedTokenizer
 from tests import processes
+from tests.ends import last_state, untimed
 from tests.test_gsm8k import run
-from tests.test_resume import last_state, untimed
 
 # For bad meshes; other tests have scores and steps on all kinds.
 DEVICES = 2

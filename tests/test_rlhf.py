@@ -9,8 +9,8 @@ import pytest
 from experiments.rlhf_task import LETTERS, TOKENIZER, demonstration, prefers_first, prompt, rule
 from grpo_jax.telemetry import read_jsonl
 from tests import processes
+from tests.ends import last_state, untimed
 from tests.test_hosts import started
-from tests.test_resume import last_state, untimed
 
 TINY = [
     "--model.layers=1", "--model.width=16", "--warm_start.steps=3", "--warm_start.batch=8", "--preferences.pairs=20",

@@ -16,9 +16,10 @@ from grpo_jax import loop, sharding, storage, workdirs
 from grpo_jax.checkpoints import CheckpointConfig, CheckpointError, Checkpoints
 from grpo_jax.telemetry import RewardJournal, WorkdirError, read_jsonl
 from tests import object_store, processes
+from tests.ends import last_state, untimed
 from tests.test_checkpoints import at, save, state_on
 from tests.test_loop import double, experience, fresh
-from tests.test_resume import TINY, last_state, untimed
+from tests.test_resume import TINY
 
 pytest.importorskip("gcsfs")
 

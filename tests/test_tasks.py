@@ -518,6 +518,15 @@ def test_a_model_that_cannot_do_what_is_asked(byte_tokenizer, tmp_path, vocab_si
             tasks.Opened(tmp_path / "model", sections)
 
 
+@pytest.mark.parametrize("name", ["model", "model/below", "../run/model"])
+def test_a_model_is_not_taken_for_what_a_start_has_left(tmp_path, name):
+    workdir = tmp_path / "run"
+    (workdir / "model" / "below").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"--model=.* lies where a run in --workdir=.*run keeps what it was given"):
+        runs.description(workdir / name, workdir)
+    assert runs.description(tmp_path / "model", workdir) == tmp_path / "model"
+
+
 def test_what_a_failed_start_left_is_not_kept(tmp_path, monkeypatch):
     workdir, config = tmp_path / "run", {"model": str(tmp_path / "second")}
     workdir.mkdir()

@@ -21,6 +21,28 @@ def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_p
         workdirs.open_workdir(tmp_path, {**config, **{f"x{i}": i for i in range(12)}})
 
 
+@pytest.mark.parametrize("name", ["model", "export", "metrics.jsonl", "checkpoints"])
+def test_what_is_of_no_run_is_not_written_over(tmp_path, name):
+    place = tmp_path / name
+    place.mkdir() if "." not in name else place.write_text("mine")
+    (tmp_path / "nohup.out").touch()
+    with pytest.raises(WorkdirError, match=rf"has {name} and no config\.json, .*Choose another --workdir, or move"):
+        workdirs.open_workdir(tmp_path, {})
+    assert {path.name for path in tmp_path.iterdir()} <= {name, "nohup.out", ".lock"}
+    place.rmdir() if "." not in name else place.unlink()
+    workdirs.open_workdir(tmp_path, {})
+    place.mkdir()  # what comes after config.json is of the run
+    workdirs.open_workdir(tmp_path, {})
+
+
+def test_a_damaged_configuration(tmp_path):
+    (tmp_path / "config.json").write_text('{"loss":')
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(WorkdirError, match=r"config\.json is damaged \(Expecting value.*: put back what the run was"):
+        workdirs.open_workdir(tmp_path, {})
+    assert (tmp_path / "config.json").read_text() == '{"loss":'
+
+
 def test_flags_that_processes_do_not_share_are_said_at_once(tmp_path, monkeypatch):
     config = {"loss": {"kl_coef": 0.04}, "mesh": {"data": 1, "fsdp": 4}}
     others = [config, {**config, "mesh": {"data": 2, "fsdp": 2}}]

@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments.flags import field_comments
-from experiments.process import interruptible, peak_rss, resident
+from experiments.process import check_file, interruptible, peak_rss, resident
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 __all__ = [
@@ -315,13 +315,12 @@ def command(options: type[Output], run: Callable[[Any], dict[str, Any]]) -> None
 
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value.")
+            sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
             given = _given(options)
-            if given.json and not (folder := pathlib.Path(given.json).absolute().parent).is_dir():
-                raise ValueError(f"json={given.json!r}: there is no directory {folder}.")
+            check_file("json", given.json)
             before = _busy_cores()
             result = run(given)
             if before is not None and "machine" in result:  # who came and went has disturbed as well

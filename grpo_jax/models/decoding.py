@@ -34,7 +34,7 @@ class Decoder:
         self.reads_visible = self._kernel is not None
         self.skips_blocks = platform != "gpu"  # where a condition costs a trip to the host
         self.cache_axes = [self._layer_cache] * config.layers
-        self.axes = self._axes()  # of what `prepare` returns
+        self.sampler_axes = self._sampler_axes()
 
     def prepare(self, params: dict[str, Any]) -> dict[str, Any]:
         """Training parameters as decoding reads them: adapters merged, cast or quantized, layer by layer.
@@ -69,7 +69,9 @@ class Decoder:
 
         def body(x, stacks):
             written = []
-            for window, axes, layer_params, layer_cache in zip(pattern, self.axes["layers"], *stacks, strict=False):
+            for window, axes, layer_params, layer_cache in zip(
+                pattern, self.sampler_axes["layers"], *stacks, strict=False
+            ):
                 layer_params = self._prepared_layer(layer_params)
                 if self._mesh is not None:  # gathered over fsdp here, in the sampler's precision
                     place = shardings(layer_params, axes, self._mesh, SAMPLER_RULES)
@@ -122,7 +124,8 @@ class Decoder:
         layer = merged(layer)
         return self._cast(quantized(layer) if self._config.sampler_dtype == "int8" else layer)
 
-    def _axes(self) -> dict[str, Any]:
+    def _sampler_axes(self) -> dict[str, Any]:
+        """The logical axes of what `prepare` returns."""
         shapes, axes = abstract_params(self._config)
         of_layer = lambda stack, i: jax.tree.map(lambda axes: axes[1:], stack, is_leaf=lambda x: isinstance(x, tuple))
         layers = self._unstacked(axes["layers"], axes.get("tail", []), of_layer)

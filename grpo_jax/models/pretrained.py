@@ -57,6 +57,8 @@ def _read_json(path: storage.Path) -> dict[str, Any]:
             f"there is no {path.name} in {path.parent}: expected a directory as downloaded from the Hugging Face hub "
             "(`hf download NAME --local-dir=DIR` makes one)."
         ) from None
+    except NotADirectoryError:
+        raise PretrainedError(f"{path.parent} is a file; expected a directory, in which {path.name} is.") from None
     except (ValueError, OSError) as error:
         raise PretrainedError(f"cannot read {path}: {error}. Download it again.") from error
     if not isinstance(value, dict):
