@@ -25,7 +25,7 @@ from experiments.flags import section
 from grpo_jax.models.shapes import SHAPES
 from grpo_jax.telemetry import write_atomically
 
-__all__ = ["head", "line", "report"]
+__all__ = ["check", "head", "line", "report"]
 
 _GB = 1e9
 

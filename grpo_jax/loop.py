@@ -93,8 +93,8 @@ class StopSignals:
 
     @property
     def name(self) -> str:
-        """Of what has come."""
-        return "preempted" if self._notice.is_set() else signal.Signals(self.received or signal.SIGTERM).name
+        """Of what has come; empty: nothing has."""
+        return "preempted" if self._notice.is_set() else signal.Signals(self.received).name if self.received else ""
 
     def check(self) -> None:
         """Raises Stopped once a signal has come, to this process or another; all must ask."""

@@ -3,7 +3,8 @@
     python -m tests.chaos --output=runs/chaos --kills=50 --each=5
 
 With `--signal=SIGTERM` it is asked to stop, as one is whose machine is taken away: how long that takes is counted. With
-`--here` it runs on the devices that JAX finds, a GPU or a TPU, and with `--deterministic`; else on a CPU.
+`--here` it runs where JAX finds devices, GPUs or TPUs, and with `--deterministic`; else on a CPU. What follows is the
+run's: `--here --mesh.fsdp=2` takes two of them.
 
 The run is `experiments.gsm8k` with a tiny model and problems of its own making: from its start to its export, through
 `tests.told`, which tells the part of the step that it is in. Each start has one part as its aim, where there is still
@@ -16,6 +17,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -214,7 +216,7 @@ def prepare(output: pathlib.Path, steps: int, every: int) -> list[str]:
 
 def chaos(
     output: pathlib.Path, *, kills: int, each: int, seed: int, how: signal.Signals = signal.SIGKILL, here: bool = False,
-    say: Any = print,
+    more: Sequence[str] = (), say: Any = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Kills runs in `output` until there were enough kills in all and in each part, and compares their ends.
 
@@ -225,7 +227,7 @@ def chaos(
     rng, started, steps = random.Random(seed), time.monotonic(), 4 + kills // 2
     # Killed, it must come to new steps before the next kill; asked to stop, it saves where it is.
     flags, log = prepare(output, steps, 1 if how == signal.SIGKILL else 3), output / "log.txt"
-    flags += ["--deterministic"] * here
+    flags += ["--deterministic"] * here + [*more]
     straight = Life([f"--workdir={output / 'straight'}", *flags], log, None, here=here)
     say(f"never killed: {steps} steps in {straight.seconds:.1f} s")
     done: list[Kill] = []
@@ -261,13 +263,19 @@ def chaos(
     figures = {
         "signal": how.name, "kills": len(done), "runs": runs, "steps": steps, "seed": seed, "different": different,
         "seconds": time.monotonic() - started, "machine": f"{os.cpu_count()} x {platform.machine()}",
-        "device": json.loads((output / "straight" / "summary.json").read_text())["device"],
+        "device": _device(output / "straight"),
         "parts": {part: _figures([kill for kill in done if kill.part == part]) for part in _parts(done)},
         "log": [dataclasses.asdict(kill) for kill in done],
     }  # fmt: skip
     (output / "chaos.json").write_text(json.dumps(figures, indent=2) + "\n")
     say(table(figures))
     return figures
+
+
+def _device(workdir: pathlib.Path) -> str:
+    """On how many of which devices it ran."""
+    read = lambda name: json.loads((workdir / name).read_text())
+    return f"{math.prod(read('config.json')['mesh'].values())} of {read('summary.json')['device']}"
 
 
 def _hit(life: Life, aim: Aim) -> str:
@@ -318,8 +326,8 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=5, help="in each part, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="that it gets")
-    parser.add_argument("--here", action="store_true", help="on the devices that JAX finds, with --deterministic")
-    given = parser.parse_args()
+    parser.add_argument("--here", action="store_true", help="where JAX finds devices, with --deterministic")
+    given, more = parser.parse_known_args()
     if given.output.exists():
         sys.exit(f"error: {given.output} is there already: name a new directory.")
     if given.kills < 1 or given.each < 0:
@@ -328,7 +336,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # the devices are for the runs: this process only compares
     figures = chaos(
         given.output, kills=given.kills, each=given.each, seed=given.seed, how=signal.Signals[given.signal],
-        here=given.here, say=functools.partial(print, flush=True),
+        here=given.here, more=more, say=functools.partial(print, flush=True),
     )  # fmt: skip
     sys.exit(bool(figures["different"]))
 

@@ -48,6 +48,16 @@ def params(config):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
+@pytest.fixture(scope="session")
+def hidden_of(policy):
+    return jax.jit(lambda *args: policy.hidden(*args)[0])
+
+
+@pytest.fixture(scope="session")
+def extend(policy):
+    return jax.jit(lambda params, *args: policy.extend(policy.prepare(params), *args))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Under which isolation hostile programs ran: what their tests say holds for it alone."""
     from grpo_jax.rewards.sandbox import SandboxError, isolation

@@ -26,12 +26,13 @@ def _compiled() -> str:
 
 def environment(devices: int | None = 1, **variables: str) -> dict[str, str]:
     """In which Python sees so many CPU devices (None: those of this process's environment), and these variables too."""
-    # As in conftest.
-    flags = (
-        "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300 "
-        f"--xla_force_host_platform_device_count={devices}"
-    )
-    cpus = {} if devices is None else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": str(4 * devices)}
+    cpus = {}
+    if devices is not None:  # as in conftest
+        flags = (
+            "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300 "
+            f"--xla_force_host_platform_device_count={devices}"
+        )
+        cpus = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": str(4 * devices)}
     return {
         **os.environ,
         **cpus,

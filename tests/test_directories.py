@@ -13,8 +13,8 @@ from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.pretrained import PretrainedError, copy_description, load, read_config, save
 from grpo_jax.sharding import MeshConfig, make_mesh
 from tests import object_store
+from tests.decoders import FAMILIES, random_params
 from tests.test_pretrained import assert_same
-from tests.test_transformer import FAMILIES, random_params
 
 pytest.importorskip("gcsfs")
 MESHES = [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.models.families import PretrainedError, differences, parse_config, write_config
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
-from tests.test_transformer import FAMILIES
+from tests.decoders import FAMILIES
 
 # As published on the hub, the old spelling, with what is read there and what must not disturb.
 PUBLISHED = {

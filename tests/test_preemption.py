@@ -143,7 +143,7 @@ def test_a_run_is_saved_and_sigterm_that_follows_kills_nothing(server, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, 9, experience=taken_away)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "stopped after step 3" in capsys.readouterr().out
+    assert "preempted: stopped after step 3" in capsys.readouterr().out
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-1] == 3
     preemption.notice.cache_clear()
     server.preempted.clear()

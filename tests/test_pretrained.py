@@ -25,7 +25,7 @@ from grpo_jax.sampler import Sampler
 from grpo_jax.sharding import MeshConfig, make_mesh
 from grpo_jax.training import UpdateConfig, init_train_state, make_train_step, train_batch
 from grpo_jax.types import SamplingParams
-from tests.test_transformer import FAMILIES, random_params
+from tests.decoders import FAMILIES, random_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 ONE = make_mesh()

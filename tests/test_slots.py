@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -157,10 +158,14 @@ def long_model(kind):
     }.get(kind, {})
     sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "mlp_width": 24, **changes}
     config = TransformerConfig(vocab_size=V, **sizes)
-    with pytest.MonkeyPatch.context() as patch:
-        if kind == "a TPU's caches":
-            patch.setattr(decoding, "cache_axes", lambda _, heads: slot_attention.cache_axes("tpu", heads))
-        return make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
+    policy, params = make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
+    if kind == "a TPU's caches":
+        decoder = decoding.Decoder(config, None, types.SimpleNamespace(platform="tpu"))
+        caches = {"init_cache": decoder.init_cache, "extend": decoder.extend, "prefill": decoder.prefill}
+        policy = dataclasses.replace(policy, **caches, cache_axes=decoder.cache_axes)
+        shapes = jax.tree.map(jnp.shape, jax.eval_shape(lambda: policy.init_cache(3, 2, 7))[0])
+        assert shapes == dict.fromkeys(("key", "turned"), (6, 2, 4, 7))
+    return policy, params
 
 
 def long_rollout(kind, slots, **sampling_params):

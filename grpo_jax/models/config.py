@@ -92,6 +92,11 @@ class TransformerConfig:
         return self.compute_dtype if self.sampler_dtype in ("", "int8") else self.sampler_dtype
 
     @property
+    def attention_scale(self) -> float:
+        """Scores of attention are multiplied by it."""
+        return (self.query_scale or self.head_width) ** -0.5
+
+    @property
     def pattern(self) -> tuple[int, ...]:
         """The windows that the training pass scans over; no longer than the layers."""
         return self.windows[: self.layers]

@@ -26,9 +26,8 @@ class Decoder:
         self._windows = [self._pattern[i % len(self._pattern)] for i in range(config.layers)]
         self._layer_cache = cache_axes(platform, config.kv_heads)
         self._tiled = platform == "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
-        self._scale = (config.query_scale or config.head_width) ** -0.5
         self._kernel = make_kernel(
-            device, kv_heads=config.kv_heads, head_width=config.head_width, scale=self._scale,
+            device, kv_heads=config.kv_heads, head_width=config.head_width, scale=config.attention_scale,
             soft_cap=config.attention_cap, mesh=mesh,
         )  # fmt: skip
         self.reads_visible = self._kernel is not None
@@ -102,7 +101,7 @@ class Decoder:
         def layer(window, x, layer_params, layer_cache, before=()):
             own, *others = visible[window]
             attend = functools.partial(
-                attend_slots, cache=layer_cache, column=column, visible=own, scale=self._scale,
+                attend_slots, cache=layer_cache, column=column, visible=own, scale=self._config.attention_scale,
                 soft_cap=self._config.attention_cap, kernel=self._kernel,
                 before=[(of_layer, seen, live) for (of_layer, live), seen in zip(before, others, strict=True)],
             )  # fmt: skip

@@ -43,6 +43,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
+    hidden = _make_hidden(config, mesh, device)
     decoder = Decoder(config, mesh, device)
 
     def head(params):
@@ -51,7 +52,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         return params["embedding" if config.tied else "head"], None, config.logit_cap or None
 
     return Policy(
-        hidden=_make_hidden(config, mesh, device),
+        hidden=hidden,
         head=head,
         prepare=decoder.prepare,
         init_cache=decoder.init_cache,
@@ -76,8 +77,7 @@ def _make_hidden(config: TransformerConfig, mesh: Mesh | None, device: Any) -> C
     attention = {
         window: make_attention(
             config.attention, heads=config.heads, kv_heads=config.kv_heads, head_width=config.head_width,
-            scale=(config.query_scale or config.head_width) ** -0.5, soft_cap=config.attention_cap, window=window,
-            mesh=mesh,
+            scale=config.attention_scale, soft_cap=config.attention_cap, window=window, mesh=mesh,
         )
         for window in set(pattern)
     }  # fmt: skip
