@@ -60,7 +60,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.samples_every) < 1:
-            raise ValueError(f"{self}: steps and samples_every must be 1 or more.")
+            raise ValueError(f"steps={self.steps} and samples_every={self.samples_every} must be 1 or more.")
 
 
 SECTIONS: dict[str, type[Any]] = {

@@ -77,7 +77,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.samples_every) < 1 or self.seed < 0:
-            raise ValueError(f"{self}: steps and samples_every must be 1 or more, seed 0 or more.")
+            raise ValueError(
+                f"steps={self.steps} and samples_every={self.samples_every} must be 1 or more, seed={self.seed} 0 or "
+                "more."
+            )
 
 
 MODEL = flags.DEFINE_string(

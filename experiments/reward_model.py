@@ -100,7 +100,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch) < 1 or self.seed < 0:
-            raise ValueError(f"{self}: steps and batch must be 1 or more, seed 0 or more.")
+            raise ValueError(
+                f"steps={self.steps} and batch={self.batch} must be 1 or more, seed={self.seed} 0 or more."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if min(self.every, self.pairs, self.bins) < 1:
-            raise ValueError(f"{self}: every number must be 1 or more.")
+            raise ValueError(f"every={self.every}, pairs={self.pairs} and bins={self.bins} must be 1 or more.")
 
 
 WORKDIR = flags.DEFINE_string(

@@ -78,7 +78,9 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch) < 1 or self.learning_rate <= 0:
-            raise ValueError(f"{self}: steps, batch and learning_rate must be above 0.")
+            raise ValueError(
+                f"steps={self.steps}, batch={self.batch} and learning_rate={self.learning_rate} must be above 0."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,10 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         if min(self.pairs, self.held_out) < 1 or self.noise <= 0 or not 0 <= self.replay < 1:
-            raise ValueError(f"{self}: pairs, held_out and noise must be above 0, replay in [0, 1).")
+            raise ValueError(
+                f"pairs={self.pairs}, held_out={self.held_out} and noise={self.noise} must be above 0, "
+                f"replay={self.replay} in [0, 1)."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +111,10 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch) < 1 or self.learning_rate <= 0 or self.center_coef < 0:
-            raise ValueError(f"{self}: steps, batch and learning_rate must be above 0, center_coef 0 or more.")
+            raise ValueError(
+                f"steps={self.steps}, batch={self.batch} and learning_rate={self.learning_rate} must be above 0, "
+                f"center_coef={self.center_coef} 0 or more."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,9 +38,13 @@ class EvaluationConfig:
     completions: int = 8192  # sampled at a time at most, which bounds the memory; it does not change what is measured
 
     def __post_init__(self) -> None:
-        sizes = (self.every, self.prompts, self.sampled_prompts, self.samples, self.completions)
-        if min(sizes) < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"{self}: every number must be above 0, top_p at most 1.")
+        sizes = {
+            name: getattr(self, name) for name in ("every", "prompts", "sampled_prompts", "samples", "completions")
+        }
+        if low := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
+            raise ValueError(f"{', '.join(low)} must be 1 or more.")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature={self.temperature} must be above 0, top_p={self.top_p} in (0, 1].")
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:

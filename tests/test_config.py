@@ -52,7 +52,7 @@ def test_every_field_changes_the_program():
         ({"head_width": 5}, "head_width=5 must be even"),
         ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
         ({"sampler_dtype": "int4"}, "sampler_dtype='int4'"),
-        ({"layers": 0}, "every size must be 1 or more"),
+        ({"layers": 0}, "^layers=0 must be 1 or more"),
         ({"remat": True}, "remat=True must be 'none', 'dots' or 'full'; True was what is 'full' now"),
         ({"remat": "False"}, "remat='False' must be"),
         ({"activation": "relu"}, r"activation='relu' must be one of \['gelu', 'silu'\]"),

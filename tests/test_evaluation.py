@@ -71,9 +71,17 @@ def test_k_must_be_at_most_the_number_of_samples(k):
         maj_at_k([["1"] * 5] * 2, np.ones((2, 5), bool), k)
 
 
-@pytest.mark.parametrize("changes", [{"prompts": 0}, {"every": -1}, {"temperature": 0.0}, {"completions": 0}])
-def test_bad_configuration(changes):
-    with pytest.raises(ValueError, match="must be above 0"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompts": 0, "every": -1}, r"^every=-1, prompts=0 must be 1 or more\.$"),
+        ({"completions": 0}, "^completions=0 must be 1 or more"),
+        ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        ({"top_p": 2.0}, r"top_p=2\.0 in \(0, 1\]"),
+    ],
+)
+def test_bad_configuration(changes, said):
+    with pytest.raises(ValueError, match=said):
         EvaluationConfig(**changes)
 
 

@@ -131,7 +131,7 @@ def test_help_is_for_people():
         (["--update.minibatches=3"], "16 completions a step do not divide into minibatches=3"),
         (["--mesh.tensor=9"], "needs 9 devices"),
         (["--mesh.expert=2"], "Unknown command line flag 'mesh.expert'"),
-        (["--train.samples_every=0"], "samples_every must be 1 or more"),
+        (["--train.samples_every=0"], "samples_every=0 must be 1 or more"),
         (["--advantages.ddof=2"], "ddof=2 must be 0 or 1"),
         (["--profile=6:7"], "the profile is of steps 6 to 7, and the run has steps 1 to 6"),
         (["--compilation_cache="], "--compilation_cache= must be auto, off or a directory"),

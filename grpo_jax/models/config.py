@@ -59,9 +59,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "windows", tuple(self.windows))  # JSON makes lists of them
-        sizes = (self.vocab_size, self.layers, self.width, self.heads, self.kv_heads, self.head_width, self.mlp_width)
-        if min(sizes) < 1:
-            raise ValueError(f"{self}: every size must be 1 or more.")
+        sizes = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
+        if low := [f"{name}={getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
+            raise ValueError(f"{', '.join(low)} must be 1 or more.")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
         if self.head_width % 2:
