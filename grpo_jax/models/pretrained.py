@@ -4,16 +4,15 @@
     params = load("Qwen2.5-0.5B", mesh)
     save("out", params, config, source="Qwen2.5-0.5B")
 
-`families.py` says which configurations there are, `layout.py` which tensor is which parameter. Nothing is rounded on
-the way but by `dtype`. A directory may be `gs://...` in an object store (`storage`): its weights are read by ranges of
-bytes, and written a file at a time.
+`families.py` says which configurations there are, `layout.py` which tensor is which parameter, `weight_files.py` which
+file holds it. Nothing is rounded on the way but by `dtype`. A directory may be `gs://...` in an object store
+(`storage`): its weights are read by ranges of bytes, and written a file at a time.
 """
 
 import dataclasses
 import functools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from grpo_jax import hosts, sharding, storage
@@ -29,41 +28,18 @@ from grpo_jax.models.directories import made
 from grpo_jax.models.families import PretrainedError, as_score, differences, parse_config, write_config
 from grpo_jax.models.layout import EMBEDDING, HEAD, Tensor, flat, layout
 from grpo_jax.models.leaves import Adapted, bare, merged
-from grpo_jax.models.ranges import RangedFile
 from grpo_jax.models.transformer import TransformerConfig, abstract_params
+from grpo_jax.models.weight_files import DTYPES, WeightFiles, read_json
 from grpo_jax.types import PyTree
 
 __all__ = ["PretrainedError", "copy_description", "load", "read_config", "save", "saved_dtype"]
 
 Path = str | os.PathLike[str]
 
-_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions, and computed from the configuration
 _CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
     "generation_config.json",
 )  # fmt: skip
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def _read_json(path: storage.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        if (path.parent / "adapter_config.json").exists():
-            raise PretrainedError(
-                f"{path.parent} is an adapter and no model: name export/ beside it, or its run's workdir."
-            ) from None
-        raise PretrainedError(
-            f"there is no {path.name} in {path.parent}: expected a directory as downloaded from the Hugging Face hub "
-            "(`hf download NAME --local-dir=DIR` makes one)."
-        ) from None
-    except NotADirectoryError:
-        raise PretrainedError(f"{path.parent} is a file; expected a directory, in which {path.name} is.") from None
-    except (ValueError, OSError) as error:
-        raise PretrainedError(f"cannot read {path}: {error}. Download it again.") from error
-    if not isinstance(value, dict):
-        raise PretrainedError(f"{path} holds a {type(value).__name__}; expected an object.")
-    return value
 
 
 def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
@@ -78,7 +54,7 @@ def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
       PretrainedError: there is no such file, or it describes something that this decoder is not.
     """
     path = storage.path(directory) / "config.json"
-    raw = _read_json(path)
+    raw = read_json(path)
     try:
         config = parse_config(raw)
     except PretrainedError as error:
@@ -88,115 +64,14 @@ def read_config(directory: Path, **overrides: Any) -> TransformerConfig:
 
 def saved_dtype(directory: Path) -> str:
     """In what a checkpoint says that it is saved (`dtype`, formerly `torch_dtype`): float32 where it does not say."""
-    raw = _read_json(storage.path(directory) / "config.json")
+    raw = read_json(storage.path(directory) / "config.json")
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    if name not in _DTYPES.values():
-        raise PretrainedError(f"dtype {name!r} of weights must be one of {sorted(_DTYPES.values())}.")
+    if name not in DTYPES.values():
+        raise PretrainedError(f"dtype {name!r} of weights must be one of {sorted(DTYPES.values())}.")
     return jnp.dtype(name)
-
-
-class _Files:
-    """The safetensors files of a directory, and which tensor is in which.
-
-    A file is opened for each tensor anew: what stays open stays mapped, and counts as the host's memory once read.
-    """
-
-    def __init__(self, directory: storage.Path):
-        self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        single, weight_map = sorted(directory.glob("*.safetensors")), {}
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
-                raise PretrainedError(f"{index} has no weight_map from tensors to files: download it again.")
-            names = sorted(set(weight_map.values()))
-        elif (directory / "model.safetensors").exists():  # whatever else lies beside it
-            names = ["model.safetensors"]
-        elif len(single) == 1:
-            names = [single[0].name]
-        elif single:
-            raise PretrainedError(
-                f"{directory} holds {len(single)} safetensors files and no model.safetensors.index.json, which says "
-                "what is in which: download it too."
-            )
-        else:
-            pickles = sorted(path.name for path in directory.glob("*.bin")) + sorted(
-                path.name for path in directory.glob("*.pt*")
-            )
-            raise PretrainedError(
-                f"there are no safetensors files in {directory}"
-                + (f", only {', '.join(pickles)}: pickles can run code and are not read. " if pickles else ". ")
-                + "Download or convert the weights as safetensors."
-            )
-        self.names = names
-        self._opened: dict[str, Any] = {}  # headers of a store's files, which hold nothing mapped
-        held = {name: set(self._open(directory / name).keys()) for name in names}
-        self.file_of = {tensor: name for name, tensors in held.items() for tensor in tensors} | weight_map
-        for tensor, name in weight_map.items():
-            if tensor not in held[name]:
-                raise PretrainedError(
-                    f"tensor {tensor} is missing from {directory / name}, though {index.name} says that it is there: "
-                    "download both again."
-                )
-
-    @staticmethod
-    def _open(path: storage.Path) -> Any:
-        if not path.exists():
-            raise PretrainedError(f"{path} is missing, though model.safetensors.index.json names it: download it.")
-        try:
-            return RangedFile(path) if storage.is_remote(path) else safe_open(path, "numpy")
-        except (SafetensorError, OSError) as error:
-            raise PretrainedError(f"{path} is truncated or corrupt ({error}): download it again.") from error
-
-    def __getitem__(self, name: str) -> Any:
-        file = self.directory / self.file_of[name]
-        if not storage.is_remote(file):
-            return self._open(file).get_slice(name)
-        if file.name not in self._opened:
-            self._opened[file.name] = self._open(file)
-        return self._opened[file.name].get_slice(name)
-
-    def where(self, name: str) -> str:
-        return f"tensor {name} of {self.directory / self.file_of[name]}"
-
-    def check(self, wanted: list[Tensor]) -> None:
-        """Raises PretrainedError unless exactly these tensors are there, in these shapes, as floating point."""
-        files = ", ".join(self.names)
-        missing = [t.name for t in wanted if t.name not in self.file_of]
-        if missing:
-            raise PretrainedError(
-                f"{_listed(missing, 'tensor')} missing from {self.directory} ({files})"
-                + ("; config.json says tie_word_embeddings=false, so the head must be there" if HEAD in missing else "")
-                + ". config.json and the weights do not belong together, or the download is not complete."
-            )
-        extra = [name for name in self.file_of.keys() - {t.name for t in wanted} if not _BUFFERS.fullmatch(name)]
-        if extra:
-            file = self.file_of[min(extra)]
-            raise PretrainedError(
-                f"{_listed(sorted(extra), 'tensor')} in {self.directory / file}, unexpected: a model as config.json "
-                "describes it has none such, and leaving it out would give another model."
-            )
-        for tensor in wanted:
-            found = self[tensor.name]
-            if tuple(found.get_shape()) != tensor.their_shape:
-                raise PretrainedError(
-                    f"{self.where(tensor.name)} has shape {tuple(found.get_shape())}; config.json makes it "
-                    f"{tensor.their_shape}."
-                )
-            if found.get_dtype() not in _DTYPES:
-                raise PretrainedError(
-                    f"{self.where(tensor.name)} is of type {found.get_dtype()}; expected one of {sorted(_DTYPES)}: "
-                    "convert it. (Quantized weights cannot be trained: take the original.)"
-                )
-
-
-def _listed(names: list[str], what: str) -> str:
-    many = len(names) > 1
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{what}{'s' if many else ''} {shown} {'are' if many else 'is'}"
 
 
 def load(
@@ -228,7 +103,7 @@ def load(
     directory = storage.path(directory)
     config, to = read_config(directory), _dtype(dtype or saved_dtype(directory))
     begins, config = score and not config.score, dataclasses.replace(config, score=score or config.score)
-    files, (tree, shapes, axes) = _Files(directory), layout(config)
+    files, (tree, shapes, axes) = WeightFiles(directory), layout(config)
     if begins:
         del tree["score"]
         files.file_of.pop(HEAD, None)  # what nobody asks for is not read
@@ -281,7 +156,7 @@ def _put(place: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Arra
     return jax.jit(put, donate_argnums=0, out_shardings=place)
 
 
-def _check_tied(files: _Files) -> None:
+def _check_tied(files: WeightFiles) -> None:
     embedding, head = files[EMBEDDING], files[HEAD]
     same = embedding.get_shape() == head.get_shape()
     rows = head.get_shape()[0]
@@ -351,7 +226,7 @@ def copy_description(source: Path, directory: Path) -> None:
       PretrainedError: there is no config.json, or the disk is full.
     """
     source, directory = storage.path(source), storage.path(directory)
-    _read_json(source / "config.json")
+    read_json(source / "config.json")
     with made(directory) as part:
         _carry(source, part)
         storage.copy(source / "config.json", part / "config.json")
@@ -380,7 +255,7 @@ def _config_of(config: TransformerConfig, source: storage.Path | None) -> dict[s
         raise PretrainedError(f"source {source} is not a directory: expected one with a tokenizer to carry along.")
     if source is None or not (source / "config.json").exists():
         return write_config(config)
-    raw = _read_json(source / "config.json")
+    raw = read_json(source / "config.json")
     raw = as_score(raw) if config.score and not read_config(source).score else raw
     if differ := differences(config, parse_config(raw)):
         raise PretrainedError(f"{source / 'config.json'} is of another model: {'; '.join(differ)}.")
