@@ -141,8 +141,7 @@ def check(values: Any, config: dict[str, Any], chip: chips.Chip) -> None:
 
 def main(argv: list[str]) -> None:
     """Plans, and prints."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
+    process.no_arguments(argv)
     values = flags.FLAGS
     try:
         chips.absent()

@@ -248,8 +248,7 @@ def written(page: str, name: str, text: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Does what is not known by its command, or what is named, and writes the page."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
+    process.no_arguments(argv)
     page, kept, every = (
         pathlib.Path(PAGE.value),
         pathlib.Path(PAGE.value).with_suffix(".json"),

@@ -4,8 +4,6 @@ python -m experiments.prepare_gsm8k --data_dir=DIR                # downloads it
 python -m experiments.prepare_gsm8k --data_dir=DIR --files=FILES  # offline, from FILES/train.jsonl and FILES/test.jsonl
 """
 
-import sys
-
 from absl import flags
 
 from experiments import process
@@ -17,8 +15,7 @@ FILES = flags.DEFINE_string("files", None, "A directory with train.jsonl and tes
 
 def main(argv: list[str]) -> None:
     """Prepares the data set and prints how many records each split has."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
+    process.no_arguments(argv)
     counts = prepare(DATA_DIR.value, FILES.value)
     place, ours = DATA_DIR.value or "the data directory of TFDS", ", ".join(f"{n} {k}" for k, n in counts.items())
     print(f"gsm8k in {place}: {ours}" + ("" if counts == PUBLISHED else f"; GSM8K has {PUBLISHED}: is this another?"))

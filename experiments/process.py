@@ -32,6 +32,7 @@ __all__ = [
     "interruptible",
     "join_hosts",
     "make_deterministic",
+    "no_arguments",
     "peak_rss",
     "resident",
     "said_of_deterministic",
@@ -149,6 +150,12 @@ def check_file(name: str, value: str) -> None:
         raise ValueError(f"--{name}={value}: there is no directory {path.parent}.")
     if value and path.is_dir():
         raise ValueError(f"--{name}={value} is a directory: name a file.")
+
+
+def no_arguments(argv: list[str]) -> None:
+    """Ends with a line where there is more than flags on the command line."""
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
 
 
 def version(package: str) -> str:

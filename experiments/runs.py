@@ -145,8 +145,7 @@ def finish(workdir: Path, rows: list[dict[str, Any]], summarized: Mapping[str, A
 
 def directory_of(argv: list[str], flag: flags.FlagHolder) -> Path:
     """`place_of` a flag, once the command line is what it should be."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
+    process.no_arguments(argv)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of INFO lines a checkpoint
         logging_of_python.getLogger("grpo_jax").setLevel("INFO")  # how well programs are isolated

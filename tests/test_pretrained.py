@@ -163,7 +163,7 @@ def test_buffers_of_old_versions_are_not_weights(directory):
 # Directories that are wrong -------------------------------------------------------------------------
 
 
-def fails(directory, *said):
+def assert_fails(directory, *said):
     with pytest.raises(PretrainedError) as error:
         load(directory, ONE)
     for text in said:
@@ -171,11 +171,11 @@ def fails(directory, *said):
 
 
 def test_no_directory(tmp_path):
-    fails(tmp_path / "none", "there is no config.json in", tmp_path / "none", "Hugging Face hub")
+    assert_fails(tmp_path / "none", "there is no config.json in", tmp_path / "none", "Hugging Face hub")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "there is no config.json in", tmp_path / "empty")
+    assert_fails(tmp_path / "empty", "there is no config.json in", tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").touch()
-    fails(tmp_path / "empty", "is an adapter and no model", "export/")
+    assert_fails(tmp_path / "empty", "is an adapter and no model", "export/")
 
 
 @pytest.mark.parametrize(
@@ -189,112 +189,118 @@ def test_no_directory(tmp_path):
 )
 def test_a_corrupt_config(directory, content, said):
     (directory / "config.json").write_bytes(content)
-    fails(directory, directory / "config.json", said)
+    assert_fails(directory, directory / "config.json", said)
 
 
 def test_a_wrong_config_is_named(directory):
     change_config(directory, architectures=["MambaForCausalLM"], model_type="mamba")
-    fails(directory, directory / "config.json", "['MambaForCausalLM']", "'mamba'", "LlamaForCausalLM")
+    assert_fails(directory, directory / "config.json", "['MambaForCausalLM']", "'mamba'", "LlamaForCausalLM")
 
 
 def test_weights_that_are_not_there(directory):
     (directory / "model.safetensors").unlink()
-    fails(directory, "no safetensors files in", directory, "Download or convert")
+    assert_fails(directory, "no safetensors files in", directory, "Download or convert")
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x04K*.")  # pickle.dumps(42)
-    fails(directory, "no safetensors files in", "only pytorch_model.bin: pickles can run code and are not read")
+    assert_fails(directory, "no safetensors files in", "only pytorch_model.bin: pickles can run code and are not read")
 
 
 def test_a_missing_tensor(directory):
     change_tensors(directory, {QUERY: None})
-    fails(directory, f"tensor {QUERY} is missing from", directory, "model.safetensors", "do not belong together")
+    assert_fails(directory, f"tensor {QUERY} is missing from", directory, "model.safetensors", "do not belong together")
 
 
 def test_many_missing_tensors(directory):
     """A shallower model's weights."""
     change_config(directory, num_hidden_layers=5)
-    fails(directory, "tensors model.layers.3.", "and 13 more are missing")
+    assert_fails(directory, "tensors model.layers.3.", "and 13 more are missing")
 
 
 def test_unexpected_tensors(directory):
     change_tensors(directory, {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)})
-    fails(directory, "tensor model.layers.0.self_attn.q_proj.bias is in", directory / "model.safetensors", "unexpected")
+    assert_fails(
+        directory, "tensor model.layers.0.self_attn.q_proj.bias is in", directory / "model.safetensors", "unexpected"
+    )
     change_config(directory, num_hidden_layers=2)
-    fails(directory, "and 5 more are in", directory / "model.safetensors", "unexpected", "give another model")
+    assert_fails(directory, "and 5 more are in", directory / "model.safetensors", "unexpected", "give another model")
 
 
 def test_a_wrong_shape(directory):
     change_tensors(directory, {QUERY: np.zeros((16, 32), np.float32)})
     path = directory / "model.safetensors"
-    fails(directory, f"tensor {QUERY} of {path} has shape (16, 32); config.json makes it (32, 16)")
+    assert_fails(directory, f"tensor {QUERY} of {path} has shape (16, 32); config.json makes it (32, 16)")
 
 
 def test_a_quantized_tensor(directory):
     change_tensors(directory, {QUERY: np.zeros((32, 16), np.int8)})
-    fails(directory, f"tensor {QUERY} of {directory / 'model.safetensors'} is of type I8", "Quantized")
+    assert_fails(directory, f"tensor {QUERY} of {directory / 'model.safetensors'} is of type I8", "Quantized")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, -1])
 def test_a_truncated_file(directory, kept):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    fails(directory, f"{path} is truncated or corrupt", "download it again")
+    assert_fails(directory, f"{path} is truncated or corrupt", "download it again")
 
 
 def test_a_file_of_something_else(directory):
     path = directory / "model.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n" * 20)
-    fails(directory, f"{path} is truncated or corrupt", "download it again")
+    assert_fails(directory, f"{path} is truncated or corrupt", "download it again")
 
 
 def test_an_index_of_files_that_are_not_there(shards):
     gone = sorted(shards.glob("*.safetensors"))[1]
     gone.unlink()
-    fails(shards, f"{gone} is missing, though model.safetensors.index.json names it")
+    assert_fails(shards, f"{gone} is missing, though model.safetensors.index.json names it")
 
 
 def test_an_index_of_tensors_that_are_not_there(shards):
     index = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
     path = shards / index[QUERY]
     save_file({name: x for name, x in load_file(path).items() if name != QUERY}, path)
-    fails(shards, f"tensor {QUERY} is missing from {path}, though model.safetensors.index.json says that it is there")
+    assert_fails(
+        shards, f"tensor {QUERY} is missing from {path}, though model.safetensors.index.json says that it is there"
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_of_nothing(shards, content):
     path = shards / "model.safetensors.index.json"
     path.write_text(content)
-    fails(shards, f"{path} has no weight_map")
+    assert_fails(shards, f"{path} has no weight_map")
 
 
 def test_another_file_beside_the_model(directory):
     before = load(directory, ONE)
     (directory / "adapter.safetensors").write_bytes(b"")
-    jax.tree.map(np.testing.assert_array_equal, load(directory, ONE), before)
+    assert_same(load(directory, ONE), before)
 
 
 def test_several_files_without_an_index(shards):
     (shards / "model.safetensors.index.json").unlink()
-    fails(shards, shards, "safetensors files and no model.safetensors.index.json")
+    assert_fails(shards, shards, "safetensors files and no model.safetensors.index.json")
 
 
 def test_heads(directory, tied):
     """An untied head must be there; a tied one may be, if it is the embedding."""
     change_tensors(directory, {HEAD: None})
-    fails(directory, f"tensor {HEAD} is missing from", "tie_word_embeddings=false, so the head must be there")
+    assert_fails(directory, f"tensor {HEAD} is missing from", "tie_word_embeddings=false, so the head must be there")
     embedding = load_file(tied / "model.safetensors")[EMBEDDING]
     change_tensors(tied, {HEAD: embedding})
     assert_same(load(tied, ONE), random_params(TIED))
     for other in (embedding + 1e-6, embedding[:-1]):
         change_tensors(tied, {HEAD: other})
-        fails(tied, f"tensor {HEAD} of {tied / 'model.safetensors'} differs from {EMBEDDING}", "tie_word_embeddings")
+        assert_fails(
+            tied, f"tensor {HEAD} of {tied / 'model.safetensors'} differs from {EMBEDDING}", "tie_word_embeddings"
+        )
     change_tensors(tied, {EMBEDDING: None})
-    fails(tied, f"tensor {EMBEDDING} is missing from")
+    assert_fails(tied, f"tensor {EMBEDDING} is missing from")
 
 
 # Writing --------------------------------------------------------------------------------------------
 
 
-def refused(match, directory, *args, **options):
+def assert_refused(match, directory, *args, **options):
     before = sorted(directory.parent.rglob("*"))
     with pytest.raises(PretrainedError, match=match):
         save(directory, *args, **options)
@@ -302,9 +308,9 @@ def refused(match, directory, *args, **options):
 
 
 def test_a_directory_in_use(directory):
-    refused("model is there already: name a new directory", directory, PARAMS, CONFIG)
-    refused("model is there already", directory, PARAMS, CONFIG, source=directory)  # the source itself
-    refused("config.json is there already", directory / "config.json", PARAMS, CONFIG)
+    assert_refused("model is there already: name a new directory", directory, PARAMS, CONFIG)
+    assert_refused("model is there already", directory, PARAMS, CONFIG, source=directory)  # the source itself
+    assert_refused("config.json is there already", directory / "config.json", PARAMS, CONFIG)
     assert_same(load(directory, ONE), PARAMS)
     (directory.parent / "empty").mkdir()
     save(directory.parent / "empty", PARAMS, CONFIG, source=directory)
@@ -313,16 +319,16 @@ def test_a_directory_in_use(directory):
 
 def test_what_does_not_belong_together(directory, tmp_path):
     other, out = dataclasses.replace(CONFIG, rope_base=100.0, mlp_width=8), tmp_path / "out"
-    refused(r"config.json is of another model: mlp_width: here 8, there 24; rope_base: here 100.0, there 500.0",
+    assert_refused(r"config.json is of another model: mlp_width: here 8, there 24; rope_base: here 100.0, there 500.0",
             out, random_params(other), other, source=directory)  # fmt: skip
-    refused(r"params\['layers'\]\[0\]\['down'\] has shape \(3, 24, 16\); .* has \(3, 8, 16\)",
+    assert_refused(r"params\['layers'\]\[0\]\['down'\] has shape \(3, 24, 16\); .* has \(3, 8, 16\)",
             out, PARAMS, other)  # fmt: skip
-    refused(r"params\['adapter'\] has shape \(2,\); .* has None", out, {**PARAMS, "adapter": np.ones(2)}, CONFIG)
-    refused("source .*nowhere is not a directory", out, PARAMS, CONFIG, source=tmp_path / "nowhere")
-    refused("`extra` would make config.json that of another model: vocab_size: here 24, there 25",
+    assert_refused(r"params\['adapter'\] has shape \(2,\); .* has None", out, {**PARAMS, "adapter": np.ones(2)}, CONFIG)
+    assert_refused("source .*nowhere is not a directory", out, PARAMS, CONFIG, source=tmp_path / "nowhere")
+    assert_refused("`extra` would make config.json that of another model: vocab_size: here 24, there 25",
             out, PARAMS, CONFIG, extra={"vocab_size": 25})  # fmt: skip
     odd = dataclasses.replace(CONFIG, scale_embedding=True)
-    refused("no family among llama, qwen2, .* has models like", out, PARAMS, odd)
+    assert_refused("no family among llama, qwen2, .* has models like", out, PARAMS, odd)
 
 
 def test_a_failure_in_the_middle_leaves_nothing(directory, tmp_path, monkeypatch):
@@ -335,7 +341,7 @@ def test_a_failure_in_the_middle_leaves_nothing(directory, tmp_path, monkeypatch
         save_file(tensors, path, metadata)
 
     monkeypatch.setattr(pretrained, "save_file", full)
-    refused(r"cannot write .*out: .*No space left on device.*Nothing of it is left",
+    assert_refused(r"cannot write .*out: .*No space left on device.*Nothing of it is left",
             tmp_path / "out", PARAMS, CONFIG, shard_bytes=8_000)  # fmt: skip
     assert len(calls) == 2
     monkeypatch.undo()

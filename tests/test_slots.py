@@ -16,7 +16,7 @@ from grpo_jax import prefill, sampling, sharding
 from grpo_jax.data.stops import stop_table
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models import decoding, slot_attention
-from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
+from grpo_jax.models.transformer import TransformerConfig, abstract_params, init_params, make_policy
 from grpo_jax.slots import arrange
 from grpo_jax.types import SamplingParams
 from tests import oracle
@@ -160,7 +160,7 @@ def long_model(kind):
     config = TransformerConfig(vocab_size=V, **sizes)
     policy, params = make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
     if kind == "a TPU's caches":
-        decoder = decoding.Decoder(config, None, types.SimpleNamespace(platform="tpu"))
+        decoder = decoding.Decoder(config, *abstract_params(config), None, types.SimpleNamespace(platform="tpu"))
         caches = {"init_cache": decoder.init_cache, "extend": decoder.extend, "prefill": decoder.prefill}
         policy = dataclasses.replace(policy, **caches, cache_axes=decoder.cache_axes)
         shapes = jax.tree.map(jnp.shape, jax.eval_shape(lambda: policy.init_cache(3, 2, 7))[0])

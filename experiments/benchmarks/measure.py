@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags, logging
 
 from experiments.flags import field_comments
-from experiments.process import check_file, interruptible, peak_rss, resident
+from experiments.process import check_file, interruptible, no_arguments, peak_rss, resident
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 __all__ = [
@@ -314,8 +314,7 @@ def command(options: type[Output], run: Callable[[Any], dict[str, Any]]) -> None
     sys.modules["__main__"].__doc__ = module.__doc__ if module else None
 
     def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value.")
+        no_arguments(argv)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:

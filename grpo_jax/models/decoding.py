@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.models.config import TransformerConfig
-from grpo_jax.models.layers import Block, abstract_params, embed, rms_norm, rope_frequencies
+from grpo_jax.models.layers import Block, embed, rms_norm, rope_frequencies
 from grpo_jax.models.leaves import merged, quantized, quantized_axes
 from grpo_jax.models.slot_attention import attend_slots, cache_axes, cache_shapes, make_kernel
 from grpo_jax.sharding import SAMPLER_RULES, shardings
@@ -19,8 +19,10 @@ __all__ = ["Decoder"]
 class Decoder:
     """What a `Policy` wants for sampling, as methods that are pure functions."""
 
-    def __init__(self, config: TransformerConfig, mesh: Mesh | None, device: Any):
-        """Of a model on a mesh of several devices, or on one (None), like this one."""
+    def __init__(
+        self, config: TransformerConfig, shapes: dict[str, Any], axes: dict[str, Any], mesh: Mesh | None, device: Any
+    ):  # fmt: skip
+        """Of a model, its parameters as of `abstract_params`, on a mesh of several devices or on one (None)."""
         self._config, self._mesh, platform = config, mesh, device.platform
         self._block, self._dtype, self._pattern = Block(config), jnp.dtype(config.decoding_dtype), config.pattern
         self._windows = [self._pattern[i % len(self._pattern)] for i in range(config.layers)]
@@ -33,7 +35,7 @@ class Decoder:
         self.reads_visible = self._kernel is not None
         self.skips_blocks = platform != "gpu"  # where a condition costs a trip to the host
         self.cache_axes = [self._layer_cache] * config.layers
-        self.sampler_axes = self._sampler_axes()
+        self.sampler_axes = self._sampler_axes(shapes, axes)
 
     def prepare(self, params: dict[str, Any]) -> dict[str, Any]:
         """Training parameters as decoding reads them: adapters merged, cast or quantized, layer by layer.
@@ -123,9 +125,8 @@ class Decoder:
         layer = merged(layer)
         return self._cast(quantized(layer) if self._config.sampler_dtype == "int8" else layer)
 
-    def _sampler_axes(self) -> dict[str, Any]:
+    def _sampler_axes(self, shapes: dict[str, Any], axes: dict[str, Any]) -> dict[str, Any]:
         """The logical axes of what `prepare` returns."""
-        shapes, axes = abstract_params(self._config)
         of_layer = lambda stack, i: jax.tree.map(lambda axes: axes[1:], stack, is_leaf=lambda x: isinstance(x, tuple))
         layers = self._unstacked(axes["layers"], axes.get("tail", []), of_layer)
         if self._config.sampler_dtype == "int8":

@@ -43,8 +43,9 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     mesh = None if mesh is None or mesh.size == 1 else mesh  # on one device there is nothing to say
-    hidden = _make_hidden(config, mesh, device)
-    decoder = Decoder(config, mesh, device)
+    shapes, axes = abstract_params(config)
+    hidden = _make_hidden(config, axes, mesh, device)
+    decoder = Decoder(config, shapes, axes, mesh, device)
 
     def head(params):
         if config.score:
@@ -58,7 +59,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         init_cache=decoder.init_cache,
         extend=decoder.extend,
         prefill=decoder.prefill,
-        param_axes=abstract_params(config)[1],
+        param_axes=axes,
         sampler_axes=decoder.sampler_axes,
         cache_axes=decoder.cache_axes,
         reads_visible=decoder.reads_visible,
@@ -67,13 +68,14 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
     )
 
 
-def _make_hidden(config: TransformerConfig, mesh: Mesh | None, device: Any) -> Callable[..., Any]:
-    """`Policy.hidden`: the training pass."""
+def _make_hidden(
+    config: TransformerConfig, axes: dict[str, Any], mesh: Mesh | None, device: Any
+) -> Callable[..., Any]:  # fmt: skip
+    """`Policy.hidden`: the training pass; axes: of the parameters."""
     # For libtpu; on CPUs it is tested. (Where data has one part, XLA multiplies and sums in rings, which a gradient
     # that is turned would keep it from.)
     scatters = mesh is not None and min(mesh.shape["data"], mesh.shape["fsdp"]) > 1 and device.platform != "gpu"
     block, pattern = Block(config, trains=True, scatters=scatters), config.pattern
-    table_axes = abstract_params(config)[1]["embedding"]
     attention = {
         window: make_attention(
             config.attention, heads=config.heads, kv_heads=config.kv_heads, head_width=config.head_width,
@@ -105,7 +107,7 @@ def _make_hidden(config: TransformerConfig, mesh: Mesh | None, device: Any) -> C
         # (Of a tied head `token_logprobs` wants parts by ids: looked up in those, rows would be sums over devices.)
         table = params["embedding"]
         if mesh is not None:
-            table = jax.lax.with_sharding_constraint(table, shardings(table, table_axes, mesh))
+            table = jax.lax.with_sharding_constraint(table, shardings(table, axes["embedding"], mesh))
         x = embed({"embedding": table}, split(tokens, None, None), config, config.compute_dtype)
         x = split(split(x, None, None, "fsdp"), "fsdp", None, None)
         x, _ = jax.lax.scan(body, x, params["layers"])
