@@ -22,9 +22,9 @@ from grpo_jax.models.transformer import init_params
 from grpo_jax.rewards import Reward, Scores
 from grpo_jax.scoring import score_completions, scores_of_all
 from tests import host_run, object_store, processes
+from tests.pretrained_memory import FILE
 
 DEVICES = 4  # in all
-FILE = 24 * 2**20  # bytes, of `tests.pretrained_memory`: of what is exported there
 LIMIT = 300  # seconds that nothing here takes, on a busy machine neither
 APART = 60  # seconds within which all processes end, whatever ends the first; a dead one is missed after 10
 
@@ -366,7 +366,7 @@ def test_no_process_holds_a_model_that_lies_on_two(tmp_path):
     for status, _, err in started(2, command):
         assert status == 0, err
         (line,) = re.findall(r"^{.*}$", err, re.MULTILINE)
-        measured, little = json.loads(line), 90 * megabyte  # matrices on their way, of 4 MB; what compiles; gloo
+        measured, little = json.loads(line), 130 * megabyte  # matrices on their way, of 4 MB; what compiles; gloo
         whole = 2 * measured["arrays"]
         assert whole > 400 * megabyte
         assert measured["load"] < whole / 2 + little
