@@ -95,16 +95,14 @@ class Decoding:
         return self.oldest == 0
 
 
-def blocks(policy: Policy, columns: int, refilled: bool) -> list[int]:
+def blocks(policy: Policy, columns: int) -> list[int]:
     """The columns that a cache of completions is cut into: a step reads only the blocks that a slot sees something of.
 
     A quarter, a quarter and a half of them, each a loop of its own, since a slice of columns would be a copy of them.
-    One block where the policy reads only what is visible. And where slots are refilled and it does not skip blocks:
-    columns go round there, and how many a token needs is known when it is sampled.
+    One block where the policy reads only what is visible.
     """
     part = -(-columns // (4 * _BLOCK)) * _BLOCK
-    whole = policy.reads_visible or (refilled and not policy.skips_blocks)
-    ends = [columns] if whole else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
+    ends = [columns] if policy.reads_visible else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
     return [end - first for first, end in itertools.pairwise([0, *ends])]
 
 
@@ -196,7 +194,7 @@ def start(
     state = Decoding(
         step=jnp.zeros((), jnp.int32),
         slots=empty(rows, width, prompts // devices, devices) if refilled else at_once(queue, devices),
-        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens, refilled)],
+        cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens)],
         written=blank(rows, width) if refilled else begun(),
         prefix=policy.init_cache(rows, 1, columns.size) if refilled else None,
         results=Results(tokens=begun(), lengths=jnp.minimum(limits, 1), finished=queue.ended) if refilled else None,
@@ -282,7 +280,7 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
     position = slots.prompt_length[:, None] + slots.length - 1
     read = slots.alive[..., None] & (age[None, None] < slots.length[..., None])
     positions = jnp.where(read, position[..., None] - age[None, None], -1)
-    starts = list(itertools.accumulate(blocks(policy, columns, state.results is not None), initial=0))
+    starts = list(itertools.accumulate(blocks(policy, columns), initial=0))
     positions = jnp.split(positions, starts[1:-1], axis=-1)
     index = prefilled.columns[None, None]
     of_prompts = jnp.where(index < slots.prompt_length[:, None, None], index, -1)
@@ -320,7 +318,7 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
 def decode(policy: Policy, prefilled: Prefilled, state: Decoding, steps: int, mesh: Mesh | None = None) -> Decoding:
     """Appends up to `steps` tokens in every slot, in a `while_loop` for each block of the cache, round and round."""
     stop, columns = state.step + steps, state.written.ids.shape[-1]
-    ends = list(itertools.accumulate(blocks(policy, columns, state.results is not None), initial=0))
+    ends = list(itertools.accumulate(blocks(policy, columns), initial=0))
     going = lambda state: ~state.done() & (state.step < stop)
 
     def one_round(state: Decoding) -> Decoding:

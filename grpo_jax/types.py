@@ -77,8 +77,8 @@ class Policy:
     #  key_positions [R, W, columns] (-1 = empty, the new columns included), before = ())
     #   -> (hidden [R, W, J, D], cache)
     # before: a sequence of (cache, key_positions, live), what else is attended to, each of columns of its own; W may be
-    # 1 there: all slots read it. live: None, or where the policy `skips_blocks` [] bool: false where no slot sees
-    # anything of that cache, which then need not be read
+    # 1 there: all slots read it. live: None, or [] bool: false where no slot sees anything of that cache, which then is
+    # not to be read
     extend: Callable[..., tuple[jax.Array, PyTree]]
     # (params, sampler params, as `extend` with W = 1, without `before`) -> as `extend`; None: `extend` does it.
     # What prompts are extended by: it may scan over layers that `prepare` takes apart, and so compile one of them.
@@ -86,10 +86,7 @@ class Policy:
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
     sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names
     cache_axes: PyTree  # like the cache, leaves are tuples of logical axis names
-    reads_visible: bool = (
-        False  # `extend` of a token reads of a cache what is visible, so that it need not be in blocks
-    )
-    skips_blocks: bool = False  # `extend` skips a block that no slot sees, and a condition costs little there
+    reads_visible: bool = False  # `extend` of a token reads what is visible of a cache, so that it is not in blocks
     max_segments: int | None = None  # a row for `hidden` holds no more; None: any number
     split: Split = ALL  # which parameters train
 

@@ -104,7 +104,7 @@ def test_turns_of_the_host_do_not_matter_to_blocks_of_the_cache(params, sizes, s
     monkeypatch.setattr(sampling, "_BLOCK", 4)
     sampler = make(sharding.make_mesh(sharding.MeshConfig(**sizes)), max_tokens=40, slots=slots, chunk=7)
     got = jax.device_get(sampler(params, PROMPTS, range(P), SamplingParams()))
-    assert sampling.blocks(sampler._policy, 40, slots > 0) == [12, 12, 16]
+    assert sampling.blocks(sampler._policy, 40) == [12, 12, 16]
     assert expected.mask.sum(1).max() == 40
     np.testing.assert_array_equal(got.completion_tokens, expected.completion_tokens)
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)

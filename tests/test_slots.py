@@ -129,7 +129,7 @@ def test_what_a_gpu_reads_of_caches_does_not_matter(config, params, rollout, qua
     monkeypatch.setattr(slot_attention, "_SMALLEST_WIDTH", 1)
     policy = make_policy(config)
     assert policy.reads_visible
-    assert sampling.blocks(policy, 512, False) == [512]
+    assert sampling.blocks(policy, 512) == [512]
     for slots in (0, 5):
         assert_same_up_to_near_ties(rollout, generate(policy, params, slots=slots), quantiles)
 
@@ -197,7 +197,7 @@ def test_of_the_cache_of_refilled_slots_a_token_reads_the_blocks_that_a_slot_see
     prefilled, state = jax.jit(sampling.start, static_argnums=0, static_argnames=STATIC)(*arguments, **options)
     decode = jax.jit(functools.partial(sampling.decode, policy))
     sizes = [jax.tree.leaves(block)[-1].shape[-2] for block in state.cache]
-    assert sizes == sampling.blocks(policy, LONG, True) == [12, 12, 16]
+    assert sizes == sampling.blocks(policy, LONG) == [12, 12, 16]
     state = decode(prefilled, state, LONG + 11)  # as far as the last column of the first block
     assert (int(state.step), bool(state.done())) == (LONG + 11, False)
     assert int(state.oldest) == np.where(state.slots.alive, state.slots.length, 0).max()

@@ -33,7 +33,6 @@ class Decoder:
             soft_cap=config.attention_cap, mesh=mesh,
         )  # fmt: skip
         self.reads_visible = self._kernel is not None
-        self.skips_blocks = platform != "gpu"  # where a condition costs a trip to the host
         self.cache_axes = [self._layer_cache] * config.layers
         self.sampler_axes = self._sampler_axes(shapes, axes)
 

@@ -63,7 +63,6 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         sampler_axes=decoder.sampler_axes,
         cache_axes=decoder.cache_axes,
         reads_visible=decoder.reads_visible,
-        skips_blocks=decoder.skips_blocks,
         max_segments=1 if config.attention == "cudnn" else None,  # its kernel knows no segments
     )
 
