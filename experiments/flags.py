@@ -1,9 +1,11 @@
 """Configuration dataclasses as absl flags: `--section.field=value`, with each field's comment as its help."""
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +22,7 @@ __all__ = [
     "deterministic",
     "distributed",
     "field_comments",
+    "parsed",
     "profile",
     "rewards",
     "section",
@@ -64,6 +67,27 @@ def section(name: str, cls: type[_C], skip: Collection[str] = ()) -> Section[_C]
         if field not in skip:
             flags.FLAGS[f"{name}.{field}"].help = comment
     return Section(cls, values)
+
+
+def parsed(argv: Sequence[str]) -> list[str]:
+    """For absl's `app.run`: what a command line has beside its flags. A mistake in them is a line, and the end."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        meant = f"; did you mean --{' or --'.join(near)}?" if (near := _near(error.flagname)) else "."
+        sys.exit(f"error: there is no flag --{error.flagname}{meant} --help shows those there are.")
+    except flags.Error as error:
+        missing = re.match(r"flag --(\S+)=None: ", str(error))  # absl: must have a value other than None
+        sys.exit(f"error: --{missing[1]}= is required; --help says what it is." if missing else f"error: {error}")
+
+
+def _near(unknown: str) -> list[str]:
+    """Flags that may have been meant: --prompts and --group are in a section, and --mesh is one."""
+    names, field = sorted(flags.FLAGS), unknown.rpartition(".")[2]
+    in_sections = [name.partition(".") for name in names if "." in name]
+    same = [f"{section}.{of}" for section, _, of in in_sections if field == of or unknown == section]
+    begun = [f"{section}.{of}" for section, _, of in in_sections if of.startswith(f"{field}_")]
+    return same or begun or difflib.get_close_matches(unknown, names, cutoff=0.8)
 
 
 def profile() -> "flags.FlagHolder[str | None]":

@@ -16,6 +16,7 @@ from types import FrameType
 import jax
 from absl import app
 
+from experiments.flags import parsed
 from grpo_jax import hosts, sharding, storage
 from grpo_jax.guard import NotFiniteError
 from grpo_jax.models import pretrained
@@ -197,7 +198,7 @@ def interruptible(main: Callable[[list[str]], None]) -> None:
     enough_threads()
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app.run(main)
+        app.run(main, flags_parser=parsed)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is saved", file=sys.stderr)
         hosts.ends_with(128 + signal.SIGINT)

@@ -1,6 +1,7 @@
 """Every flag changes something: for each field of each section another value, and what it changes."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from experiments import countdown, games, phases
+from experiments.flags import parsed
 from grpo_jax import loop, objectives, optimizers, rollouts, sharding, training
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.corrections import top_entropies
@@ -306,3 +309,20 @@ def test_the_table_above_is_complete_and_every_flag_explains_itself():
             assert len(flag.help) > 5
             assert flag.help != f"{section}.{field}"
             assert flag.default == next(f.default for f in dataclasses.fields(config) if f.name == field)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--kl_coef=0", "there is no flag --kl_coef; did you mean --loss.kl_coef?"),
+        ("--group=8", "there is no flag --group; did you mean --rollout.group_size?"),
+        ("--mesh=fsdp:2", "there is no flag --mesh; did you mean --mesh.data or --mesh.fsdp or --mesh.tensor?"),
+        ("--train.step=9", "there is no flag --train.step; did you mean --train.steps"),
+        ("--mesh.expert=2", "there is no flag --mesh.expert. --help shows those there are."),
+        ("--train.steps=many", "flag --train.steps=many: invalid literal for int"),
+        ("--train.steps=9", "--workdir= is required; --help says what it is."),
+    ],
+)
+def test_mistakes_in_flags_are_one_line_that_says_what_may_have_been_meant(typed, said):
+    with flagsaver.flagsaver(), pytest.raises(SystemExit, match=f"^error: {re.escape(said)}[^\n]*$"):
+        parsed(["countdown", typed])

@@ -130,7 +130,7 @@ def test_help_is_for_people():
         (["--rollout.group_size=1"], "group_size=1: an advantage relative to a group"),
         (["--update.minibatches=3"], "16 completions a step do not divide into minibatches=3"),
         (["--mesh.tensor=9"], "needs 9 devices"),
-        (["--mesh.expert=2"], "Unknown command line flag 'mesh.expert'"),
+        (["--mesh=fsdp:2"], "there is no flag --mesh; did you mean --mesh.data or --mesh.fsdp or --mesh.tensor?"),
         (["--train.samples_every=0"], "samples_every=0 must be 1 or more"),
         (["--advantages.ddof=2"], "ddof=2 must be 0 or 1"),
         (["--profile=6:7"], "the profile is of steps 6 to 7, and the run has steps 1 to 6"),
