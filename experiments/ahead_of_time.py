@@ -157,14 +157,15 @@ class Planned:
         rollout, plan = self.config["rollout"], self.sampler.plan(self.state.params, self.config["rollout"].prompts)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows, width = sampling.arrange(plan.prompts, rollout.group_size, plan.slots, shards)
-        count, columns = prefill.chunks(plan.prompts, rollout.max_prompt_tokens, shards)
+        chunks = prefill.chunks(self.policy, plan.prompts, rollout.max_prompt_tokens, shards)
+        columns = sum(count * width for count, width in chunks)
         place = functools.partial(sharding.device_bytes, mesh=self.mesh, rules=sharding.SAMPLER_RULES)
         cache = lambda *sizes: place(jax.eval_shape(lambda: self.policy.init_cache(*sizes)), self.policy.cache_axes)
         weights = jax.eval_shape(self.policy.prepare, self.state.params)
         copied = (rows, width) != (plan.prompts, rollout.group_size)  # prompts' caches, into the rows that read them
         return {
             "sampler weights": place(weights, self.policy.sampler_axes),
-            "caches of prompts": cache(plan.prompts, 1, count * columns) + copied * cache(rows, 1, count * columns),
+            "caches of prompts": cache(plan.prompts, 1, columns) + copied * cache(rows, 1, columns),
             "caches of completions": cache(rows, width, rollout.max_tokens),
         }
 
@@ -199,12 +200,12 @@ class Planned:
         """What the parts of a step need at least, all completions full."""
         c, rollout, update = self.model, self.config["rollout"], self.config["update"]
         plan = self.sampler.plan(self.state.params, rollout.prompts)
-        count, _ = prefill.chunks(
-            plan.prompts, rollout.max_prompt_tokens, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        )
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        chunks = prefill.chunks(self.policy, plan.prompts, rollout.max_prompt_tokens, shards)
         step = floors.Step(
             prompt_tokens=rollout.max_prompt_tokens, max_tokens=rollout.max_tokens,
-            lengths=np.full((rollout.prompts, rollout.group_size), rollout.max_tokens), slots=plan.slots, chunks=count,
+            lengths=np.full((rollout.prompts, rollout.group_size), rollout.max_tokens), slots=plan.slots,
+            chunks=sum(count for count, _ in chunks),
             waves=rollout.prompts // plan.prompts, epochs=update.epochs, minibatches=update.minibatches,
             microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat,
             adapters=footprint.adapters_of(self.config["lora"]), compute_bytes=jnp.dtype(c.compute_dtype).itemsize,

@@ -1,27 +1,42 @@
-"""Prompts into caches: each is read once, in chunks of columns, so that memory is bounded however long they are."""
+"""Prompts into caches: each is read once, in chunks of columns, so that memory is bounded however long they are.
+
+Where the policy says so the caches are cut into blocks, as those of completions are: of columns that no prompt reaches
+none is computed, and none is read when completions are sampled.
+"""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.types import Policy, PyTree
 
-__all__ = ["chunks", "prefill"]
+__all__ = ["chunks", "cut", "prefill"]
 
+_BLOCK = 64  # columns; blocks of caches are multiples of it, but for the last
 _PREFILL_TOKENS = 2**14  # a device extends its prompts' caches by at most so many tokens at a time, which bounds memory
 _SMALLEST_CHUNK = 64
 
 
-def chunks(prompts: int, columns: int, devices: int) -> tuple[int, int]:
-    """In how many chunks of how many columns prompts are prefilled."""
-    chunks = -(-columns // max(_SMALLEST_CHUNK, _PREFILL_TOKENS * devices // prompts))
-    return chunks, -(-columns // chunks)
+def cut(columns: int) -> list[int]:
+    """A cache's columns in blocks: a quarter, a quarter and a half of them, the last not much smaller than others."""
+    part = -(-columns // (4 * _BLOCK)) * _BLOCK
+    ends = [0, *(end for end in (part, 2 * part) if end + _BLOCK // 2 <= columns), columns]
+    return [end - first for first, end in itertools.pairwise(ends)]
+
+
+def chunks(policy: Policy, prompts: int, columns: int, devices: int) -> list[tuple[int, int]]:
+    """Of every block of the prompts' caches, in how many chunks of how many columns it is filled."""
+    widest = max(_SMALLEST_CHUNK, _PREFILL_TOKENS * devices // prompts)
+    sizes = cut(columns) if policy.prompts_in_blocks else [columns]
+    counts = [-(-size // widest) for size in sizes]
+    return [(count, -(-size // count)) for size, count in zip(sizes, counts, strict=True)]
 
 
 def prefill(
     policy: Policy, params: PyTree, prepared: PyTree, tokens: jax.Array, lengths: jax.Array, devices: int
-) -> tuple[jax.Array, PyTree, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, list[PyTree], list[jax.Array]]:  # fmt: skip
     """Extends empty caches by prompts [P, L], padded on the right.
 
     Args:
@@ -33,29 +48,41 @@ def prefill(
       devices: over which prompts lie.
 
     Returns:
-      The hidden state [P, D] behind each prompt, the caches of all, and their columns [chunks x columns of a chunk].
+      The hidden state [P, D] behind each prompt, and of each block the caches of all and its columns.
     """
     extended = functools.partial(policy.prefill, params) if policy.prefill else policy.extend
-    prompts = len(tokens)
-    count, width = chunks(prompts, tokens.shape[1], devices)
-    columns = jnp.arange(count * width)
-    tokens, index = jnp.pad(tokens, ((0, 0), (0, columns.size - tokens.shape[1]))), columns[None]
-    positions = jnp.where(index < lengths[:, None], index, -1)[:, None]  # [P, 1, columns]
+    prompts, longest = len(tokens), lengths.max()
+    parts = chunks(policy, prompts, tokens.shape[1], devices)
+    starts = list(itertools.accumulate((count * width for count, width in parts), initial=0))
+    index = jnp.arange(starts[-1])
+    tokens = jnp.pad(tokens, ((0, 0), (0, index.size - tokens.shape[1])))
+    positions = jnp.where(index[None] < lengths[:, None], index[None], -1)[:, None]  # [P, 1, columns]
+    keys = jnp.split(positions, starts[1:-1], axis=-1)
 
-    def extend(i, cache: PyTree) -> tuple[jax.Array, PyTree]:
-        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1)
-        column = i * width
-        hidden, cache = extended(prepared, part(tokens)[:, None], part(positions), cache, column, positions)
-        last = jnp.clip(lengths - 1 - i * width, 0, width - 1)
-        return jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0], cache
+    def step(block, i, carry):
+        """Extends the last of the caches, of a block, by a chunk."""
+        last, (*before, cache) = carry
+        width = parts[block][1]
+        first = starts[block] + i * width
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, width, axis=x.ndim - 1)
+        others = [(cache, of_block, None) for cache, of_block in zip(before, keys, strict=False)]
+        hidden, cache = extended(
+            prepared, part(tokens)[:, None], part(positions), cache, i * width, keys[block], others
+        )
+        place = jnp.clip(lengths - 1 - first, 0, width - 1)
+        hidden = jnp.take_along_axis(hidden[:, 0], place[:, None, None], axis=1)[:, 0]
+        return jnp.where((lengths > first)[:, None], hidden, last), [*before, cache]
 
-    def step(i, carry):
-        last, cache = carry
-        hidden, cache = extend(i, cache)
-        return jnp.where((lengths > i * width)[:, None], hidden, last), cache
-
-    cache = policy.init_cache(prompts, 1, columns.size)
-    last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(extend, 0, cache)[0])
-    if count == 1:  # not worth a loop
-        return *step(0, (last, cache)), columns
-    return *jax.lax.fori_loop(0, -(-lengths.max() // width), step, (last, cache)), columns
+    last, caches = jnp.zeros(()), []
+    for block, (count, width) in enumerate(parts):
+        extend = functools.partial(step, block)
+        begun = last, [*caches, policy.init_cache(prompts, 1, count * width)]
+        if block == 0 and count == 1:  # not worth a loop
+            last, caches = extend(0, begun)
+            continue
+        if block == 0:
+            like = jax.eval_shape(functools.partial(extend, 0), begun)[0]
+            begun = jnp.zeros(like.shape, like.dtype), begun[1]
+        filled = jnp.clip(-(-(longest - starts[block]) // width), 0, count)
+        last, caches = jax.lax.fori_loop(0, filled, extend, begun)
+    return last, caches, jnp.split(index, starts[1:-1])

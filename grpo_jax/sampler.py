@@ -70,7 +70,8 @@ def rollout_bytes(
     """
     devices, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows, width = arrange(prompts, group_size, slots, devices)
-    chunks, chunk = prefill.chunks(prompts, max_prompt_tokens, devices)
+    parts = prefill.chunks(policy, prompts, max_prompt_tokens, devices)
+    columns, chunk = sum(count * width for count, width in parts), max(width for _, width in parts)
     weights = jax.eval_shape(policy.prepare, params)
     vocabulary = len(jax.eval_shape(policy.head, weights)[0])
     caches = lambda *shape: jax.eval_shape(lambda: policy.init_cache(*shape))
@@ -81,7 +82,8 @@ def rollout_bytes(
 
     refilled = (rows, width) != (prompts, group_size)
     ids = lambda columns: jax.ShapeDtypeStruct((prompts, 1, columns), jnp.int32)
-    columns, first = chunks * chunk, (params,) if policy.prefill else ()
+    first = (params,) if policy.prefill else ()
+    # As if there were one block: XLA computes the scores of several at the same time.
     extended = jax.make_jaxpr(policy.prefill or policy.extend)(
         *first, weights, ids(chunk), ids(chunk), caches(prompts, 1, columns), 0, ids(columns)
     )

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.logprobs import unembed
-from grpo_jax.prefill import prefill
+from grpo_jax.prefill import cut, prefill
 from grpo_jax.slots import (
     Queue,
     Results,
@@ -58,17 +58,16 @@ __all__ = [
     "start",
 ]
 
-_BLOCK = 64  # columns; blocks of the cache are multiples of it
-
 
 @record
 class Prefilled:
     """What the decode loop only reads."""
 
     params: PyTree  # of the sampler
-    prompts: PyTree  # caches of a row and slot each, leaves [P, ...]
+    prompts: list[PyTree]  # caches of a row and slot each, in blocks of columns; leaves [P, ...]
+    columns: list[jax.Array]  # int32, 0, 1, ...: the blocks' columns
+    longest: jax.Array  # [] int32, tokens of the longest prompt
     queue: Queue
-    columns: jax.Array  # [L] int32, 0, 1, ...: those of the prompts' caches
     key: jax.Array  # typed
     sampling: SamplingParams
     eos_ids: jax.Array  # [E] int32
@@ -84,7 +83,7 @@ class Decoding:
     slots: Slots
     cache: list[PyTree]  # of each of `blocks`, see `Policy.init_cache`
     written: Choice  # [R, W, T], tokens in the columns that their keys have
-    prefix: PyTree | None  # caches of the rows' prompts, leaves [R, ...]; None: a row for every prompt, as in Prefilled
+    prefix: list[PyTree] | None  # of the rows' prompts, leaves [R, ...]; None: a row for every prompt, as in Prefilled
     results: Results | None  # None: a slot for every completion
     # [] int32, tokens of the longest completion in a slot; 0: every one has ended or is full. Made anew whenever slots
     # change, so that over a mesh a token sends one number: it says when to stop, and how far back a block is seen.
@@ -98,12 +97,10 @@ class Decoding:
 def blocks(policy: Policy, columns: int) -> list[int]:
     """The columns that a cache of completions is cut into: a step reads only the blocks that a slot sees something of.
 
-    A quarter, a quarter and a half of them, each a loop of its own, since a slice of columns would be a copy of them.
-    One block where the policy reads only what is visible.
+    Each has a loop of its own, since a slice of columns would be a copy of them. One block where the policy reads only
+    what is visible.
     """
-    part = -(-columns // (4 * _BLOCK)) * _BLOCK
-    ends = [columns] if policy.reads_visible else sorted({min(columns, parts * part) for parts in (1, 2, 4)})
-    return [end - first for first, end in itertools.pairwise([0, *ends])]
+    return [columns] if policy.reads_visible else cut(columns)
 
 
 def _oldest(slots: Slots) -> jax.Array:
@@ -176,7 +173,7 @@ def start(
     lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
     prepared = policy.prepare(params)
     prompt_tokens = jnp.take_along_axis(prompt_tokens, to_the_left, axis=1)
-    hidden, cache, columns = prefill(policy, params, prepared, prompt_tokens, lengths, devices)
+    hidden, caches, columns = prefill(policy, params, prepared, prompt_tokens, lengths, devices)
     eos_ids = jnp.asarray(eos_ids, jnp.int32)
     stop_table = None if stop_table is None else jnp.asarray(stop_table, jnp.int32)
     queue = _queue(
@@ -186,8 +183,8 @@ def start(
     if refilled := (rows, width) != shape:
         queue = sharding.per_device(in_order, mesh, sharding.BATCH_AXES)(queue)
     prefilled = Prefilled(
-        params=prepared, prompts=cache, queue=queue, columns=columns, key=key, sampling=sampling, eos_ids=eos_ids,
-        pad_id=jnp.asarray(pad_id, jnp.int32), stop_table=stop_table,
+        params=prepared, prompts=caches, columns=columns, longest=lengths.max(), queue=queue, key=key,
+        sampling=sampling, eos_ids=eos_ids, pad_id=jnp.asarray(pad_id, jnp.int32), stop_table=stop_table,
     )  # fmt: skip
     blank = lambda *of: jax.tree.map(lambda x: jnp.zeros((*of, max_tokens), x.dtype), queue.first)
     begun = lambda: write(blank(*shape), queue.first, 0)
@@ -196,7 +193,7 @@ def start(
         slots=empty(rows, width, prompts // devices, devices) if refilled else at_once(queue, devices),
         cache=[policy.init_cache(rows, width, size) for size in blocks(policy, max_tokens)],
         written=blank(rows, width) if refilled else begun(),
-        prefix=policy.init_cache(rows, 1, columns.size) if refilled else None,
+        prefix=[policy.init_cache(rows, 1, len(of)) for of in columns] if refilled else None,
         results=Results(tokens=begun(), lengths=jnp.minimum(limits, 1), finished=queue.ended) if refilled else None,
         oldest=jnp.int32(0),
     )
@@ -235,7 +232,7 @@ def placement(policy: Policy, prefilled: Prefilled, state: Decoding, mesh: Mesh)
         dataclasses.replace(
             every(whole, prefilled),
             params=place(prefilled.params, policy.sampler_axes),
-            prompts=place(prefilled.prompts, policy.cache_axes),
+            prompts=[place(block, policy.cache_axes) for block in prefilled.prompts],
             queue=every(rows, prefilled.queue),
         ),
         dataclasses.replace(
@@ -243,7 +240,7 @@ def placement(policy: Policy, prefilled: Prefilled, state: Decoding, mesh: Mesh)
             step=whole,
             oldest=whole,
             cache=[place(block, policy.cache_axes) for block in state.cache],
-            prefix=None if state.prefix is None else place(state.prefix, policy.cache_axes),
+            prefix=None if state.prefix is None else [place(block, policy.cache_axes) for block in state.prefix],
         ),
     )
 
@@ -282,21 +279,21 @@ def _append(policy: Policy, prefilled: Prefilled, mesh: Mesh | None, block: int,
     positions = jnp.where(read, position[..., None] - age[None, None], -1)
     starts = list(itertools.accumulate(blocks(policy, columns), initial=0))
     positions = jnp.split(positions, starts[1:-1], axis=-1)
-    index = prefilled.columns[None, None]
-    of_prompts = jnp.where(index < slots.prompt_length[:, None, None], index, -1)
     if state.results is None:  # columns are written once: those before have been, and those behind have not
         others = [(state.cache[i], positions[i], None) for i in range(block)]
-        prompts = prefilled.prompts
     else:  # and here slots may see what was written a round ago; the last column of those blocks is their youngest
         others = [
             (state.cache[i], positions[i], age[starts[i + 1] - 1] < state.oldest)
             for i in range(len(positions))
             if i != block
         ]
-        prompts = state.prefix
+    index = [columns[None, None] for columns in prefilled.columns]
+    of_prompts = [jnp.where(i < slots.prompt_length[:, None, None], i, -1) for i in index]
+    reached = [None, *(columns[0] < prefilled.longest for columns in prefilled.columns[1:])]
+    prompts = zip(prefilled.prompts if state.prefix is None else state.prefix, of_prompts, reached, strict=True)
     hidden, written = policy.extend(
         prefilled.params, jax.lax.dynamic_index_in_dim(state.written.ids, column, axis=2), position[..., None],
-        state.cache[block], column - starts[block], positions[block], [*others, (prompts, of_prompts, None)],
+        state.cache[block], column - starts[block], positions[block], [*others, *prompts],
     )  # fmt: skip
     keys = _keys(prefilled.key, slots.prompt_id, slots.member, slots.length)
     choice = choose_tokens(unembed(hidden[:, :, 0], policy.head(prefilled.params)), keys, prefilled.sampling)

@@ -80,13 +80,14 @@ class Policy:
     # 1 there: all slots read it. live: None, or [] bool: false where no slot sees anything of that cache, which then is
     # not to be read
     extend: Callable[..., tuple[jax.Array, PyTree]]
-    # (params, sampler params, as `extend` with W = 1, without `before`) -> as `extend`; None: `extend` does it.
+    # (params, sampler params, as `extend` with W = 1) -> as `extend`; None: `extend` does it.
     # What prompts are extended by: it may scan over layers that `prepare` takes apart, and so compile one of them.
     prefill: Callable[..., tuple[jax.Array, PyTree]] | None = None
     param_axes: PyTree  # like params, leaves are tuples of logical axis names
     sampler_axes: PyTree  # like what `prepare` returns, leaves are tuples of logical axis names
     cache_axes: PyTree  # like the cache, leaves are tuples of logical axis names
     reads_visible: bool = False  # `extend` of a token reads what is visible of a cache, so that it is not in blocks
+    prompts_in_blocks: bool = False  # cheap conditions and dear columns: prompts' caches are in blocks as well
     max_segments: int | None = None  # a row for `hidden` holds no more; None: any number
     split: Split = ALL  # which parameters train
 

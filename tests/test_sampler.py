@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import sampling, sharding
+from grpo_jax import prefill, sampling, sharding
 from grpo_jax.data.tokenizer import ByteTokenizer
 from grpo_jax.models.transformer import TransformerConfig, init_params, make_policy
 from grpo_jax.objectives import LossConfig, grpo
@@ -101,7 +101,7 @@ def test_a_wave_is_gone_when_the_next_begins(params, monkeypatch, streams):
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_turns_of_the_host_do_not_matter_to_blocks_of_the_cache(params, sizes, slots, monkeypatch):
     expected = jax.device_get(make(max_tokens=40)(params, PROMPTS, range(P), SamplingParams()))
-    monkeypatch.setattr(sampling, "_BLOCK", 4)
+    monkeypatch.setattr(prefill, "_BLOCK", 4)
     sampler = make(sharding.make_mesh(sharding.MeshConfig(**sizes)), max_tokens=40, slots=slots, chunk=7)
     got = jax.device_get(sampler(params, PROMPTS, range(P), SamplingParams()))
     assert sampling.blocks(sampler._policy, 40) == [12, 12, 16]

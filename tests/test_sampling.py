@@ -235,7 +235,7 @@ def test_the_arrangement_does_not_matter(
     np.testing.assert_array_equal(sample(flat_params).completion_tokens, expected)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)])
 def test_the_mesh_does_not_matter(policy, params, flat_params, rollout, quantiles, sizes):
     mesh = sharding.make_mesh(sharding.MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
     rows = sharding.batch_sharding(mesh)
@@ -333,7 +333,8 @@ def test_the_prompt_cache_is_not_copied_per_slot():
         apart = lambda x: x.reshape(rows * slots, 1, *x.shape[2:])
         copy = lambda x: jnp.repeat(x, slots, axis=0)
         tokens, positions, seen = map(apart, (tokens, positions, seen))
-        hidden, cache = policy.extend(params, tokens, positions, cache, column, seen, jax.tree.map(copy, before))
+        before = [(*jax.tree.map(copy, block), live) for *block, live in before]
+        hidden, cache = policy.extend(params, tokens, positions, cache, column, seen, before)
         return hidden.reshape(rows, slots, *hidden.shape[2:]), cache
 
     def temporaries(policy, slots):

@@ -82,7 +82,7 @@ def test_slots_do_not_matter(policy, params, rollout, quantiles, slots):
     np.testing.assert_allclose(rollout.sampler_logprobs, got.sampler_logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 1), (1, 1, 2)])
 @pytest.mark.parametrize("slots", [0, 8])
 def test_neither_do_slots_on_a_mesh(policy, params, rollout, quantiles, sizes, slots):
     """Every device has a queue of its own."""
@@ -92,6 +92,9 @@ def test_neither_do_slots_on_a_mesh(policy, params, rollout, quantiles, sizes, s
     got = jax.device_get(generate(policy, placed, prompts, ids, slots=slots, mesh=mesh))
     assert_same_up_to_near_ties(rollout, got, quantiles)
     np.testing.assert_array_equal(rollout.finished, got.finished)
+    greedy = {"sampling": SamplingParams(temperature=0.0)}
+    got = jax.device_get(generate(policy, placed, prompts, ids, slots=slots, mesh=mesh, **greedy))
+    np.testing.assert_array_equal(got.completion_tokens, generate(policy, params, **greedy).completion_tokens)
 
 
 @pytest.mark.parametrize("slots", [0, 2, 9])
@@ -137,15 +140,23 @@ def test_what_a_gpu_reads_of_caches_does_not_matter(config, params, rollout, qua
 # Long completions: windows, columns that go round, chunks of prompts ---------------------------------
 
 LONG = 40
+LONG_PROMPTS = [(prompt * 12)[: 2 + 3 * i] for i, prompt in enumerate(PROMPTS)]  # of up to 23 tokens
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Caches in blocks of 4 columns and more, keys in tiles of at most 3, and prompts in chunks of 2."""
-    monkeypatch.setattr(sampling, "_BLOCK", 4)
+    """Caches in blocks of 4 columns and more, prompts' too, keys in tiles of at most 3, and prompts in chunks of 2."""
+    monkeypatch.setattr(prefill, "_BLOCK", 4)
     monkeypatch.setattr(slot_attention, "_TILE", 3)
     monkeypatch.setattr(prefill, "_SMALLEST_CHUNK", 2)
     monkeypatch.setattr(prefill, "_PREFILL_TOKENS", 1)
+
+
+OTHER_DEVICES = {
+    "a TPU's caches": types.SimpleNamespace(platform="tpu"),
+    "a GPU's kernel": types.SimpleNamespace(platform="gpu", compute_capability="8.0"),
+    "an old GPU": types.SimpleNamespace(platform="gpu", compute_capability="7.5"),
+}
 
 
 @functools.lru_cache
@@ -155,16 +166,18 @@ def long_model(kind):
         "one head of keys": {"kv_heads": 1},
         "soft cap": {"attention_cap": 0.5},
         "int8": {"sampler_dtype": "int8"},
+        "a GPU's kernel": {"head_width": 16},
     }.get(kind, {})
     sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "mlp_width": 24, **changes}
     config = TransformerConfig(vocab_size=V, **sizes)
     policy, params = make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
-    if kind == "a TPU's caches":
-        decoder = decoding.Decoder(config, *abstract_params(config), None, types.SimpleNamespace(platform="tpu"))
-        caches = {"init_cache": decoder.init_cache, "extend": decoder.extend, "prefill": decoder.prefill}
-        policy = dataclasses.replace(policy, **caches, cache_axes=decoder.cache_axes)
-        shapes = jax.tree.map(jnp.shape, jax.eval_shape(lambda: policy.init_cache(3, 2, 7))[0])
-        assert shapes == dict.fromkeys(("key", "turned"), (6, 2, 4, 7))
+    if kind in OTHER_DEVICES:
+        decoder = decoding.Decoder(config, *abstract_params(config), None, OTHER_DEVICES[kind])
+        theirs = ("init_cache", "extend", "prefill", "cache_axes", "reads_visible", "prompts_in_blocks")
+        policy = dataclasses.replace(policy, **{name: getattr(decoder, name) for name in theirs})
+        layer = jax.eval_shape(lambda: policy.init_cache(3, 2, 7))[0]
+        assert (set(layer), policy.reads_visible) == ({"key", "turned" if "TPU" in kind else "value"}, "kernel" in kind)
+        assert not policy.prompts_in_blocks
     return policy, params
 
 
@@ -175,15 +188,21 @@ def long_rollout(kind, slots, **sampling_params):
     options = options_of(NEVER, max_tokens=LONG, limits=limits, slots=slots, sampling=SamplingParams(**sampling_params))
     # A function of its own: what is patched is read when it is traced.
     sample = jax.jit(functools.partial(sampling.generate, policy), static_argnames=STATIC)
-    return sample(params, *oracle.pad(PROMPTS, 5), IDS, KEY, **options), limits.reshape(-1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if "kernel" in kind:  # whose tiles are of 16 columns at least
+            patch.setattr(slot_attention, "_TILE", 16)
+        return sample(params, *oracle.pad(LONG_PROMPTS, 24), IDS, KEY, **options), limits.reshape(-1, 1)
 
 
-@pytest.mark.parametrize("kind", ["plain", "windows", "one head of keys", "soft cap", "a TPU's caches"])
+KINDS = ["plain", "windows", "one head of keys", "soft cap", *OTHER_DEVICES]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slots", [0, 6])
 def test_through_windows_slots_and_chunks_of_prompts_the_trainer_agrees(kind, slots, narrow):
     got, limits = long_rollout(kind, slots)
     np.testing.assert_array_equal(got.mask, np.arange(LONG) < limits)
-    prompts = (np.repeat(x, G, axis=0) for x in oracle.pad(PROMPTS, 5))
+    prompts = (np.repeat(x, G, axis=0) for x in oracle.pad(LONG_PROMPTS, 24))
     expected, _, _ = completion_logprobs(*long_model(kind), *prompts, got.completion_tokens, got.mask)
     np.testing.assert_allclose(got.logprobs, expected, atol=1e-4)
 
@@ -206,7 +225,36 @@ def test_of_the_cache_of_refilled_slots_a_token_reads_the_blocks_that_a_slot_see
     assert bool(np.isnan(after.written.logprobs).any()) == reads
 
 
-@pytest.mark.parametrize("kind", ["windows", "int8"])
+@pytest.mark.parametrize(("tokens", "reads"), [(12, [False, False]), (13, [True, False]), (30, [True, True])])
+@pytest.mark.parametrize("slots", [0, 3])
+def test_of_the_caches_of_prompts_a_token_reads_the_blocks_that_a_prompt_reaches(slots, tokens, reads, narrow):
+    """And what none reaches is not computed either."""
+    policy, params = long_model("plain")
+    prompts = oracle.pad([*PROMPTS[1:], (PROMPTS[0] * tokens)[:tokens]], LONG)
+    options = options_of(NEVER, slots=slots)
+    start = jax.jit(sampling.start, static_argnums=0, static_argnames=STATIC)
+    prefilled, state = start(policy, params, *prompts, IDS, KEY, **options)
+    assert [len(columns) for columns in prefilled.columns] == prefill.cut(LONG) == [12, 12, 16]
+    assert [bool(block[0]["value"].any()) for block in prefilled.prompts] == [True, *reads]
+    decode = jax.jit(functools.partial(sampling.decode, policy))
+    for block, read in enumerate(reads, start=1):
+        spoiled = lambda caches, block=block: [
+            jax.tree.map(lambda x, i=i: jnp.full_like(x, jnp.nan) if i == block else x, cache)
+            for i, cache in enumerate(caches)
+        ]
+        wrong = dataclasses.replace(prefilled, prompts=spoiled(prefilled.prompts))
+        before = state if state.prefix is None else dataclasses.replace(state, prefix=spoiled(state.prefix))
+        assert bool(np.isnan(decode(wrong, before, 1).written.logprobs).any()) == read
+
+
+@pytest.mark.parametrize(
+    ("columns", "blocks"), [(1, [1]), (68, [68]), (96, [64, 32]), (130, [64, 66]), (2048, [512, 512, 1024])]
+)
+def test_the_last_block_is_not_much_smaller_than_others(columns, blocks):
+    assert prefill.cut(columns) == blocks
+
+
+@pytest.mark.parametrize("kind", [*KINDS[1:], "int8"])
 @pytest.mark.parametrize("slots", [0, 6])
 def test_greedy_tokens_are_those_of_the_plain_way(kind, slots, request):
     expected, _ = long_rollout(kind, 0, temperature=0.0)

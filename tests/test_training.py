@@ -122,6 +122,7 @@ def by_hand(policy, params, batch):
         ((8, 1, 1), 4, {}),
         ((2, 2, 2), 2, {"side": "left"}),
         ((1, 8, 1), 1, {}),
+        ((1, 1, 2), 2, {}),
     ],
 )
 @pytest.mark.parametrize("chunked", [False, True])

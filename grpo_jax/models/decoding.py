@@ -33,6 +33,9 @@ class Decoder:
             soft_cap=config.attention_cap, mesh=mesh,
         )  # fmt: skip
         self.reads_visible = self._kernel is not None
+        # Elsewhere a product of all of a group's queries reads a prompt once for the whole group, and more of smaller
+        # ones, or a condition on a GPU, would cost more than the columns.
+        self.prompts_in_blocks = platform == "cpu"
         self.cache_axes = [self._layer_cache] * config.layers
         self.sampler_axes = self._sampler_axes(shapes, axes)
 
@@ -62,30 +65,35 @@ class Decoder:
             written.append(of_layer)
         return rms_norm(x, params["norm"], self._config), written
 
-    def prefill(self, params, prepared, tokens, positions, cache, column, key_positions):
+    def prefill(self, params, prepared, tokens, positions, cache, column, key_positions, before=()):
         """`Policy.prefill`: scans over the pattern of layers, so that one of each window is compiled."""
-        layer, tail = self._extending(positions, column, [key_positions]), params.get("tail", [])
-        pattern, places, whole = self._pattern, len(self._pattern), self._config.layers - len(tail)
+        layer = self._extending(positions, column, [key_positions, *(keys for _, keys, _ in before)])
+        pattern, tail = self._pattern, params.get("tail", [])
+        places, whole = len(pattern), self._config.layers - len(tail)
+        caches = [(cache[i], [layers[i] for layers, *_ in before]) for i in range(self._config.layers)]
+        lives = [live for *_, live in before]
 
         def body(x, stacks):
             written = []
-            for window, axes, layer_params, layer_cache in zip(
+            for window, axes, layer_params, (own, others) in zip(
                 pattern, self.sampler_axes["layers"], *stacks, strict=False
             ):
                 layer_params = self._prepared_layer(layer_params)
                 if self._mesh is not None:  # gathered over fsdp here, in the sampler's precision
                     place = shardings(layer_params, axes, self._mesh, SAMPLER_RULES)
                     layer_params = jax.lax.with_sharding_constraint(layer_params, place)
-                x, of_layer = layer(window, x, layer_params, layer_cache)
+                x, of_layer = layer(window, x, layer_params, own, zip(others, lives, strict=True))
                 written.append(of_layer)
             return x, written
 
-        stacks = [jax.tree.map(lambda *x: jnp.stack(x), *cache[place:whole:places]) for place in range(places)]
+        stacks = [jax.tree.map(lambda *x: jnp.stack(x), *caches[place:whole:places]) for place in range(places)]
         x = embed(prepared, tokens, self._config, self._dtype)
         x, stacks = jax.lax.scan(body, x, (params["layers"], stacks))
         written = []
-        for window, layer_params, layer_cache in zip(pattern, prepared["layers"][whole:], cache[whole:], strict=False):
-            x, of_layer = layer(window, x, layer_params, layer_cache)
+        for window, layer_params, (own, others) in zip(
+            pattern, prepared["layers"][whole:], caches[whole:], strict=False
+        ):
+            x, of_layer = layer(window, x, layer_params, own, zip(others, lives, strict=True))
             written.append(of_layer)
         return rms_norm(x, prepared["norm"], self._config), self._unstacked(stacks, written)
 

@@ -63,6 +63,7 @@ def make_policy(config: TransformerConfig, mesh: Mesh | None = None) -> Policy:
         sampler_axes=decoder.sampler_axes,
         cache_axes=decoder.cache_axes,
         reads_visible=decoder.reads_visible,
+        prompts_in_blocks=decoder.prompts_in_blocks,
         max_segments=1 if config.attention == "cudnn" else None,  # its kernel knows no segments
     )
 
