@@ -201,13 +201,15 @@ def test_the_command_plans_for_chips_that_are_not_here(prompts, max_tokens, tmp_
 )
 @pytest.mark.parametrize(("topology", "memory"), [("h100:4", 80e9), ("h200:2x2", 141e9)])
 def test_the_command_plans_for_gpus_that_are_not_here(topology, memory, tmp_path):
-    said, result = planned_for(topology, tmp_path, "--rollout.prompts=4", "--rollout.max_tokens=64")
+    said, result = planned_for(topology, tmp_path, "--rollout.prompts=8", "--rollout.max_tokens=256")
     assert (result["devices"], result["memory"]) == (4, memory)
     assert [*result["programs"]] == ["train", "reference", "start", "decode"]
     for program in result["programs"].values():
         assert program["fits"]
-        assert 1e6 < program["total"] < 1e9
+        assert 1e6 < program["total"] < 2e9
     assert said.startswith("decode: ")
+    # The kernel is compiled, and not interpreted, which copies the caches of a layer.
+    assert result["programs"]["decode"]["temporaries"] < result["sampled"]["caches of completions"] / 8
 
 
 def test_the_report_says_what_fits_and_what_does_not():

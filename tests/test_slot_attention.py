@@ -44,6 +44,13 @@ def gpu(capability="9.0", platform="gpu"):
     return types.SimpleNamespace(platform=platform, compute_capability=capability)
 
 
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """No GPU is here; for one that is not here the kernel is compiled (test_plan)."""
+    interpreted = functools.partial(slot_attention._attend_tiles, interpret=True)
+    monkeypatch.setattr(slot_attention, "_attend_tiles", interpreted)
+
+
 def kernel_of(kv_heads, head_width, scale=SCALE, soft_cap=CAP, mesh=None) -> slot_attention.AttendBlock:
     kernel = slot_attention.make_kernel(
         gpu(), kv_heads=kv_heads, head_width=head_width, scale=scale, soft_cap=soft_cap, mesh=mesh

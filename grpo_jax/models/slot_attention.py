@@ -210,7 +210,7 @@ def make_kernel(
     return jax.shard_map(attend, mesh=mesh, in_specs=(split, split, rows), out_specs=split, check_vma=False)
 
 
-def _attend_tiles(query, cache, visible, *, scale, soft_cap):
+def _attend_tiles(query, cache, visible, *, scale, soft_cap, interpret=False):
     """An `AttendBlock` of slots of their own, visible [N, 1, columns]: a program for every slot and head of keys."""
     if one_head := query.ndim == 3:
         query, cache = jax.tree.map(lambda x: x[:, None], (query, cache))
@@ -235,7 +235,7 @@ def _attend_tiles(query, cache, visible, *, scale, soft_cap):
         out_specs=[of_head(queries), of_head(queries), of_head(queries, c)],
         out_shape=[like(), like(), like(c)],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=jax.default_backend() == "cpu",  # in tests
+        interpret=interpret,
         name="attend_tiles",
     )(order, rank[:, -1], visible.astype(jnp.int8), query, key, value)  # fmt: skip
     results = most[..., None], total[..., None], mixed
