@@ -136,8 +136,9 @@ def _asked(command: list[str]) -> str:
 def _verdict(result: Mapping[str, Any]) -> str:
     programs = result["programs"].values()
     totals = [said["total"] for said in programs if "total" in said]
-    if any("too_large" in said for said in programs):
-        return "no"
+    if too_large := [said["too_large"] for said in programs if "too_large" in said]:
+        over = [said["used"] - said["limit"] for said in too_large if said.get("used")]
+        return f"no, {max(over) / _GB:.1f} too much at least" if over else "no"
     if not totals:
         return "unknown"
     room = (result["memory"] - max(totals)) / _GB
@@ -149,8 +150,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The cases that are known, as Markdown: memory, then floors."""
     lines = [
         "| case | mesh; prompts a step; microbatches; sampler | parameters, reference, optimizer | sampler: weights, "
-        "caches | update | reference | prefill | decoding | fits (GB of a device) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "caches | update: gradients, activations | update | reference | prefill | decoding | fits (GB of a device) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     floors = [
         "| case | TFLOP | GB read | GB sent | compute | memory | links | between slices | at best | limited by |",
@@ -159,15 +160,15 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     costs = ["| case | seconds (GB here) to compile: update | reference | prefill and decoding |", "|---|---|---|---|"]
     for name, result in results.items():
         if "held" not in result:
-            lines.append(f"| {name} | {result['stopped']} |" + " |" * 7)
+            lines.append(f"| {name} | {result['stopped']} |" + " |" * 8)
             continue
         held, sampled = result["held"], result["sampled"]
         mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one"
         caches = sampled["caches of prompts"] + sampled["caches of completions"]
-        always = ", ".join(f"{size / _GB:.2f}" for size in held.values())
+        always, updated = (", ".join(f"{size / _GB:.2f}" for size in of.values()) for of in (held, result["updated"]))
         lines.append(
             f"| {name} | {mesh}; {_asked(result['command'])} | {always} | "
-            f"{sampled['sampler weights'] / _GB:.2f}, {caches / _GB:.2f} | "
+            f"{sampled['sampler weights'] / _GB:.2f}, {caches / _GB:.2f} | {updated} | "
             + " | ".join(_program(result, program) for program in ("train", "reference", "start", "decode"))
             + f" | {_verdict(result)} |"
         )
