@@ -221,15 +221,12 @@ def test_the_report_says_what_fits_and_what_does_not():
     result["command"] = ["--model=m", "--rollout.prompts=8", "--update.microbatches=2", "--policy.sampler_dtype=int8"]
     program = {"seconds": 3.0, "peak_rss": 2e9, "total": 20e9, "fits": False}
     large = {**result, "programs": {"train": {**program, "arguments": 1, "temporaries": 1, "sent": 1e9}}}
-    refused = {**result, "programs": {"train": {"too_large": {"used": 25.3e9, "limit": 15.8e9}}}}
-    text = plan_report.table(
-        {
-            "small": {**result, "programs": {}},
-            "large": large,
-            "none": {"programs": {}, "stopped": "no"},
-            "refused": refused,
-        }  # fmt: skip
-    )
+    refusal = {"seconds": 3.0, "peak_rss": 2e9, "too_large": {"used": 25.3e9, "limit": 15.8e9}}
+    cases = {
+        "small": {**result, "programs": {}}, "large": large, "none": {"programs": {}, "stopped": "no"},
+        "refused": {**result, "stopped": "", "programs": {"train": refusal}},
+    }  # fmt: skip
+    text = plan_report.table(cases)
     memory, floors, costs = text.split("\n\n")
     assert "| small | data=2 fsdp=2; 8; 2; int8 |" in memory
     assert memory.count("not compiled within 5 s") == 4 + 3
