@@ -136,6 +136,14 @@ def test_what_integers_cost_is_measured():
     assert 1e-5 < ours.mismatch(ours.rollout()())["mean"] < 0.05
 
 
+def test_room_for_longer_prompts_changes_no_completion():
+    sampled = [workload.Ours(Workload(**TINY, max_prompt_tokens=room)).rollout()() for room in (0, 300)]
+    assert [x.prompt_tokens.shape[1] for x in sampled] == [TINY["prompt_tokens"], 300]
+    np.testing.assert_array_equal(*(x.completion_tokens for x in sampled))
+    with pytest.raises(ValueError, match="max_prompt_tokens=4 must be prompt_tokens=5 or more"):
+        Workload(**TINY, max_prompt_tokens=4)
+
+
 def test_a_side_of_other_lengths_is_an_error():
     w = Workload(**TINY, lengths="geometric")
     w.check(w.limits.reshape(-1), "ours")

@@ -52,6 +52,7 @@ class Workload(Options):
     prompts: int = 8  # P
     group: int = 8  # G, completions of each prompt
     prompt_tokens: int = 68  # L, of every prompt
+    max_prompt_tokens: int = 0  # to which ours' sampler pads prompts; 0: L
     tokens: int = 128  # T, of a completion at most
     lengths: str = "full"  # of completions: full, all T; geometric, with mean T / 4, cut at T
     slots: int = 0  # completions that ours decodes at a time; 0: as many as the sampler thinks best
@@ -70,6 +71,12 @@ class Workload(Options):
             raise ValueError(f"lengths={self.lengths!r} must be one of {', '.join(LENGTHS)}.")
         if min(self.prompts, self.prompt_tokens, self.tokens) < 1 or self.group < 2:
             raise ValueError("prompts, prompt_tokens and tokens must be 1 or more, group 2 or more.")
+        if not self.max_prompt_tokens:
+            object.__setattr__(self, "max_prompt_tokens", self.prompt_tokens)
+        if self.max_prompt_tokens < self.prompt_tokens:
+            raise ValueError(
+                f"max_prompt_tokens={self.max_prompt_tokens} must be prompt_tokens={self.prompt_tokens} or more."
+            )
         completions = self.prompts * self.group
         if not self.microbatches:
             object.__setattr__(self, "microbatches", completions // (1 if completions % 2 else 2))
@@ -176,7 +183,7 @@ class Ours:
         w = self.workload
         sampler = LimitedSampler(
             self.policy, self.mesh, NumberTokenizer(self.config.vocab_size), group_size=w.group, max_tokens=w.tokens,
-            max_prompt_tokens=w.prompt_tokens, key=jax.random.key(w.seed), slots=w.slots,
+            max_prompt_tokens=w.max_prompt_tokens, key=jax.random.key(w.seed), slots=w.slots,
         )  # fmt: skip
         sampler.limits = w.limits
         return sampler
