@@ -100,11 +100,17 @@ def test_a_wave_is_gone_when_the_next_begins(params, monkeypatch, streams):
 @pytest.mark.parametrize("slots", [0, 6])
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_turns_of_the_host_do_not_matter_to_blocks_of_the_cache(params, sizes, slots, monkeypatch):
-    expected = jax.device_get(make(max_tokens=40)(params, PROMPTS, range(P), SamplingParams()))
+    """And to those of prompts, of which one, on one of the devices, is longer than the others."""
+    arguments = params, [text * (4 if text == "fg" else 1) for text in PROMPTS], range(P), SamplingParams()
+    options = {"max_tokens": 40, "max_prompt_tokens": 16}
+    expected = jax.device_get(make(**options)(*arguments))
     monkeypatch.setattr(prefill, "_BLOCK", 4)
-    sampler = make(sharding.make_mesh(sharding.MeshConfig(**sizes)), max_tokens=40, slots=slots, chunk=7)
-    got = jax.device_get(sampler(params, PROMPTS, range(P), SamplingParams()))
+    monkeypatch.setattr(prefill, "_SMALLEST_CHUNK", 3)
+    monkeypatch.setattr(prefill, "_PREFILL_TOKENS", 1)
+    sampler = make(sharding.make_mesh(sharding.MeshConfig(**sizes)), slots=slots, chunk=7, **options)
+    got = jax.device_get(sampler(*arguments))
     assert sampling.blocks(sampler._policy, 40) == [12, 12, 16]
+    assert prefill.chunks(sampler._policy, P, 16, 1) == [(2, 2), (2, 2), (3, 3)]
     assert expected.mask.sum(1).max() == 40
     np.testing.assert_array_equal(got.completion_tokens, expected.completion_tokens)
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
