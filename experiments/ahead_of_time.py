@@ -152,13 +152,18 @@ class Planned:
         }
 
     @functools.cached_property
+    def _chunks(self) -> list[tuple[int, int]]:
+        rollout, shards = self.config["rollout"], self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        plan = self.sampler.plan(self.state.params, rollout.prompts)
+        return prefill.chunks(self.policy, plan.prompts, rollout.max_prompt_tokens, shards)
+
+    @functools.cached_property
     def sampled(self) -> dict[str, int]:
         """Bytes of a device that the sampler holds: its weights, and the caches of prompts and of completions."""
         rollout, plan = self.config["rollout"], self.sampler.plan(self.state.params, self.config["rollout"].prompts)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows, width = sampling.arrange(plan.prompts, rollout.group_size, plan.slots, shards)
-        chunks = prefill.chunks(self.policy, plan.prompts, rollout.max_prompt_tokens, shards)
-        columns = sum(count * width for count, width in chunks)
+        columns = sum(count * of_chunk for count, of_chunk in self._chunks)
         place = functools.partial(sharding.device_bytes, mesh=self.mesh, rules=sharding.SAMPLER_RULES)
         cache = lambda *sizes: place(jax.eval_shape(lambda: self.policy.init_cache(*sizes)), self.policy.cache_axes)
         weights = jax.eval_shape(self.policy.prepare, self.state.params)
@@ -200,12 +205,10 @@ class Planned:
         """What the parts of a step need at least, all completions full."""
         c, rollout, update = self.model, self.config["rollout"], self.config["update"]
         plan = self.sampler.plan(self.state.params, rollout.prompts)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        chunks = prefill.chunks(self.policy, plan.prompts, rollout.max_prompt_tokens, shards)
         step = floors.Step(
             prompt_tokens=rollout.max_prompt_tokens, max_tokens=rollout.max_tokens,
             lengths=np.full((rollout.prompts, rollout.group_size), rollout.max_tokens), slots=plan.slots,
-            chunks=sum(count for count, _ in chunks),
+            chunks=sum(count for count, _ in self._chunks),
             waves=rollout.prompts // plan.prompts, epochs=update.epochs, minibatches=update.minibatches,
             microbatches=update.microbatches, reference=self.objective.needs_reference, remat=c.remat,
             adapters=footprint.adapters_of(self.config["lora"]), compute_bytes=jnp.dtype(c.compute_dtype).itemsize,

@@ -74,20 +74,28 @@ def parsed(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        meant = f"; did you mean --{' or --'.join(near)}?" if (near := _near(error.flagname)) else "."
+        near = [f"--{name}" for name in _near(error.flagname)]
+        meant = f"; did you mean {' or '.join(near[:5])}{', or another' if near[5:] else ''}?" if near else "."
         sys.exit(f"error: there is no flag --{error.flagname}{meant} --help shows those there are.")
     except flags.Error as error:
-        missing = re.match(r"flag --(\S+)=None: ", str(error))  # absl: must have a value other than None
-        sys.exit(f"error: --{missing[1]}= is required; --help says what it is." if missing else f"error: {error}")
+        # absl: flag --workdir=None: Flag --workdir must have a value other than None.
+        missing = [f"--{name}=" for name in re.findall(r"^flag --(\S+)=None: ", str(error), re.MULTILINE)]
+        required = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required; --help says what for."
+        sys.exit(f"error: {required if missing else error}")
 
 
 def _near(unknown: str) -> list[str]:
     """Flags that may have been meant: --prompts and --group are in a section, and --mesh is one."""
     names, field = sorted(flags.FLAGS), unknown.rpartition(".")[2]
     in_sections = [name.partition(".") for name in names if "." in name]
-    same = [f"{section}.{of}" for section, _, of in in_sections if field == of or unknown == section]
-    begun = [f"{section}.{of}" for section, _, of in in_sections if of.startswith(f"{field}_")]
-    return same or begun or difflib.get_close_matches(unknown, names, cutoff=0.8)
+    alike = difflib.get_close_matches(field, {of for *_, of in in_sections}, cutoff=0.8)
+    found = lambda meant: [f"{section}.{of}" for section, _, of in in_sections if meant(section, of)]
+    return (
+        found(lambda section, of: field == of or unknown == section)
+        or found(lambda section, of: of.startswith(f"{field}_"))
+        or difflib.get_close_matches(unknown, names, cutoff=0.8)
+        or found(lambda section, of: of in alike)
+    )
 
 
 def profile() -> "flags.FlagHolder[str | None]":

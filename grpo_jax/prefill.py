@@ -1,7 +1,7 @@
 """Prompts into caches: each is read once, in chunks of columns, so that memory is bounded however long they are.
 
-Where the policy says so the caches are cut into blocks, as those of completions are: of columns that no prompt reaches
-none is computed, and none is read when completions are sampled.
+A chunk that no prompt reaches is not computed. Where the policy says so the caches are cut into blocks, as those of
+completions are, and a block that no prompt reaches is not read when completions are sampled.
 """
 
 import functools
@@ -14,20 +14,20 @@ from grpo_jax.types import Policy, PyTree
 
 __all__ = ["chunks", "cut", "prefill"]
 
-_BLOCK = 64  # columns; blocks of caches are multiples of it, but for the last
+_BLOCK = 64  # columns; a cache is cut at multiples of it
 _PREFILL_TOKENS = 2**14  # a device extends its prompts' caches by at most so many tokens at a time, which bounds memory
 _SMALLEST_CHUNK = 64
 
 
 def cut(columns: int) -> list[int]:
-    """A cache's columns in blocks: a quarter, a quarter and a half of them, the last not much smaller than others."""
+    """A cache's columns in blocks: a quarter, a quarter and a half of them, none less than half of another's size."""
     part = -(-columns // (4 * _BLOCK)) * _BLOCK
-    ends = [0, *(end for end in (part, 2 * part) if end + _BLOCK // 2 <= columns), columns]
+    ends = [0, *(end for end in (part, 2 * part) if end + part // 2 <= columns), columns]
     return [end - first for first, end in itertools.pairwise(ends)]
 
 
 def chunks(policy: Policy, prompts: int, columns: int, devices: int) -> list[tuple[int, int]]:
-    """Of every block of the prompts' caches, in how many chunks of how many columns it is filled."""
+    """Of every block of the prompts' caches, how many chunks of how many columns it has and is filled in."""
     widest = max(_SMALLEST_CHUNK, _PREFILL_TOKENS * devices // prompts)
     sizes = cut(columns) if policy.prompts_in_blocks else [columns]
     counts = [-(-size // widest) for size in sizes]
@@ -59,30 +59,29 @@ def prefill(
     positions = jnp.where(index[None] < lengths[:, None], index[None], -1)[:, None]  # [P, 1, columns]
     keys = jnp.split(positions, starts[1:-1], axis=-1)
 
-    def step(block, i, carry):
-        """Extends the last of the caches, of a block, by a chunk."""
-        last, (*before, cache) = carry
+    def step(block, before, i, carry):
+        """Extends the caches of a block by a chunk."""
+        last, cache = carry
         width = parts[block][1]
         first = starts[block] + i * width
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, width, axis=x.ndim - 1)
-        others = [(cache, of_block, None) for cache, of_block in zip(before, keys, strict=False)]
+        others = [(of_block, seen, None) for of_block, seen in zip(before, keys, strict=False)]
         hidden, cache = extended(
             prepared, part(tokens)[:, None], part(positions), cache, i * width, keys[block], others
         )
         place = jnp.clip(lengths - 1 - first, 0, width - 1)
         hidden = jnp.take_along_axis(hidden[:, 0], place[:, None, None], axis=1)[:, 0]
-        return jnp.where((lengths > first)[:, None], hidden, last), [*before, cache]
+        return jnp.where((lengths > first)[:, None], hidden, last), cache
 
-    last, caches = jnp.zeros(()), []
+    empty = [policy.init_cache(prompts, 1, count * width) for count, width in parts]
+    like = jax.eval_shape(lambda: step(0, (), 0, (0.0, empty[0])))[0]
+    last, caches = jnp.zeros(like.shape, like.dtype), ()
     for block, (count, width) in enumerate(parts):
-        extend = functools.partial(step, block)
-        begun = last, [*caches, policy.init_cache(prompts, 1, count * width)]
+        extend, begun = functools.partial(step, block, caches), (last, empty[block])
         if block == 0 and count == 1:  # not worth a loop
-            last, caches = extend(0, begun)
-            continue
-        if block == 0:
-            like = jax.eval_shape(functools.partial(extend, 0), begun)[0]
-            begun = jnp.zeros(like.shape, like.dtype), begun[1]
-        filled = jnp.clip(-(-(longest - starts[block]) // width), 0, count)
-        last, caches = jax.lax.fori_loop(0, filled, extend, begun)
-    return last, caches, jnp.split(index, starts[1:-1])
+            last, cache = extend(0, begun)
+        else:
+            reached = jnp.clip(-(-(longest - starts[block]) // width), 0, count)
+            last, cache = jax.lax.fori_loop(0, reached, extend, begun)
+        caches = (*caches, cache)
+    return last, list(caches), jnp.split(index, starts[1:-1])

@@ -71,7 +71,7 @@ def rollout_bytes(
     devices, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     rows, width = arrange(prompts, group_size, slots, devices)
     parts = prefill.chunks(policy, prompts, max_prompt_tokens, devices)
-    columns, chunk = sum(count * width for count, width in parts), max(width for _, width in parts)
+    columns, chunk = sum(count * of_chunk for count, of_chunk in parts), max(of_chunk for _, of_chunk in parts)
     weights = jax.eval_shape(policy.prepare, params)
     vocabulary = len(jax.eval_shape(policy.head, weights)[0])
     caches = lambda *shape: jax.eval_shape(lambda: policy.init_cache(*shape))

@@ -77,8 +77,8 @@ class Policy:
     #  key_positions [R, W, columns] (-1 = empty, the new columns included), before = ())
     #   -> (hidden [R, W, J, D], cache)
     # before: a sequence of (cache, key_positions, live), what else is attended to, each of columns of its own; W may be
-    # 1 there: all slots read it. live: None, or [] bool: false where no slot sees anything of that cache, which then is
-    # not to be read
+    # 1 there: all slots read it. live: None, or [] bool: false where no slot sees anything of that cache, which need
+    # not be read then
     extend: Callable[..., tuple[jax.Array, PyTree]]
     # (params, sampler params, as `extend` with W = 1) -> as `extend`; None: `extend` does it.
     # What prompts are extended by: it may scan over layers that `prepare` takes apart, and so compile one of them.

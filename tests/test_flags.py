@@ -320,7 +320,9 @@ def test_the_table_above_is_complete_and_every_flag_explains_itself():
         ("--train.step=9", "there is no flag --train.step; did you mean --train.steps"),
         ("--mesh.expert=2", "there is no flag --mesh.expert. --help shows those there are."),
         ("--train.steps=many", "flag --train.steps=many: invalid literal for int"),
-        ("--train.steps=9", "--workdir= is required; --help says what it is."),
+        ("--minibatch=1", "there is no flag --minibatch; did you mean --update.minibatches?"),
+        ("--loss=grpo", "there is no flag --loss; did you mean --loss.clamp or --loss.clip_high or"),
+        ("--train.steps=9", "--workdir= is required; --help says what for."),
     ],
 )
 def test_mistakes_in_flags_are_one_line_that_says_what_may_have_been_meant(typed, said):

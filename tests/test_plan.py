@@ -243,3 +243,14 @@ def test_the_report_says_what_fits_and_what_does_not():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="needs the marks"):
         plan_report.written(page, "weak scaling", "new")
+
+
+def test_the_page_is_what_is_kept_beside_it_and_of_the_cases_as_they_are():
+    page = ROOT / "docs/scaling.md"
+    kept, text = json.loads(page.with_suffix(".json").read_text()), page.read_text()
+    for name, cases, render in (
+        ("cases", plan_report.CASES, plan_report.table), ("options", plan_report.OPTIONS, plan_report.options_table),
+        ("weak scaling", plan_report.WEAK, plan_report.weak_table),
+    ):  # fmt: skip
+        assert [kept[case]["command"] for case in cases] == [case.command for case in cases.values()]
+        assert plan_report.written(text, name, render({case: kept[case] for case in cases})) == text

@@ -252,10 +252,26 @@ def test_of_the_caches_of_prompts_a_token_reads_the_blocks_that_a_prompt_reaches
 
 
 @pytest.mark.parametrize(
-    ("columns", "blocks"), [(1, [1]), (68, [68]), (96, [64, 32]), (130, [64, 66]), (2048, [512, 512, 1024])]
+    ("columns", "blocks"),
+    [(1, [1]), (68, [68]), (96, [64, 32]), (130, [64, 66]), (288, [128, 160]), (2048, [512, 512, 1024])],
 )
 def test_the_last_block_is_not_much_smaller_than_others(columns, blocks):
     assert prefill.cut(columns) == blocks
+    for columns in range(1, 3000):
+        *others, last = prefill.cut(columns)
+        assert sum(others) + last == columns
+        assert not others or last >= min(others) / 2
+
+
+@pytest.mark.parametrize("columns", [60, 300])
+@pytest.mark.parametrize("chunk", [64, 2**14])
+def test_prompts_come_out_as_the_sampler_computes(columns, chunk, monkeypatch):
+    monkeypatch.setattr(prefill, "_PREFILL_TOKENS", chunk)
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    policy, tokens = make_policy(config), np.ones((2, columns), np.int32)
+    begun = lambda params: prefill.prefill(policy, params, policy.prepare(params), tokens, jnp.array([3, columns]), 1)
+    hidden, caches, _ = jax.eval_shape(begun, jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    assert {x.dtype for x in jax.tree.leaves((hidden, caches))} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("kind", [*KINDS[1:], "int8"])
@@ -376,7 +392,10 @@ def test_a_loop_that_asks_the_host_is_found():
 
 
 def test_every_block_of_the_cache_has_a_loop_that_reads_it_and_those_before():
-    """Without a condition, which costs a GPU a trip to the host: as many as there are in the choice of a token."""
+    """Without a condition, which costs a GPU a trip to the host: as many as there are in the choice of a token.
+
+    Prompts are of one block here.
+    """
     loops = {}
     for layers in (1, 3):
         config = dataclasses.replace(CONFIG, layers=layers)

@@ -33,8 +33,8 @@ class Decoder:
             soft_cap=config.attention_cap, mesh=mesh,
         )  # fmt: skip
         self.reads_visible = self._kernel is not None
-        # Elsewhere a product of all of a group's queries reads a prompt once for the whole group, and more of smaller
-        # ones, or a condition on a GPU, would cost more than the columns.
+        # Elsewhere one product of all of a group's queries reads a prompt once for the group, and three behind
+        # conditions, trips to the host on a GPU, are not expected to cost less.
         self.prompts_in_blocks = platform == "cpu"
         self.cache_axes = [self._layer_cache] * config.layers
         self.sampler_axes = self._sampler_axes(shapes, axes)

@@ -3,9 +3,9 @@
     scores = cap * tanh(scale * query · key / cap), or scale * query · key without a cap
     output = sum over the visible columns of softmax(scores) * value
 
-The prompt's cache is one for all slots of a row, and completions have theirs in blocks; what is attended to in each is
-joined as in flash attention (arXiv 2205.14135, algorithm 1). A block is read whole, by products that XLA makes; on a
-GPU a kernel reads a slot's own, and of it the tiles in which something is visible.
+The prompt's cache is one for all slots of a row, and completions have their own, all in blocks; what is attended to in
+each is joined as in flash attention (arXiv 2205.14135, algorithm 1). A block is read whole, by products that XLA makes;
+on a GPU a kernel reads a slot's own, and of it the tiles in which something is visible.
 """
 
 import functools
