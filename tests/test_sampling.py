@@ -304,11 +304,13 @@ def test_sampling_parameters_are_traced(policy, params):
 # Distribution: a chi-squared test at a level fixed beforehand ------------------------------------
 
 
-@pytest.mark.parametrize("slots", [0, 64])
-def test_members_of_a_group_are_drawn_from_the_softmax(policy, params, slots):
+@pytest.mark.parametrize(("slots", "tensor"), [(0, 1), (64, 1), (64, 2)])
+def test_members_of_a_group_are_drawn_from_the_softmax(policy, params, slots, tensor):
     """Through prefill, keys and cache: the first token, and the second after the most frequent first one."""
-    prompts = oracle.pad(PROMPTS[:1], 3)
-    got = generate(policy, params, prompts, IDS[:1], group_size=SAMPLES, max_tokens=2, eos=NEVER, slots=slots)
+    prompts, mesh = oracle.pad(PROMPTS[:1], 3), sharding.make_mesh(sharding.MeshConfig(tensor=tensor))
+    sizes = {"group_size": SAMPLES, "max_tokens": 2, "slots": slots, "mesh": mesh if tensor > 1 else None}
+    placed = jax.device_put(params, sharding.shardings(params, policy.param_axes, mesh))
+    got = generate(policy, placed, prompts, IDS[:1], eos=NEVER, **sizes)
     first, second = np.asarray(got.completion_tokens).T
     follow = first == np.bincount(first).argmax()
     one = select(jax.device_get(got), np.arange(1), np.flatnonzero(follow)[:1])
