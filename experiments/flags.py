@@ -31,6 +31,15 @@ __all__ = [
 
 _C = TypeVar("_C")
 
+# What the flags of TRL and verl are called here.
+_ELSEWHERE = {
+    "beta": "kl_coef", "gradient_accumulation_steps": "microbatches", "kl_loss_coef": "kl_coef", "lr": "learning_rate",
+    "max_completion_length": "max_tokens", "max_grad_norm": "clip_norm", "max_prompt_length": "max_prompt_tokens",
+    "max_response_length": "max_tokens", "max_steps": "steps", "model_name_or_path": "model", "n": "group_size",
+    "num_generations": "group_size", "num_iterations": "epochs", "output_dir": "workdir",
+    "total_training_steps": "steps",
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Section(Generic[_C]):
@@ -87,11 +96,13 @@ def parsed(argv: Sequence[str]) -> list[str]:
 def _near(unknown: str) -> list[str]:
     """Flags that may have been meant: --prompts and --group are in a section, and --mesh is one."""
     names, field = sorted(flags.FLAGS), unknown.rpartition(".")[2]
+    field = _ELSEWHERE.get(field, field)
     in_sections = [name.partition(".") for name in names if "." in name]
     alike = difflib.get_close_matches(field, {of for *_, of in in_sections}, cutoff=0.8)
     found = lambda meant: [f"{section}.{of}" for section, _, of in in_sections if meant(section, of)]
     return (
-        found(lambda section, of: field == of or unknown == section)
+        [field] * (field in flags.FLAGS)
+        or found(lambda section, of: field == of or unknown == section)
         or found(lambda section, of: of.startswith(f"{field}_"))
         or difflib.get_close_matches(unknown, names, cutoff=0.8)
         or found(lambda section, of: of in alike)

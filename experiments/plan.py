@@ -148,8 +148,9 @@ def main(argv: list[str]) -> None:
         config = runs.configured({name: flag.value for name, flag in FLAGS_OF.items()})
         chip, _ = chips.chip_of(values.topology)
         check(values, config, chip)
+        model = model_of(values.model, config["policy"])
         devices = chips.devices_of(values.topology, values.slices)
-        planned = Planned(model_of(values.model, config["policy"]), config, devices, chip.memory)
+        planned = Planned(model, config, devices, chip.memory)
         if planned.mesh.size != len(devices):
             raise ValueError(
                 f"the mesh has {planned.mesh.size} devices, and --topology={values.topology} has {len(devices)}: make "

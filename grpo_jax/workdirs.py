@@ -82,6 +82,9 @@ _OF_A_RUN = {
 }  # fmt: skip
 
 
+_OF_ANOTHER_EXPERIMENT = 3  # sections that one configuration has and another has not
+
+
 def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[str, ...]) -> None:
     path, text = workdir / "config.json", _as_text(configuration)
     try:
@@ -105,6 +108,13 @@ def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[s
     nothing = lambda name: name in _OF_A_START or name.startswith(".writable-") or name.endswith(".part")
     belongs = path.name in names and not all(map(nothing, names))
     theirs = _read(path) if belongs else json.loads(text)
+    sections = lambda configuration: {name for name, value in configuration.items() if isinstance(value, Mapping)}
+    apart = sorted((sections(theirs) ^ sections(configuration)) - {*free})
+    if len(apart) >= _OF_ANOTHER_EXPERIMENT:
+        raise WorkdirError(
+            f"workdir {workdir} is of another experiment: of it and this run, one alone has {', '.join(apart)}. Choose "
+            "another --workdir."
+        )
     if differ := _differences(theirs, json.loads(text), free, ("there", "now")):
         raise WorkdirError(
             f"workdir {workdir} belongs to a run with another configuration:\n  " + "\n  ".join(differ) + "\n"

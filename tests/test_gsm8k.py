@@ -359,7 +359,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [
-        ("gsm8k", ["--model=DIR/none"], "there is no config.json in DIR/none: expected a directory as downloaded from"),
+        ("gsm8k", ["--model=DIR/none"], "there is no directory DIR/none: expected a directory as downloaded from"),
         ("gsm8k", ["--data.train_file=DIR/none.jsonl"], "--data.train_file=DIR/none.jsonl is not a file"),
         ("gsm8k", ["--data.template=chat"], "this tokenizer has no chat template"),
         ("gsm8k", ["--rollout.prompts=3", "--update.microbatches=1", *MESH],

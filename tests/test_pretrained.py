@@ -171,7 +171,7 @@ def assert_fails(directory, *said):
 
 
 def test_no_directory(tmp_path):
-    assert_fails(tmp_path / "none", "there is no config.json in", tmp_path / "none", "Hugging Face hub")
+    assert_fails(tmp_path / "none", "there is no directory", tmp_path / "none", "Hugging Face hub")
     (tmp_path / "empty").mkdir()
     assert_fails(tmp_path / "empty", "there is no config.json in", tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").touch()

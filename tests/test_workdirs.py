@@ -21,6 +21,14 @@ def test_workdir_of_another_configuration_is_refused_with_the_fields_named(tmp_p
         workdirs.open_workdir(tmp_path, {**config, **{f"x{i}": i for i in range(12)}})
 
 
+def test_the_workdir_of_another_experiment_is_said_to_be_one(tmp_path):
+    workdirs.open_workdir(tmp_path, {"train": {"steps": 3}, "data": {"file": "a"}})
+    (tmp_path / "metrics.jsonl").touch()
+    ours = {name: {"a": 1} for name in ("train", "data", "loss", "rollout", "advantages", "mesh")}
+    with pytest.raises(WorkdirError, match=r"is of another experiment: .* has advantages, loss, rollout\. "):
+        workdirs.open_workdir(tmp_path, ours)
+
+
 @pytest.mark.parametrize("name", ["model", "export", "metrics.jsonl", "checkpoints"])
 def test_what_is_of_no_run_is_not_written_over(tmp_path, name):
     place = tmp_path / name

@@ -26,9 +26,10 @@ def read_json(path: storage.Path) -> dict[str, Any]:
             raise PretrainedError(
                 f"{path.parent} is an adapter and no model: name export/ beside it, or its run's workdir."
             ) from None
+        found = storage.is_remote(path) or path.parent.exists()
         raise PretrainedError(
-            f"there is no {path.name} in {path.parent}: expected a directory as downloaded from the Hugging Face hub "
-            "(`hf download NAME --local-dir=DIR` makes one)."
+            f"there is no {f'{path.name} in' if found else 'directory'} {path.parent}: expected a directory as "
+            "downloaded from the Hugging Face hub (`hf download NAME --local-dir=DIR` makes one)."
         ) from None
     except NotADirectoryError:
         raise PretrainedError(f"{path.parent} is a file; expected a directory, in which {path.name} is.") from None
