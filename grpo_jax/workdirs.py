@@ -1,6 +1,7 @@
 """Whose a workdir is: one run's, of one configuration, which `config.json` holds, and of one process at a time."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from grpo_jax.storage import Path
 from grpo_jax.telemetry import WorkdirError, write_atomically
 
 __all__ = ["open_workdir"]
+
+_LOG = logging.getLogger(__name__)
 
 # What changes nothing but roundings, what is kept, or when a run gives up; and what files hold that a user may have to
 # mend, which is said.
@@ -106,7 +109,10 @@ def _open_workdir(workdir: Path, configuration: Mapping[str, Any], free: tuple[s
         )
     # What a start that failed has left binds nobody.
     nothing = lambda name: name in _OF_A_START or name.startswith(".writable-") or name.endswith(".part")
-    belongs = path.name in names and not all(map(nothing, names))
+    beside = sorted(name for name in names if not nothing(name))
+    if beside and path.name not in names:
+        _LOG.warning("workdir %s is no run's and holds %s: the run's files will lie beside that.", workdir, beside[:5])
+    belongs = path.name in names and bool(beside)
     theirs = _read(path) if belongs else json.loads(text)
     sections = lambda configuration: {name for name, value in configuration.items() if isinstance(value, Mapping)}
     apart = sorted((sections(theirs) ^ sections(configuration)) - {*free})

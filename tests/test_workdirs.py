@@ -30,7 +30,7 @@ def test_the_workdir_of_another_experiment_is_said_to_be_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model", "export", "metrics.jsonl", "checkpoints"])
-def test_what_is_of_no_run_is_not_written_over(tmp_path, name):
+def test_what_is_of_no_run_is_not_written_over(tmp_path, name, caplog):
     place = tmp_path / name
     place.mkdir() if "." not in name else place.write_text("mine")
     (tmp_path / "nohup.out").touch()
@@ -39,6 +39,8 @@ def test_what_is_of_no_run_is_not_written_over(tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} <= {name, "nohup.out", ".lock"}
     place.rmdir() if "." not in name else place.unlink()
     workdirs.open_workdir(tmp_path, {})
+    (said,) = [record.message for record in caplog.records]
+    assert "is no run's and holds ['nohup.out']: the run's files will lie beside that" in said
     place.mkdir()  # what comes after config.json is of the run
     workdirs.open_workdir(tmp_path, {})
 
