@@ -206,7 +206,7 @@ def test_the_command_plans_for_gpus_that_are_not_here(topology, memory, tmp_path
     assert [*result["programs"]] == ["train", "reference", "start", "decode"]
     for program in result["programs"].values():
         assert program["fits"]
-        assert 1e6 < program["total"] < 2e9
+        assert 1e6 < program["total"] < 1e9
     assert said.startswith("decode: ")
     # The kernel is compiled, and not interpreted, which copies the caches of a layer.
     assert result["programs"]["decode"]["temporaries"] < result["sampled"]["caches of completions"] / 8
