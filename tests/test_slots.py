@@ -37,9 +37,10 @@ from tests.test_sampling import (
     quantiles,
     rollout,
 )
+from tests.test_slot_attention import interpreted
 from tests.test_training import collectives, computations, reached
 
-__all__ = ["flat_params", "quantiles", "rollout"]  # fixtures
+__all__ = ["flat_params", "interpreted", "quantiles", "rollout"]  # fixtures
 
 P = len(PROMPTS)
 
@@ -128,8 +129,6 @@ def test_the_layout_of_a_tpus_caches_does_not_matter(config, params, rollout, qu
 
 
 def test_what_a_gpu_reads_of_caches_does_not_matter(config, params, rollout, quantiles, monkeypatch):
-    interpreted = functools.partial(slot_attention._attend_tiles, interpret=True)
-    monkeypatch.setattr(slot_attention, "_attend_tiles", interpreted)
     monkeypatch.setattr(slot_attention, "_has_triton", lambda device: True)
     monkeypatch.setattr(slot_attention, "_SMALLEST_WIDTH", 1)
     policy = make_policy(config)
@@ -175,8 +174,6 @@ def long_model(kind):
     policy, params = make_policy(config), jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(1)))
     if kind in OTHER_DEVICES:
         decoder = decoding.Decoder(config, *abstract_params(config), None, OTHER_DEVICES[kind])
-        if decoder.reads_visible:
-            decoder._kernel = functools.partial(decoder._kernel, interpret=True)  # a partial of what has no mesh
         theirs = ("init_cache", "extend", "prefill", "cache_axes", "reads_visible", "prompts_in_blocks")
         policy = dataclasses.replace(policy, **{name: getattr(decoder, name) for name in theirs})
         layer = jax.eval_shape(lambda: policy.init_cache(3, 2, 7))[0]
